@@ -1,0 +1,35 @@
+# make demo   set up, attack, repair and compare on the built-in digits
+# make test   set up, then all tests
+# make lint   set up, then ruff
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint setup clean
+.DEFAULT_GOAL := demo
+
+setup: $(READY)
+
+# constraints.txt pins the versions that were tested; requirements.txt says what is enough
+$(READY): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed, this is %s; name one with make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python attack/badnet.py --dataset digits --save_folder_name demo
+	$(BIN)/python defense/ft.py --result_file demo
+	$(BIN)/python defense/fmp.py --result_file demo
+	$(BIN)/python compare.py record/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv data/cache

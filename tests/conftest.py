@@ -1,0 +1,56 @@
+"""Shared fixtures: a way to run scripts as users do, and small real records to work on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ("--epochs", "1")
+
+
+def names(folder):
+    """The scripts of attack/ or defense/, found as the project finds them."""
+    return sorted(path.stem for path in (ROOT / folder).glob("[a-z]*.py"))
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    """Options that keep a script's records and caches out of the checkout."""
+    base = tmp_path_factory.mktemp("antidote")
+    return ["--record_path", str(base / "record"), "--cache_path", str(base / "cache")]
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run(*arguments, code=0): start Python as a user would, check the exit code, return what it printed."""
+
+    def start(*arguments, code=0, env=None, cwd=ROOT):
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **(env or {})}
+        )
+        assert done.returncode == code, f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
+        done.first = (done.stderr.strip() or "\n").splitlines()[0]
+        return done
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def victim(places, run):
+    """The folder of a BadNets record on the digits, trained until it works."""
+    run("attack/badnet.py", *places, "--save_folder_name", "victim")
+    return Path(places[1]) / "victim"
+
+
+@pytest.fixture(scope="session")
+def cifar():
+    """Folder that holds the CIFAR-10 pictures as image folders; skips where they are not beside the checkout."""
+    archive = ROOT.parent / "shared" / "data" / "unpack_cifar10.sh"
+    if not archive.is_file():
+        pytest.skip("the CIFAR-10 pictures are not beside this checkout (../shared/data)")
+    place = Path(os.environ.get("TMPDIR", "/tmp")) / "antidote-cifar10"
+    subprocess.run([archive, place], check=True, stdout=subprocess.DEVNULL)
+    return place

@@ -1,0 +1,60 @@
+"""ACC, ASR, RA and DER on cases made by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils import metrics
+from utils.data import Split
+
+
+class Reader(nn.Module):
+    """Answers the class written in the first pixel's red value."""
+
+    def forward(self, images):
+        return torch.eye(10)[(images[:, 0, 0, 0] * 255).round().long()]
+
+
+def shown(answers, labels, truth):
+    images = torch.zeros(len(answers), 3, 4, 4, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor(answers, dtype=torch.uint8)
+    return Split(images, torch.tensor(labels), torch.tensor(truth))
+
+
+def test_hand_made_case():
+    exam = metrics.Exam(
+        test=shown([1, 2, 3, 0], [1, 2, 3, 3], [1, 2, 3, 3]),  # three of four right
+        backdoor=shown([0, 0, 2, 7, 5], [0] * 5, [1, 2, 2, 3, 5]),  # two to the target, two to the truth, one elsewhere
+    )
+    found = metrics.evaluate(Reader(), exam)
+    assert found == {"acc": 0.75, "asr": 0.4, "ra": 0.4}
+
+
+def test_nothing_to_trigger():
+    empty = Split(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), torch.zeros(0).long(), torch.zeros(0).long())
+    assert metrics.evaluate(Reader(), metrics.Exam(shown([1], [1], [1]), empty)) == {"acc": 1.0, "asr": None, "ra": None}
+
+
+def test_asr_and_ra_share_their_images():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        answers, truth = (torch.randint(0, 10, (50,), generator=generator).tolist() for _ in range(2))
+        labels = [(value + 1) % 10 for value in truth]
+        found = metrics.evaluate(Reader(), metrics.Exam(shown(answers, truth, truth), shown(answers, labels, truth)))
+        assert found["asr"] + found["ra"] <= 1
+
+
+def test_predict_is_in_order_and_leaves_the_mode(monkeypatch):
+    monkeypatch.setattr(metrics, "BATCH", 3)
+    model = Reader().train()
+    answers = [4, 2, 9, 0, 1, 1, 7]
+    assert metrics.predict(model, shown(answers, answers, answers)).tolist() == answers
+    assert model.training
+
+
+def test_der_of_the_published_example():
+    before, after = {"acc": 0.9132, "asr": 0.9503}, {"acc": 0.8996, "asr": 0.0148}
+    assert metrics.defense_effectiveness(before, after) == pytest.approx(0.961, abs=5e-4)
+    assert metrics.defense_effectiveness(before, before) == 0.5
+    assert metrics.defense_effectiveness({"acc": 0.5, "asr": 0.0}, {"acc": 1.0, "asr": 0.5}) == 0.5  # gains do not count
+    assert metrics.defense_effectiveness({"acc": 1.0, "asr": None}, {"acc": 1.0, "asr": None}) is None

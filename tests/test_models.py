@@ -1,0 +1,273 @@
+"""Every model keeps the contract of `models.build`: pixels in [0, 1] in, logits out, readable by hooks and torch.fx."""
+
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from utils.errors import ConfigError
+
+CLASSES = 7
+SMALL_NETS = ["preactresnet18", "resnet9", "resnet18", "vgg19_bn", "wrn16_1"]
+CIFAR_FORMS = [*SMALL_NETS, "resnet34", "resnet50"]
+
+
+def spec(size=32, classes=CLASSES):
+    return SimpleNamespace(classes=classes, size=size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+
+
+def pixels(size=32, count=2):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def seeded(name, size=32, seed=0, width=None):
+    torch.manual_seed(seed)
+    return models.build(name, spec(size), width)
+
+
+def convolutions(model):
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def assert_near(logits, expected):
+    """Equal up to rounding, relative to the largest logit: some untrained networks give logits of 1e-14."""
+    largest = expected.abs().max()
+    assert largest > 0
+    assert (logits - expected).abs().max() <= 1e-3 * largest
+
+
+@pytest.fixture(scope="module", params=models.names())
+def model(request):
+    """Each model once, in evaluation mode; the tests below only read it."""
+    model = seeded(request.param).eval()
+    if request.param == "vit_b_16":
+        nn.init.normal_(model.network.vit.heads.head.weight)  # starts at zero, which would make all logits equal
+    return model
+
+
+def test_logits_have_one_column_per_class(model):
+    with torch.inference_mode():
+        logits = model(pixels())
+    assert logits.shape == (2, CLASSES)
+    assert logits.isfinite().all()
+
+
+def test_normalisation_comes_first_and_once(model):
+    first, network = model.children()
+    assert isinstance(first, models.Normalize)
+    assert sum(isinstance(module, models.Normalize) for module in model.modules()) == 1
+    images = pixels()
+    mean, std = torch.tensor(spec().mean), torch.tensor(spec().std)
+    by_hand = ((images.movedim(1, -1) - mean) / std).movedim(-1, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(first(images), by_hand)
+        assert_near(model(images), network(by_hand))
+
+
+def test_state_dict_holds_learned_things_only(model):
+    assert model.state_dict().keys() == {f"network.{key}" for key in model.network.state_dict()}
+    assert {name for name, _ in model.normalize.named_buffers()} == {"mean", "std"}
+
+
+def test_layers_are_the_standard_modules(model):
+    """Defenses find layers by type: a filter bank is a Conv2d's weight, running statistics are a BatchNorm2d's."""
+    filters = [m for m in model.modules() for p in m.parameters(recurse=False) if p.ndim == 4]
+    assert filters and {type(module) for module in filters} == {nn.Conv2d}
+    assert {type(m) for m in model.modules() if hasattr(m, "running_mean")} <= {nn.BatchNorm2d}
+
+
+def test_hooks_read_raw_outputs(model):
+    """No later layer writes into the output of a convolution."""
+    assert not any(getattr(module, "inplace", False) for module in model.modules())
+    kept = []
+    layers = convolutions(model)
+    hooks = [m.register_forward_hook(lambda m, args, out: kept.append((out, out.clone()))) for m in layers]
+    with torch.inference_mode():
+        model(pixels())
+    for hook in hooks:
+        hook.remove()
+    assert len(kept) == len(layers) > 0
+    assert all(torch.equal(stored, at_once) for stored, at_once in kept)
+
+
+def test_fx_traces(model):
+    traced = torch.fx.symbolic_trace(model)
+    with torch.inference_mode():
+        assert_near(traced(pixels()), model(pixels()))
+
+
+def test_channels_last_gives_the_same_logits(model):
+    images = pixels()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        assert_near(other(images.contiguous(memory_format=torch.channels_last)), model(images))
+
+
+@pytest.mark.parametrize("name", CIFAR_FORMS)
+def test_cifar_forms_take_64_pixels(name):
+    with torch.inference_mode():
+        logits = seeded(name, size=64).eval()(pixels(64))
+    assert logits.shape == (2, CLASSES) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SMALL_NETS)
+def test_a_step_changes_every_parameter(name):
+    model = seeded(name).train()
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    loss = nn.functional.cross_entropy(model(pixels()), torch.tensor([0, 1]))
+    loss.backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    after = dict(model.named_parameters())
+    unchanged = {key for key in before if torch.equal(before[key], after[key])}
+    assert not unchanged
+
+
+@pytest.mark.parametrize("name", SMALL_NETS)
+def test_weights_come_from_the_global_seed(name):
+    first, again, other = seeded(name, seed=3), seeded(name, seed=3), seeded(name, seed=4)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
+    assert not torch.equal(convolutions(first)[0].weight, convolutions(other)[0].weight)
+
+
+@pytest.mark.parametrize("name", SMALL_NETS)
+def test_state_dict_round_trip(name, tmp_path):
+    saved, loaded = seeded(name, seed=0).eval(), seeded(name, seed=1).eval()
+    with torch.inference_mode():
+        assert not torch.equal(saved(pixels()), loaded(pixels()))
+        torch.save(saved.state_dict(), tmp_path / "model.pt")
+        loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
+        assert torch.equal(saved(pixels()), loaded(pixels()))
+
+
+def test_preactresnet18_has_its_known_counts():
+    model = seeded("preactresnet18")
+    assert len(convolutions(model)) == 20
+    assert sum(conv.out_channels for conv in convolutions(model)) == 4800
+    assert sum(p.numel() for p in models.build("preactresnet18", spec(classes=10)).parameters()) == 11_171_146
+    assert [type(m) for m in model.network.children()][-3:] == [nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+
+
+def test_preactresnet18_convolutions_read_by_a_batch_norm_only():
+    traced = torch.fx.symbolic_trace(seeded("preactresnet18"))
+    layers = dict(traced.named_modules())
+    alone = [
+        node.target
+        for node in traced.graph.nodes
+        if isinstance(layers.get(node.target), nn.Conv2d)
+        and all(isinstance(layers.get(user.target), nn.BatchNorm2d) for user in node.users)
+    ]
+    assert alone == [f"network.layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2)]
+
+
+def test_preactresnet18_shortcut_reads_the_activated_input():
+    block = seeded("preactresnet18").network.layer2[0].eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 64, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x), block.shortcut(torch.relu(block.bn1(x))))
+
+
+def test_wrn16_1_is_the_papers():
+    model = seeded("wrn16_1")
+    channels = [conv.out_channels for conv in convolutions(model) if conv.kernel_size == (3, 3)]
+    assert channels == [16] + [16] * 4 + [32] * 4 + [64] * 4
+    assert sum(p.numel() for p in models.build("wrn16_1", spec(classes=10)).parameters()) == 175_066
+
+
+@pytest.mark.parametrize("name", ["vgg19_bn", "wrn16_1"])
+def test_convolutions_start_from_hes_normal_initialisation(name):
+    widening = [c for c in convolutions(seeded(name)) if c.kernel_size == (3, 3) and c.in_channels < c.out_channels]
+    fan_out = 9 * widening[-1].out_channels
+    assert widening[-1].weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03)
+
+
+def test_vgg19_bn_has_torchvisions_features():
+    from torchvision.models.vgg import cfgs, make_layers
+
+    reference = make_layers(cfgs["E"], batch_norm=True).eval()
+    network = seeded("vgg19_bn").network.eval()
+    features = network[:5]
+    reference.load_state_dict(dict(zip(reference.state_dict(), features.state_dict().values(), strict=True)))
+    with torch.inference_mode():
+        torch.testing.assert_close(features(pixels()), reference(pixels()))
+    assert sum(isinstance(module, nn.Linear) for module in network.modules()) == 1
+
+
+def test_resnet9_width():
+    assert [conv.out_channels for conv in convolutions(seeded("resnet9"))] == [64, 128, 128, 128, 256, 512, 512, 512]
+    assert [type(layer).__name__ for layer in seeded("resnet9").network][-3:] == ["GlobalMaxPool", "Linear", "Scale"]
+    narrow = seeded("resnet9", width=3)
+    assert [conv.out_channels for conv in convolutions(narrow)] == [3, 6, 6, 6, 12, 24, 24, 24]
+    assert narrow(pixels()).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnet_stem_follows_the_image_size(name):
+    small, large = seeded(name, size=64).network, seeded(name, size=96).network
+    assert (small.conv1.kernel_size, small.conv1.stride) == ((3, 3), (1, 1))
+    assert isinstance(small.maxpool, nn.Identity)
+    assert (large.conv1.kernel_size, large.conv1.stride) == ((7, 7), (2, 2))
+    assert isinstance(large.maxpool, nn.MaxPool2d)
+
+
+def test_resize_enlarges_as_torch_does_and_antialiases_when_shrinking():
+    from models.torchvision_nets import Resize
+
+    small = pixels(32)
+    expected = nn.functional.interpolate(small, scale_factor=7, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(Resize(224, antialias=False)(small), expected)
+    stripes = torch.zeros(1, 3, 64, 64)
+    stripes[..., ::4] = 1
+    shrunk = Resize(16, antialias=True)(stripes)
+    torch.testing.assert_close(shrunk[..., 2:-2], torch.full((1, 3, 16, 12), 0.25), rtol=0, atol=0.1)
+
+
+def test_normalisation_follows_the_model_to_another_precision():
+    model = seeded("wrn16_1").to(torch.float64)
+    assert model.normalize.mean.dtype == torch.float64
+    assert model(pixels().double()).dtype == torch.float64
+
+
+def test_names_are_sorted_and_complete():
+    wanted = "preactresnet18 resnet9 vgg19_bn wrn16_1 resnet18 resnet34 resnet50 mobilenet_v3_large efficientnet_b3"
+    wanted = [*wanted.split(), "densenet161", "convnext_tiny", "vit_b_16"]
+    assert models.names() == sorted(wanted)
+
+
+def test_options_are_checked_before_torch_is_loaded():
+    code = "import sys, models; models.names(); models.label('resnet9', 16); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=models.__path__[0] + "/..").returncode == 0
+
+
+def test_labels():
+    assert models.label("resnet9", None) == models.label("resnet9", 64) == "resnet9"
+    assert models.label("resnet9", 16) == "resnet9_w16"
+    assert models.label("preactresnet18", None) == "preactresnet18"
+
+
+def test_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"'preactresnet81'; did you mean preactresnet18.* All models: .*vit_b_16"):
+        models.build("preactresnet81", spec())
+    with pytest.raises(ConfigError, match=r"'zzz'; the models are: .*resnet9"):
+        models.build("zzz", spec())
+
+
+@pytest.mark.parametrize("helper", ["normalize", "torchvision_nets", "__init__", "../utils", ""])
+def test_files_that_are_no_model_are_refused(helper):
+    with pytest.raises(ConfigError):
+        models.build(helper, spec())
+
+
+@pytest.mark.parametrize("name, width", [("resnet18", 16), ("preactresnet18", 64), ("resnet9", 0), ("resnet9", -4)])
+@pytest.mark.parametrize("call", [lambda name, width: models.build(name, spec(), width), models.label])
+def test_impossible_width_is_refused(call, name, width):
+    with pytest.raises(ConfigError, match=f"width of {name}"):
+        call(name, width)

@@ -1,0 +1,204 @@
+"""Records: what is written comes back, and everything that is damaged, foreign or unfinished is refused."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from defense.ft import Config
+from utils import files, record
+from utils.errors import ConfigError, MissingError, RefusedError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(victim, tmp_path):
+    """A record of one's own to damage, and the options of a defense on it."""
+    shutil.copytree(victim, tmp_path / "copy")
+    made = yaml.safe_load((victim / "config.yaml").read_text())
+    return tmp_path / "copy", Config(result_file=str(tmp_path / "copy"), cache_path=made["cache_path"])
+
+
+def rewrite(folder, name, content):
+    """Replace a file and its checksum, as someone with bad intentions would."""
+    (folder / name).write_bytes(content)
+    info = json.loads((folder / "record.json").read_text())
+    info["files"][name] = files.sha256(folder / name)
+    (folder / "record.json").write_text(json.dumps(info))
+
+
+def test_round_trip(copy):
+    folder, config = copy
+    model, found, exam, clean, spec, info = record.load(folder, config, CPU)
+    saved = safetensors.torch.load_file(folder / "poison.safetensors")
+    made = yaml.safe_load((folder / "config.yaml").read_text())
+    index = saved["train_index"]
+    assert len(index) == round(made["pratio"] * len(clean)) and (saved["train_kind"] == 1).all()
+    assert torch.equal(found.images[index], saved["train_images"]) and (found.labels[index] == 0).all()
+    rest = torch.ones(len(clean), dtype=torch.bool)
+    rest[index] = False
+    assert torch.equal(found.images[rest], clean.images[rest]) and torch.equal(found.labels[rest], clean.truth[rest])
+    assert torch.equal(found.truth, found.labels), "the found set does not tell what was poisoned"
+    assert not torch.equal(found.images[index], clean.images[index]), "the clean set is not the stamped one"
+    assert 0 not in exam.backdoor.truth and (exam.backdoor.labels == 0).all() and len(exam.backdoor) == (exam.test.truth != 0).sum()
+    assert torch.equal(exam.test.truth[saved["test_index"]], exam.backdoor.truth)
+    assert (exam.backdoor.images[:, :, 29:, 29:] == 255).all()
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert set(info["files"]) == {path.name for path in folder.iterdir() if path.is_file()} - {"record.json"}
+
+
+def test_what_a_record_says(victim):
+    info = json.loads((victim / "record.json").read_text())
+    assert info["format"] == 1 and info["seeds"] == {"random_seed": 0, "poison_seed": 0}
+    assert {"torch", "torchvision", "numpy", "python"} <= set(info["versions"]) and info["seconds"] > 0 and info["peak_mb"] > 0
+    (row,) = csv.DictReader(open(victim / "results.csv"))
+    assert row["defense"] == "none" and float(row["asr"]) + float(row["ra"]) <= 1
+    assert float(row["acc"]) > 0.9 and float(row["asr"]) > 0.9 and row["n_poison"] == "130" and row["precision"] in ("bf16", "fp32")
+    assert not (victim / "state").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "poison.safetensors", "config.yaml", "results.csv", "preview.png"])
+def test_changed_file(copy, name):
+    folder, config = copy
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(RefusedError, match=f"{name} is not the file that was saved"):
+        record.load(folder, config, CPU)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "poison.safetensors", "config.yaml"])
+def test_missing_and_truncated_files(copy, name):
+    folder, config = copy
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(RefusedError, match=name):
+        record.load(folder, config, CPU)
+    (folder / name).unlink()
+    with pytest.raises(RefusedError, match=f"{name} is missing"):
+        record.load(folder, config, CPU)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/antidote-was-here",)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "poison.safetensors"])
+def test_a_pickle_is_refused_and_not_run(copy, name):
+    folder, config = copy
+    rewrite(folder, name, pickle.dumps(Bomb()))
+    with pytest.raises(RefusedError, match="not a safetensors file"):
+        record.load(folder, config, CPU)
+    assert not os.path.exists("/tmp/antidote-was-here")
+
+
+def test_yaml_runs_no_code(copy):
+    folder, config = copy
+    rewrite(folder, "config.yaml", b"dataset: !!python/object/apply:os.system ['touch /tmp/antidote-was-here']\n")
+    with pytest.raises(RefusedError, match="config.yaml"):
+        record.load(folder, config, CPU)
+    assert not os.path.exists("/tmp/antidote-was-here")
+
+
+def test_record_json(copy):
+    folder, config = copy
+    path, info = folder / "record.json", json.loads((folder / "record.json").read_text())
+    for text, sentence in (
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        (json.dumps(info | {"format": 2}), "format 2"),
+        (json.dumps(info | {"kind": "defense"}), "not the record of an attack"),
+        (json.dumps(info | {"files": {}}), "is missing"),
+        (json.dumps(info | {"files": info["files"] | {"../../secret": "0"}}), "missing"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RefusedError, match=sentence):
+            record.load(folder, config, CPU)
+    path.unlink()
+    with pytest.raises(RefusedError, match="no record.json"):
+        record.load(folder, config, CPU)
+    (folder / "state").mkdir()
+    with pytest.raises(RefusedError, match="has not finished"):
+        record.load(folder, config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t | {"train_index": t["train_index"] + 100_000}, "does not have"),
+        (lambda t: {key: value for key, value in t.items() if key != "test_truth"}, "test_truth"),
+        (lambda t: t | {"train_images": t["train_images"][:, :, :8].contiguous()}, "damaged"),
+    ],
+)
+def test_poison_that_does_not_fit(copy, change, sentence):
+    folder, config = copy
+    rewrite(folder, "poison.safetensors", safetensors.torch.save(change(safetensors.torch.load_file(folder / "poison.safetensors"))))
+    with pytest.raises(RefusedError, match=sentence):
+        record.load(folder, config, CPU)
+
+
+def test_weights_of_another_model(copy):
+    folder, config = copy
+    rewrite(folder, "model.safetensors", safetensors.torch.save({"x": torch.zeros(1)}))
+    with pytest.raises(RefusedError, match="damaged"):
+        record.load(folder, config, CPU)
+
+
+def test_made_on_a_set_of_another_size(copy):
+    folder, config = copy
+    info = json.loads((folder / "record.json").read_text())
+    info["data"]["train"] = 1298
+    (folder / "record.json").write_text(json.dumps(info))
+    with pytest.raises(RefusedError, match="train is 1298, but here it is 1297.*--dataset_path"):
+        record.load(folder, config, CPU)
+
+
+def test_missing_record():
+    with pytest.raises(MissingError, match="nowhere.*record/nowhere"):
+        Config(result_file="nowhere").record  # noqa: B018
+
+
+def test_begin(tmp_path):
+    folder, config = tmp_path / "run", Config(result_file="x")
+    assert record.begin(folder, config, kind="defense") and record.begin(folder, config, kind="defense"), "an unfinished run goes on"
+    with pytest.raises(ConfigError, match="epochs 100 there and 3 here.*--overwrite"):
+        record.begin(folder, Config(result_file="x", epochs=3), kind="defense")
+    assert record.begin(folder, Config(result_file="x", epochs=3, overwrite=True), kind="defense")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("!")
+    with pytest.raises(RefusedError, match="--save_folder_name"):
+        record.begin(foreign, config, kind="defense")
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.write(path, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_overwriting_keeps_the_old_run_until_the_new_one_is_complete(copy):
+    folder, _ = copy
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    made = yaml.safe_load((folder / "config.yaml").read_text())
+    from attack.badnet import Config as BadNet
+
+    assert record.begin(folder, BadNet(**made | {"overwrite": True, "epochs": 2}), kind="attack")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    record.verify(folder, "attack")

@@ -1,0 +1,169 @@
+"""Batches, augmentation and the training loop."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+from utils import batch, poison, seeds, train
+from utils.data import Spec, Split
+from utils.errors import UserError
+
+SPEC = Spec("x", 4, 32, (0.5,) * 3, (0.25,) * 3, True, {})
+
+
+def split(count=40):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 4
+    images = torch.randint(0, 120, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    images[torch.arange(count), labels % 3] += (labels.view(-1, 1, 1) // 3 * 60 + 60).to(torch.uint8)
+    return Split(images, labels, labels)
+
+
+def options(**changes):
+    recipe = {"epochs": 4, "batch_size": 16, "lr": 0.05, "lr_min": 0.0, "momentum": 0.9, "weight_decay": 5e-4}
+    return SimpleNamespace(**recipe | {"random_seed": 0, "precision": "fp32"} | changes)
+
+
+def model():
+    torch.manual_seed(0)
+    return models.build("resnet9", SPEC, 4)
+
+
+def weights(network):
+    return torch.cat([tensor.flatten().double() for tensor in network.state_dict().values()])
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("count", "size"), [(0, 4), (3, 4), (4, 4), (5, 4), (8, 4), (9, 4), (10, 4), (1, 4), (7, 1)])
+def test_every_image_once(count, size, drop_last):
+    data = Split(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), torch.arange(count), torch.arange(count))
+    parts = [labels.tolist() for _, labels, _ in batch.batches(data, size, generator=torch.Generator().manual_seed(1), drop_last=drop_last)]
+    seen = [label for part in parts for label in part]
+    assert [len(part) for part in parts] == batch.lengths(count, size, drop_last=drop_last)
+    assert len(set(seen)) == len(seen) and (len(seen) == count or (drop_last and len(seen) == count - count % size))
+    assert size == 1 or count < 2 or 1 not in map(len, parts), "batch normalisation cannot train on one image"
+
+
+def test_order_is_shuffled_by_the_generator_alone():
+    def order(seed):
+        return torch.cat([index for _, _, index in batch.batches(split(), 8, generator=torch.Generator().manual_seed(seed))]).tolist()
+
+    assert order(1) == order(1) != order(2)
+    assert torch.cat([index for _, _, index in batch.batches(split(), 8)]).tolist() == list(range(40))
+
+
+def test_augmentation_is_a_padded_crop_and_a_mirror_of_each_image():
+    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    before = images.clone()
+    found = batch.augmentation(SPEC, pad=2)(images, torch.Generator().manual_seed(0))
+    assert torch.equal(images, before) and found.dtype == torch.uint8
+    seen = set()
+    for image, result in zip(images, found, strict=True):
+        padded = F.pad(image, (2, 2, 2, 2))
+        crops = {(top, left, flip): padded[:, top : top + 8, left : left + 8].flip(-1) if flip else padded[:, top : top + 8, left : left + 8]
+                 for top in range(5) for left in range(5) for flip in (False, True)}  # fmt: skip
+        matching = [key for key, crop in crops.items() if torch.equal(crop, result)]
+        assert matching, "the result is no crop of its own image"
+        seen.add(matching[0])
+    assert len(seen) > 20 and {flip for *_, flip in seen} == {False, True}
+
+
+def test_no_mirror_where_it_would_change_the_class():
+    upright = Spec("x", 4, 32, (0.5,) * 3, (0.25,) * 3, False, {})
+    images = torch.arange(8, dtype=torch.uint8).expand(32, 3, 8, 8).contiguous()
+    found = batch.augmentation(upright, pad=0)(images, torch.Generator().manual_seed(0))
+    assert torch.equal(found, images)
+
+
+class Double(nn.Module):
+    """Any network, in float64 from the pixels on."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.double()
+
+    def forward(self, images):
+        return self.network(images.double())
+
+
+def test_fit_equals_plain_sgd_in_float64():
+    data, config = split(), options()
+    fast = train.fit(Double(model()), data, config, augment=batch.augmentation(SPEC))
+    slow = Double(model())
+    optimizer = torch.optim.SGD(slow.parameters(), config.lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    slow.train()
+    for epoch in range(config.epochs):
+        generator = seeds.generator("epoch", 0, epoch)
+        order = torch.randperm(40, generator=generator)
+        for index in order.split(16):
+            images = batch.augmentation(SPEC)(data.images[index], generator).float() / 255
+            optimizer.zero_grad()
+            F.cross_entropy(slow(images), data.labels[index]).backward()
+            optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(weights(fast), weights(slow), rtol=0, atol=1e-7)
+    assert (weights(fast) - weights(model())).abs().max() > 0.01
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_resumed_run_ends_with_the_same_weights(tmp_path, stop, precision):
+    data, config, file = split(), options(precision=precision), tmp_path / "fit.safetensors"
+    whole = train.fit(model(), data, config, augment=batch.augmentation(SPEC))
+
+    def kill(model, epoch, **_):
+        if epoch == stop + 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train.fit(model(), data, config, augment=batch.augmentation(SPEC), on_epoch=kill, checkpoint=file)
+    torch.manual_seed(99)  # whatever state the new process is in
+    epochs = []
+    resumed = train.fit(models.build("resnet9", SPEC, 4), data, config, augment=batch.augmentation(SPEC), checkpoint=file,
+                        on_epoch=lambda model, epoch, **_: epochs.append(epoch))  # fmt: skip
+    assert epochs == list(range(stop + 1, 5))
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_no_draw_is_correlated_with_another():
+    """With plain seeds the poisoned images would be the first ones of the first epoch."""
+    count = 20_000
+    for seed in (0, 1):
+        poisoned = set(poison.choose(torch.zeros(count).long(), 0.1, seed).tolist())
+        first = torch.randperm(count, generator=seeds.generator("epoch", seed, 0))[:2000].tolist()
+        assert 140 < len(poisoned & set(first)) < 260, "200 expected by chance"
+    drawn = [
+        torch.rand(1, generator=seeds.generator(*key)).item()
+        for key in (("a", 0), ("b", 0), ("a", 1), ("a", 0, 0), ("a", 1, 0), ("a", 0, 1))
+    ]
+    assert len(set(drawn)) == len(drawn) and drawn[0] == torch.rand(1, generator=seeds.generator("a", 0)).item()
+
+
+def test_after_step_and_mode():
+    steps, network = [], model().eval()
+    train.fit(network, split(), options(epochs=2), after_step=lambda: steps.append(network.training))
+    assert steps == [True] * 6 and not network.training
+
+
+def test_zero_epochs_change_nothing():
+    assert torch.equal(weights(train.fit(model(), split(), options(epochs=0))), weights(model()))
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    with pytest.raises(UserError, match="epoch 1.*--lr"):
+        train.fit(model(), split(), options(lr=1e30))
+
+
+def test_the_rate_falls_along_a_cosine():
+    config = options(epochs=10, lr=0.2, lr_min=0.01)
+    rates = [train.cosine(epoch, config) for epoch in range(10)]
+    assert rates[0] == 0.2 and rates[5] == pytest.approx(0.105) and rates == sorted(rates, reverse=True) and rates[-1] > 0.01

@@ -1,0 +1,60 @@
+"""Mini-batches cut from a split on its own device; augmentation acts on whole batches."""
+
+import torch
+import torch.nn.functional as F
+
+
+def batches(split, size, *, generator=None, augment=None, drop_last=False):
+    """Yield (images float32 n,3,S,S in [0, 1], labels, positions) until every image was seen once.
+
+    With a `generator` (on the split's device) the order is shuffled and `augment(images, generator)` is applied to
+    the uint8 images. A last batch of one image joins the one before it, because batch normalisation cannot train on
+    it; `drop_last` leaves out every incomplete batch, unless it is the only one.
+    """
+    device, count = split.labels.device, len(split)
+    order = torch.arange(count, device=device)
+    if generator is not None:
+        order = torch.randperm(count, generator=generator, device=device)
+    parts = lengths(count, size, drop_last=drop_last)
+    for index in order[: sum(parts)].split(parts):
+        images = split.images.index_select(0, index)
+        if augment:
+            images = augment(images, generator)
+        yield to_unit(images), split.labels[index], index
+
+
+def lengths(count, size, *, drop_last=False):
+    """The sizes of the batches that `count` images are cut into."""
+    full, rest = divmod(count, size)
+    if rest == 0 or (drop_last and full):
+        return [size] * full
+    if rest == 1 and full:
+        return [size] * (full - 1) + [size + 1]
+    return [size] * full + [rest]
+
+
+def to_unit(images):
+    """uint8 images as float32 in [0, 1], channels last in memory; float images unchanged."""
+    if images.is_floating_point():
+        return images
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def augmentation(spec, pad=4):
+    """The field's training augmentation: a random crop after zero padding, and a mirror where the data set allows it.
+
+    Returns augment(images N,3,S,S of any dtype, generator) -> new images; every image draws its own crop and mirror.
+    """
+
+    def augment(images, generator):
+        count, _, height, width = images.shape
+        device = images.device
+        top, left = torch.randint(0, 2 * pad + 1, (2, count), generator=generator, device=device)
+        windows = F.pad(images, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # N,C,2p+1,2p+1,H,W, a view
+        images = windows[torch.arange(count, device=device), :, top, left]
+        if not spec.flip:
+            return images
+        mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=device) < 0.5
+        return torch.where(mirrored, images.flip(-1), images)
+
+    return augment

@@ -1,0 +1,243 @@
+"""Typed options: a dataclass per script, filled from dataset YAML, then `--yaml_path`, then the flags.
+
+Nothing here imports torch, so that `--help` and every mistake in the options answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+import yaml
+
+from utils.errors import ConfigError, MissingError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = frozenset({"random_seed", "poison_seed", "data_seed"})
+# What may change between two runs of the same experiment: where things lie and how the run is watched.
+NOT_IDENTITY = frozenset({"record_path", "save_folder_name", "result_file", "dataset_path", "cache_path", "download",
+                          "device", "eval_every", "score_batch", "overwrite", "debug", "dry_run"})  # fmt: skip
+SWITCHES = {
+    "overwrite": "start again where a run of this name is already there",
+    "dry_run": "say what would be read, trained and written, and do nothing",
+    "debug": "show the traceback of an error",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every script."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ..., or auto: the first GPU where there is one"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """of training and evaluation; auto: bf16 where the device computes in it"""
+    random_seed: int = 0
+    """of weights, batches and augmentation"""
+    record_path: str = "record"
+    """folder that holds the records"""
+    save_folder_name: str | None = None
+    """name of this run's folder; by default made from the script's name"""
+    cache_path: str = "data/cache"
+    """folder of the decoded data sets"""
+    download: bool = False
+    """let torchvision download a data set that is not there"""
+    eval_every: int = 0
+    """measure ACC, ASR and RA every so many epochs too (0: only at the end)"""
+    overwrite: bool = False
+    dry_run: bool = False
+    debug: bool = False
+
+    def __post_init__(self):
+        require(self.random_seed >= 0, "random_seed", "0 or more")
+        require(self.eval_every >= 0, "eval_every", "0 or more epochs")
+        name = self.save_folder_name
+        require(name is None or (name not in {"", ".", ".."} and Path(name).name == name), "save_folder_name", "a plain folder name")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of stochastic gradient descent; the rate falls along a cosine, epoch by epoch."""
+
+    epochs: int = 100
+    """passes over the training set"""
+    batch_size: int = 128
+    """images per step"""
+    lr: float = 0.01
+    """learning rate of the first epoch"""
+    lr_min: float = 0.0
+    """learning rate that the cosine falls to"""
+    momentum: float = 0.9
+    """of SGD"""
+    weight_decay: float = 5e-4
+    """L2 penalty on all weights"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.epochs >= 0, "epochs", "0 or more")
+        require(self.batch_size >= 1, "batch_size", "1 or more images")
+        require(self.lr > 0 and 0 <= self.lr_min <= self.lr, "lr", "positive and no less than lr_min (itself 0 or more)")
+        require(0 <= self.momentum < 1, "momentum", "0 or more and below 1")
+        require(self.weight_decay >= 0, "weight_decay", "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack(Training, Common):
+    """Options of every attack."""
+
+    dataset: str = "digits"
+    """digits (built in), cifar10, cifar100, gtsrb, tiny, or folder: any pair of image folders"""
+    dataset_path: str = "data"
+    """folder that holds <dataset>/; with --dataset folder, the one that holds train/ and test/ or val/"""
+    image_size: int | None = None
+    """side in pixels that pictures are resized to; by default the data set's own (required for folder)"""
+    model: str = "preactresnet18"
+    """architecture of the victim"""
+    width: int | None = None
+    """channels of the first layer of resnet9 (64 unless given; 16 suits small CPUs)"""
+    pratio: float = 0.1
+    """poisoned share of the whole training set, 0..1"""
+    attack_target: int = 0
+    """class that triggered images shall be taken for (all2one)"""
+    label_mode: Literal["all2one", "all2all"] = "all2one"
+    """all2one: every triggered image becomes the target; all2all: class y becomes y+1"""
+    poison_seed: int = 0
+    """of the choice of poisoned images and of generated patterns"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.pratio <= 1, "pratio", "a share from 0 to 1")
+        require(self.attack_target >= 0, "attack_target", "a class number, 0 or more")
+        require(self.image_size is None or self.image_size >= 8, "image_size", "8 pixels or more")
+        require(self.poison_seed >= 0, "poison_seed", "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defense(Common):
+    """Options of every defense."""
+
+    result_file: str
+    """record to repair: a folder's path, or its name below record_path"""
+    dataset_path: str | None = None
+    """where the record's data set lies; by default where the attack found it"""
+    clean_ratio: float = 0.05
+    """clean images that the defender holds, as a share of the training set"""
+    data_seed: int = 0
+    """of the choice of those clean images"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.clean_ratio <= 1, "clean_ratio", "a share above 0, up to 1")
+        require(self.data_seed >= 0, "data_seed", "0 or more")
+
+    @property
+    def record(self):
+        """Path of the record's folder; MissingError where there is none."""
+        places = [Path(self.result_file), Path(self.record_path) / self.result_file]
+        for place in places:
+            if (place / "config.yaml").is_file() or (place / "record.json").is_file() or place.is_dir():
+                return place
+        raise MissingError(f"there is no record {self.result_file!r}: looked at {places[0]} and {places[1]}; "
+                           "an attack script makes one, and --record_path says where records lie")  # fmt: skip
+
+
+def require(holds, option, what):
+    """ConfigError unless `holds`: 'option must be what'."""
+    if not holds:
+        raise ConfigError(f"{option} must be {what}")
+
+
+def parse(Config, argv, description="", prog=None):
+    """The merged options as a `Config`: defaults < config/dataset/<dataset>.yaml < --yaml_path < flags.
+
+    Raises ConfigError for an unknown option or YAML key and for a value of the wrong type or out of range.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("yaml_path", "dataset", "result_file", "record_path"):
+        first.add_argument(f"--{name}", action="append", default=[])
+    early, _ = first.parse_known_args(argv)
+    files = [item for path in early.yaml_path for item in ("--yaml_path", path)]
+    yaml_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    yaml_only.add_argument("--yaml_path", action="append")
+    flags = yaml_only.parse_known_args(argv)[1]  # files go first, so that a flag wins wherever it stands
+
+    parser = _parser(Config, description, prog)
+    given = {}
+    for path in early.yaml_path:
+        given |= _mapping(Path(path))
+    given |= {name: values[-1] for name, values in vars(early).items() if values}
+    parser.set_defaults(_dataset_options(Config, given))
+    try:
+        options = parser.parse_args([*files, *flags])
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_explain(str(error), parser, given, flags)) from error
+    names = [field.name for field in dataclasses.fields(Config)]
+    return Config(**{name: options[name] for name in names})
+
+
+def identity(config, *, seeds=True):
+    """The options that make two runs the same experiment, as a dict; without the seeds if asked."""
+    hidden = NOT_IDENTITY if seeds else NOT_IDENTITY | SEEDS
+    return {key: value for key, value in plain(config).items() if key not in hidden}
+
+
+def digest(options):
+    """A short name for a dict of options: 12 hexadecimal digits of its sha256."""
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def plain(config):
+    """A dataclass of options as the dict that config.yaml holds."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in SWITCHES}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the line breaks of a script's docstring."""
+
+
+def _parser(Config, description, prog):
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=_Help)
+    parser.add_argument("--yaml_path", action="config", help="YAML file of options; a flag overrides what it says")
+    parser.add_class_arguments(Config, as_group=False, skip=set(SWITCHES))
+    for name, text in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    return parser
+
+
+def _dataset_options(Config, given):
+    """What config/dataset/<dataset>.yaml says for attacks or for defenses; for a defense the record names the data set."""
+    if issubclass(Config, Defense):
+        section, dataset = "defense", None
+        for place in (Path(given.get("result_file", "")), Path(given.get("record_path", "record")) / given.get("result_file", "")):
+            dataset = dataset or _mapping(place / "config.yaml").get("dataset")
+    else:
+        section, dataset = "attack", given.get("dataset", Config.dataset)
+    options = _mapping(ROOT / "config" / "dataset" / f"{dataset}.yaml").get(section) or {}
+    known = {field.name for field in dataclasses.fields(Config)}
+    return {key: value for key, value in options.items() if key in known}
+
+
+def _mapping(path):
+    """The YAML mapping in a file; empty where there is none (the parser then says what is wrong)."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _explain(text, parser, given, flags):
+    """One sentence for what the parser found wrong; an unknown option is named with its nearest names."""
+    known = [action.dest for action in parser._actions] + ["print_config"]
+    used = [*given, *(flag[2:].split("=")[0] for flag in flags if flag.startswith("--"))]
+    for name in used:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.5)
+            return f"unknown option {name!r}; " + (f"the nearest are {', '.join(near)}" if near else "--help lists all")
+    return " ".join(text.split())

@@ -1,0 +1,57 @@
+"""Files that are whole or absent: written under a temporary name, flushed to disk, renamed."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import yaml
+
+
+def write(path, content):
+    """Put `content` (str or bytes) at `path` atomically; OSError leaves what was there untouched."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
+def write_yaml(path, mapping):
+    write(path, yaml.safe_dump(mapping, sort_keys=False))
+
+
+def write_json(path, mapping):
+    write(path, json.dumps(mapping, indent=1) + "\n")
+
+
+def csv_text(rows, columns):
+    """Rows (dicts) as CSV; a column that a row lacks stays empty."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def read_csv(path):
+    """The rows as dicts of strings."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()

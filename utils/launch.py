@@ -1,0 +1,70 @@
+"""How a script starts and how it ends: options first, one sentence per error, and the exit codes.
+
+0 done; 1 the run failed; 2 usage; 3 a data set or record is missing; 4 a record is refused; 130 and 143 interrupted.
+"""
+
+import errno
+import importlib
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from utils import config
+from utils.errors import ConfigError, UserError
+
+
+def launch(Config):
+    """Parse the options of the running script and call its `main(options)`; never returns.
+
+    It stands above the script's heavy imports: help and mistakes answer before torch is loaded. The script is
+    then imported as a module, `attack.badnet` say, whichever way it was started.
+    """
+    script = Path(sys.modules["__main__"].__file__).resolve()
+    description = sys.modules["__main__"].__doc__
+
+    def work():
+        if script.parents[1] != config.ROOT:
+            raise ConfigError(f"{script} would run with the utils/ of another checkout, {config.ROOT}; "
+                              f"start it from its own root with python -m {script.parent.name}.{script.stem}")  # fmt: skip
+        options = config.parse(Config, sys.argv[1:], description, f"{script.parent.name}/{script.name}")
+        importlib.import_module(f"{script.parent.name}.{script.stem}").main(options)
+
+    sys.exit(guard(work, debug="--debug" in sys.argv))
+
+
+def guard(work, *, debug=False):
+    """Call work() and return the exit code; what went wrong is one sentence on stderr."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        work()
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command resumes after the last finished epoch", 130)
+    except Exception as error:  # the outermost frame: everything must end in one sentence and a code
+        if debug:
+            traceback.print_exc()
+        return _say(*_explain(error))
+    except SystemExit as end:
+        if end.code == 143:
+            return _say("terminated; the same command resumes after the last finished epoch", 143)
+        raise
+    return 0
+
+
+def _explain(error):
+    """(sentence, exit code) for an exception."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text, error.code
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "out of memory: lower --batch_size or choose a smaller --model", 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error.filename or 'cannot write'}; make room and run the same command again", 1
+    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
+        return f"no permission: {error.filename}; choose another place with --record_path or --cache_path", 1
+    return f"unexpected {kind}: {text}; --debug shows where", 1
+
+
+def _say(sentence, code):
+    print(f"error: {sentence}" if code < 100 else sentence, file=sys.stderr)
+    return code

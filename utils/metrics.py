@@ -1,0 +1,53 @@
+"""ACC, ASR and RA, as fractions, and DER, which joins them."""
+
+from typing import NamedTuple
+
+import torch
+
+from utils.batch import batches
+from utils.data import Split
+
+BATCH = 500  # images per forward pass
+
+
+class Exam(NamedTuple):
+    """What a model is judged on: the clean test set, and the triggered one with the attacker's labels."""
+
+    test: Split
+    backdoor: Split
+
+
+@torch.inference_mode()
+def predict(model, split, precision="fp32"):
+    """Predicted classes (int64 N) of every image of `split`, in order; leaves the model as it was."""
+    training = model.training
+    model.eval()
+    with torch.autocast(split.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        classes = [model(images).argmax(1) for images, _, _ in batches(split, BATCH)]
+    model.train(training)
+    return torch.cat(classes) if classes else split.labels[:0]
+
+
+def evaluate(model, exam, precision="fp32"):
+    """{acc, asr, ra}: shares of clean images classified right, and of triggered images given the attacker's label and
+    their true one. asr and ra are None where no test image can be triggered."""
+    clean, triggered = predict(model, exam.test, precision), predict(model, exam.backdoor, precision)
+    return {
+        "acc": _share(clean == exam.test.truth),
+        "asr": _share(triggered == exam.backdoor.labels),
+        "ra": _share(triggered == exam.backdoor.truth),
+    }
+
+
+def defense_effectiveness(before, after):
+    """DER in [0, 1]: 0.5 where nothing changed, 1 where ASR fell from 1 to 0 at no cost in ACC; None without an ASR.
+
+    Zhu et al., "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization", ICCV 2023.
+    """
+    if before["asr"] is None or after["asr"] is None:
+        return None
+    return (max(0, before["asr"] - after["asr"]) - max(0, before["acc"] - after["acc"]) + 1) / 2
+
+
+def _share(hits):
+    return hits.double().mean().item() if len(hits) else None

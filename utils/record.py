@@ -1,0 +1,195 @@
+"""The folder of a run: safe to open, written whole, and verified before anything in it is used.
+
+A run under way lives in `state/`; its results are renamed into the folder at the end, `record.json` last, so that a
+folder with a `record.json` is complete and a killed run has damaged nothing.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+
+import models
+from utils import config as options
+from utils import data, files
+from utils.errors import ConfigError, RefusedError
+from utils.metrics import Exam
+
+FORMAT = 1
+WEIGHTS, POISONED = "model.safetensors", "poison.safetensors"
+NEEDED = {"attack": ("config.yaml", WEIGHTS, POISONED, "results.csv"), "defense": ("config.yaml", WEIGHTS, "results.csv")}
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a defender knows and may use.
+
+    `train` is the training set as found (its `truth` is what it claims), `clean` a few images known to be clean, at
+    positions `clean_index` of the training set; `state` is a folder for checkpoints. `report(stage, model)` has the
+    judge measure a model and log it; nothing comes back.
+    """
+
+    spec: data.Spec
+    train: data.Split
+    clean: data.Split
+    clean_index: torch.Tensor
+    state: Path
+    report: Callable
+
+
+def begin(folder, config, *, kind, victim=None):
+    """Claim `folder` for a run of `config`: True where there is work to do, False where it is already done.
+
+    Raises ConfigError (exit 2) where another configuration lies there, RefusedError (exit 4) where a damaged one
+    does; with config.overwrite both are replaced, but only when the new run is complete.
+    """
+    state = folder / "state"
+    if config.overwrite:
+        if not _same(_yaml(state / "config.yaml"), config):
+            shutil.rmtree(state, ignore_errors=True)
+    elif (folder / "record.json").exists():
+        info = verify(folder, kind)
+        _refuse_other(_yaml(folder / "config.yaml"), config, folder)
+        if info.get("victim_sha256") != victim:
+            raise ConfigError(f"{folder} repaired another victim than the one there now; --overwrite repairs this one")
+        return False
+    elif (state / "config.yaml").exists():
+        _refuse_other(_yaml(state / "config.yaml"), config, folder)
+    elif folder.is_dir() and any(path.name != "defense" for path in folder.iterdir() if path != state):
+        raise RefusedError(f"{folder} holds files but no complete run; --overwrite starts again, --save_folder_name goes elsewhere")
+    state.mkdir(parents=True, exist_ok=True)
+    files.write_yaml(state / "config.yaml", options.plain(config))
+    return True
+
+
+def finish(folder, contents, info, *, kind):
+    """Put the files of a complete run in place, `contents` being name -> bytes or str, and record.json last."""
+    (folder / "record.json").unlink(missing_ok=True)
+    for name, content in contents.items():
+        files.write(folder / name, content)
+    for name in ("config.yaml", "log.csv"):
+        os.replace(folder / "state" / name, folder / name) if (folder / "state" / name).exists() else None
+    names = [*contents, "config.yaml", "log.csv"]
+    sums = {name: files.sha256(folder / name) for name in names if (folder / name).exists()}
+    files.write_json(folder / "record.json", {"format": FORMAT, "kind": kind, **info, "files": sums})
+    shutil.rmtree(folder / "state")
+
+
+def verify(folder, kind):
+    """What record.json says, once every file it names has its checksum; RefusedError says what is wrong."""
+    try:
+        info = json.loads((folder / "record.json").read_text())
+        version, sums = info["format"], dict(info["files"])
+    except FileNotFoundError:
+        why = "the run that makes it has not finished" if (folder / "state").is_dir() else "it has no record.json"
+        raise RefusedError(f"the record {folder} is not complete: {why}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"the record {folder} is damaged: record.json cannot be read") from error
+    if version != FORMAT:
+        raise RefusedError(f"the record {folder} has format {version}; this version of Antidote reads format {FORMAT}")
+    if info.get("kind") != kind:
+        raise RefusedError(f"{folder} is not the record of an {kind} but of a {info.get('kind')}")
+    for name in {*NEEDED[kind], *sums}:
+        path = folder / name
+        if Path(name).name != name or name not in sums or not path.is_file():
+            raise RefusedError(f"the record {folder} is damaged: {name} is missing")
+        if files.sha256(path) != sums[name]:
+            raise RefusedError(f"the record {folder} is damaged: {name} is not the file that was saved")
+    return info
+
+
+def tensors(path):
+    """The tensors of a safetensors file; RefusedError for anything else, a pickle for one."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise RefusedError(f"{path} is refused: it is not a safetensors file") from error
+
+
+def load(folder, config, device):
+    """(victim model, found training set, Exam, clean training set, Spec, record.json's content) of an attack's record.
+
+    `config` is the defense's. Raises RefusedError where the record is damaged or made on another data set.
+    """
+    info = verify(folder, "attack")
+    made = _yaml(folder / "config.yaml")
+    try:
+        spec, clean, test = data.load(made["dataset"], config.dataset_path or made["dataset_path"],
+                                      image_size=made["image_size"], device=device, cache=config.cache_path,
+                                      download=config.download)  # fmt: skip
+        _same_data(folder, info["data"], spec, clean, test)
+        poisoned = {name: value.to(device) for name, value in tensors(folder / POISONED).items()}
+        found = _found(clean, poisoned)
+        exam = Exam(test, data.Split(poisoned["test_images"], poisoned["test_labels"], poisoned["test_truth"]))
+        model = models.build(made["model"], spec, made["width"]).to(device)
+        model.load_state_dict(tensors(folder / WEIGHTS))
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise RefusedError(f"the record {folder} is damaged: {' '.join(str(error).split())[:200]}") from error
+    return model, found, exam, clean, spec, info
+
+
+def poison_file(split, index, kinds, test_index, backdoor):
+    """The bytes of poison.safetensors: what was stamped, where, and what the judge will show."""
+    return safetensors.torch.save(_plain({
+        "train_index": index, "train_images": split.images[index], "train_labels": split.labels[index], "train_kind": kinds,
+        "test_index": test_index, "test_images": backdoor.images, "test_labels": backdoor.labels, "test_truth": backdoor.truth,
+    }))  # fmt: skip
+
+
+def weights_file(model):
+    """The bytes of model.safetensors."""
+    return safetensors.torch.save(_plain(model.state_dict()))
+
+
+def _plain(named):
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+
+
+def _found(clean, poisoned):
+    """The training set as it was trained on; its truth is only what it claims."""
+    images, labels, index = clean.images.clone(), clean.labels.clone(), poisoned["train_index"]
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(clean):
+        raise IndexError(f"{POISONED} names images that the training set does not have")
+    images[index], labels[index] = poisoned["train_images"], poisoned["train_labels"]
+    return data.Split(images, labels, labels)
+
+
+def _same_data(folder, made, spec, train, test):
+    here = {"train": len(train), "test": len(test), "classes": spec.classes, "size": spec.size}
+    for name, count in here.items():
+        if made[name] != count:
+            raise RefusedError(f"the record {folder} was made on a {spec.name} whose {name} is {made[name]}, but here it is {count}; "
+                               "--dataset_path names the set it was made on")  # fmt: skip
+    if made["fingerprint"] != spec.fingerprint:
+        print(f"warning: {spec.name} here has other pixels than the one the record {folder} was made on")
+
+
+def _yaml(path):
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RefusedError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _same(saved, config):
+    hidden = options.NOT_IDENTITY
+    return {k: v for k, v in saved.items() if k not in hidden} == options.identity(config)
+
+
+def _refuse_other(saved, config, folder):
+    if _same(saved, config):
+        return
+    here = options.identity(config)
+    keys = [k for k in {**saved, **here} if k not in options.NOT_IDENTITY and saved.get(k) != here.get(k)]
+    difference = ", ".join(f"{key} {saved.get(key)} there and {here.get(key)} here" for key in keys)
+    raise ConfigError(f"{folder} holds another configuration ({difference}); --overwrite starts again, --save_folder_name goes elsewhere")

@@ -1,0 +1,105 @@
+"""The one training loop: SGD, cosine schedule, mixed precision, a checkpoint after every epoch."""
+
+import math
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from utils import files, seeds
+from utils.batch import batches, lengths
+from utils.errors import UserError
+
+
+def fit(model, split, config, *, augment=None, drop_last=False, after_step=None, on_epoch=None, checkpoint=None):
+    """Train `model` in place on `split` with cross-entropy and return it, in the mode it came in.
+
+    `config` gives epochs, batch_size, lr, lr_min, momentum, weight_decay, random_seed and precision (bf16 or fp32).
+    `after_step()` runs after every optimiser step. `on_epoch(model, epoch=, loss=, lr=)` runs after every epoch with
+    its mean loss. With a `checkpoint` path the state after every epoch is kept there, and training goes on from what
+    lies there; every epoch draws from its own seed, so an interrupted CPU run ends with the same weights.
+    Raises UserError (exit 1) when the loss is no longer a number.
+    """
+    device, training = split.labels.device, model.training
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    done = _resume(checkpoint, model, optimizer, device) if checkpoint else 0
+    steps = len(lengths(len(split), config.batch_size, drop_last=drop_last))
+    with tqdm(total=steps * config.epochs, initial=steps * done, desc="training", unit=" steps", disable=None) as bar:
+        for epoch in range(done, config.epochs):
+            rate = cosine(epoch, config)
+            optimizer.param_groups[0]["lr"] = rate
+            order = batches(split, config.batch_size, generator=_seeded(config.random_seed, epoch, device),
+                            augment=augment, drop_last=drop_last)  # fmt: skip
+            loss = _epoch(model, order, optimizer, config.precision, after_step, bar)
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} after epoch {epoch + 1}: lower --lr, which is {config.lr}")
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
+            if on_epoch:
+                on_epoch(model, epoch=epoch + 1, loss=round(loss, 6), lr=round(rate, 8))
+            if checkpoint:
+                _save(checkpoint, model, optimizer, epoch + 1)
+    return model.train(training)
+
+
+def cosine(epoch, config):
+    """Learning rate of an epoch, counted from 0: from lr down to lr_min along half a cosine."""
+    return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+
+
+def _epoch(model, order, optimizer, precision, after_step, bar):
+    """One pass; the mean loss, read from the device once at the end."""
+    model.train()
+    total, count = 0, 0
+    for images, labels, _ in order:
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if after_step:
+            after_step()
+        total += loss.detach() * len(labels)
+        count += len(labels)
+        bar.update()
+    return float(total) / max(count, 1)
+
+
+def _seeded(seed, epoch, device):
+    """The generator of one epoch's order and augmentation; dropout draws from the global one, which is seeded too."""
+    torch.manual_seed(seeds.number("dropout", seed, epoch))
+    return seeds.generator("epoch", seed, epoch, device=device)
+
+
+def _save(path, model, optimizer, epoch):
+    """Everything the next epoch starts from, without pickle."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{name}": value for name, value in state.items() if torch.is_tensor(value)}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    files.write(path, safetensors.torch.save(whole, {"epoch": str(epoch)}))
+
+
+def _resume(path, model, optimizer, device):
+    """Load a checkpoint; the number of epochs it has seen, 0 where there is none."""
+    if not Path(path).is_file():
+        return 0
+    with safetensors.safe_open(path, "pt") as file:
+        epoch = int(file.metadata()["epoch"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    state, parameters = {}, list(model.parameters())
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        if part == "optimizer":
+            number, _, key = rest.partition("/")
+            like = parameters[int(number)]
+            if tensor.shape == like.shape:  # the fused step reads memory as it lies: channels last, like the weights
+                tensor = torch.empty_like(like).copy_(tensor)
+            state.setdefault(int(number), {})[key] = tensor.to(device)
+    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model/")})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return epoch
