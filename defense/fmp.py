@@ -50,6 +50,7 @@ if __name__ == "__main__":
     launch(Config)
 
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -184,18 +185,16 @@ def paired_norms(model):
             if len(user) == 1 and user[0].op == "call_module" and isinstance(modules[user[0].target], nn.BatchNorm2d)}  # fmt: skip
 
 
-class _frozen:
+@contextmanager
+def _frozen(model):
     """Parameters need no gradient inside; the graph then holds only what leads to the images."""
-
-    def __init__(self, model):
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def __enter__(self):
-        for parameter in self._parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_):
-        for parameter in self._parameters:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
             parameter.requires_grad_(True)
 
 

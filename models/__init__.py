@@ -33,6 +33,7 @@ TORCHVISION = (
     "vit_b_16",
 )
 HELPERS = {"normalize", "torchvision_nets"}  # the files of this folder that are no model
+FROM_32_PIXELS = {"convnext_tiny", "densenet161", "vgg19_bn"}  # smaller pictures shrink to nothing in them
 DEFAULT_WIDTH = {"resnet9": 64}  # the models whose width can be chosen
 
 
@@ -53,14 +54,14 @@ def check(name: str, width: int | None = None) -> None:
     known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? All models" if near else "the models are"
-        raise ConfigError(f"There is no model {name!r}; {hint}: {', '.join(known)}.")
+        hint = f"did you mean {' or '.join(near)}? all models" if near else "the models are"
+        raise ConfigError(f"there is no model {name!r}; {hint}: {', '.join(known)}")
     if width is None:
         return
     if name not in DEFAULT_WIDTH:
-        raise ConfigError(f"The width of {name} is fixed: leave width out, or choose {' or '.join(DEFAULT_WIDTH)}.")
+        raise ConfigError(f"the width of {name} is fixed: leave width out, or choose {' or '.join(DEFAULT_WIDTH)}")
     if width < 1:
-        raise ConfigError(f"The width of {name} must be at least 1 channel, not {width}.")
+        raise ConfigError(f"the width of {name} must be at least 1 channel, not {width}")
 
 
 def label(name: str, width: int | None = None) -> str:
@@ -76,6 +77,8 @@ def build(name: str, spec, width: int | None = None) -> nn.Module:
     `width` is the number of channels of resnet9's first convolution; None is its default, 64.
     """
     check(name, width)
+    if name in FROM_32_PIXELS and spec.size < 32:
+        raise ConfigError(f"{name} needs pictures of at least 32 pixels, not {spec.size}: choose another model or size")
     from torch import nn
 
     from models.normalize import Normalize

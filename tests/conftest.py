@@ -46,6 +46,13 @@ def victim(places, run):
 
 
 @pytest.fixture(scope="session")
+def small(places, run):
+    """A record of a narrow network, trained for one epoch: enough to run a defense on, quickly."""
+    run("attack/badnet.py", *places, *QUICK, "--width", "8", "--save_folder_name", "small")
+    return Path(places[1]) / "small"
+
+
+@pytest.fixture(scope="session")
 def cifar():
     """Folder that holds the CIFAR-10 pictures as image folders; skips where they are not beside the checkout."""
     archive = ROOT.parent / "shared" / "data" / "unpack_cifar10.sh"

@@ -122,6 +122,16 @@ def test_second_start_reads_the_cache(tmp_path, monkeypatch):
     assert torch.equal(first[1].images, load("folder", tmp_path / "set", tmp_path, image_size=16)[1].images)
 
 
+def test_damaged_cache(tmp_path):
+    folders(tmp_path / "set")
+    load("folder", tmp_path / "set", tmp_path, image_size=16)
+    (cache,) = (tmp_path / "cache").iterdir()
+    for name in ("train.npy", "meta.json"):
+        (cache / name).write_bytes((cache / name).read_bytes()[:20])
+        with pytest.raises(MissingError, match=f"{cache.name} is damaged"):
+            load("folder", tmp_path / "set", tmp_path, image_size=16)
+
+
 def test_a_changed_picture_is_read_again(tmp_path):
     folders(tmp_path / "set")
     before = load("folder", tmp_path / "set", tmp_path, image_size=16)

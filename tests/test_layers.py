@@ -10,23 +10,7 @@ from tests.conftest import names
 
 ROOT = Path(__file__).resolve().parents[1]
 # a module may import from the lines above its own only
-ORDER = [
-    "errors",
-    "files",
-    "seeds",
-    "models",
-    "config",
-    "launch",
-    "sources",
-    "data",
-    "batch",
-    "poison",
-    "metrics",
-    "train",
-    "preview",
-    "record",
-    "run",
-]
+ORDER = ("errors files seeds models config launch sources data batch poison metrics train preview device judge record results run").split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 
 

@@ -254,7 +254,7 @@ def test_labels():
 
 
 def test_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"'preactresnet81'; did you mean preactresnet18.* All models: .*vit_b_16"):
+    with pytest.raises(ConfigError, match=r"'preactresnet81'; did you mean preactresnet18.* all models: .*vit_b_16"):
         models.build("preactresnet81", spec())
     with pytest.raises(ConfigError, match=r"'zzz'; the models are: .*resnet9"):
         models.build("zzz", spec())
@@ -271,3 +271,9 @@ def test_files_that_are_no_model_are_refused(helper):
 def test_impossible_width_is_refused(call, name, width):
     with pytest.raises(ConfigError, match=f"width of {name}"):
         call(name, width)
+
+
+@pytest.mark.parametrize("name", sorted(models.FROM_32_PIXELS))
+def test_too_small_pictures_are_refused(name):
+    with pytest.raises(ConfigError, match="at least 32 pixels"):
+        models.build(name, spec(24))

@@ -36,7 +36,7 @@ def rewrite(folder, name, content):
 
 def test_round_trip(copy):
     folder, config = copy
-    model, found, exam, clean, spec, info = record.load(folder, config, CPU)
+    model, found, exam, clean, spec = record.load(folder, config, CPU)
     saved = safetensors.torch.load_file(folder / "poison.safetensors")
     made = yaml.safe_load((folder / "config.yaml").read_text())
     index = saved["train_index"]
@@ -52,6 +52,7 @@ def test_round_trip(copy):
     assert (exam.backdoor.images[:, :, 29:, 29:] == 255).all()
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    info = json.loads((folder / "record.json").read_text())
     assert set(info["files"]) == {path.name for path in folder.iterdir() if path.is_file()} - {"record.json"}
 
 
@@ -191,6 +192,30 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         files.write(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_run_cut_off_in_its_last_step_is_completed(tmp_path, monkeypatch):
+    folder, config = tmp_path / "run", Config(result_file="x")
+    contents = {"model.safetensors": b"1", "results.csv": "2"}
+    assert record.begin(folder, config, kind="defense")
+    files.write(folder / "state" / "log.csv", "3")
+    real, left = os.replace, [6]
+
+    def cut_off(source, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        record.finish(folder, contents, {}, kind="defense")
+    monkeypatch.setattr(os, "replace", real)
+    with pytest.raises(RefusedError, match="not finished"):
+        record.verify(folder, "defense")
+    assert not record.begin(folder, config, kind="defense"), "nothing is left to do"
+    record.verify(folder, "defense")
+    assert not (folder / "state").exists()
 
 
 def test_overwriting_keeps_the_old_run_until_the_new_one_is_complete(copy):

@@ -40,17 +40,17 @@ def test_attack(name, mode, places, run, tmp_path):
 
 
 @pytest.mark.parametrize("name", names("defense"))
-def test_defense(name, places, run, victim, tmp_path):
-    before = {path: path.read_bytes() for path in victim.iterdir() if path.is_file()}
-    run("-m", f"defense.{name}", *places, *QUICK, "--result_file", "victim", "--save_folder_name", f"{name}_quick", "--eval_every", 1)
-    folder = victim / "defense" / f"{name}_quick"
+def test_defense(name, places, run, small):
+    before = {path: path.read_bytes() for path in small.iterdir() if path.is_file()}
+    run("-m", f"defense.{name}", *places, *QUICK, "--result_file", "small", "--save_folder_name", f"{name}_quick", "--eval_every", 1)
+    folder = small / "defense" / f"{name}_quick"
     assert {path.name for path in folder.iterdir()} == WRITTEN - {"poison.safetensors", "preview.png"}
-    row, made = results(folder), results(victim)
+    row, made = results(folder), results(small)
     assert row["defense"] == name and row["clean_budget"] == "64" and row["acc_before"] == made["acc"] and row["asr_before"] == made["asr"]
     assert 0 <= float(row["der"]) <= 1 and float(row["asr"]) + float(row["ra"]) <= 1
     stages = [line["stage"] for line in csv.DictReader(open(folder / "log.csv"))]
     assert stages == ["before", *(["pruned"] if name == "fmp" else []), "finetune", "after"]
-    assert before == {path: path.read_bytes() for path in victim.iterdir() if path.is_file()}, "the victim is untouched"
+    assert before == {path: path.read_bytes() for path in small.iterdir() if path.is_file()}, "the victim is untouched"
 
 
 def test_started_by_path_or_by_module_it_is_the_same(places, run, tmp_path):
@@ -185,11 +185,13 @@ def test_debug_shows_the_traceback(run):
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_place(run, places, tmp_path):
-    tmp_path.chmod(0o500)
-    done = run("attack/badnet.py", *places, "--record_path", tmp_path / "r", code=1)
-    assert "no permission" in done.first and "--record_path" in done.first
+@pytest.mark.parametrize("option", ["--record_path", "--cache_path"])
+def test_a_place_where_nothing_can_be_written(option, run, places, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    tmp_path.chmod(0o500)  # root may write all the same, but not below a file
+    done = run("attack/badnet.py", *places, option, tmp_path / "file" / "r", code=1)
+    assert "file" in done.first and option in done.first and len(done.stderr.strip().splitlines()) == 1
+    tmp_path.chmod(0o700)
 
 
 def small_files():

@@ -141,7 +141,7 @@ class Defense(Common):
         """Path of the record's folder; MissingError where there is none."""
         places = [Path(self.result_file), Path(self.record_path) / self.result_file]
         for place in places:
-            if (place / "config.yaml").is_file() or (place / "record.json").is_file() or place.is_dir():
+            if place.is_dir():
                 return place
         raise MissingError(f"there is no record {self.result_file!r}: looked at {places[0]} and {places[1]}; "
                            "an attack script makes one, and --record_path says where records lie")  # fmt: skip
@@ -218,7 +218,7 @@ def _dataset_options(Config, given):
             dataset = dataset or _mapping(place / "config.yaml").get("dataset")
     else:
         section, dataset = "attack", given.get("dataset", Config.dataset)
-    options = _mapping(ROOT / "config" / "dataset" / f"{dataset}.yaml").get(section) or {}
+    options = _mapping(ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml").get(section) or {}
     known = {field.name for field in dataclasses.fields(Config)}
     return {key: value for key, value in options.items() if key in known}
 

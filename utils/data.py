@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from utils import files, seeds, sources
-from utils.errors import ConfigError
+from utils.errors import ConfigError, MissingError
 
 # mean and std of the training set in [0, 1] pixels and whether a mirrored picture keeps its class, as the field uses
 # them; sets that are not here are measured
@@ -74,10 +74,13 @@ def load(name, root, *, image_size=None, device="cpu", cache="data/cache", downl
     folder = Path(cache) / f"{name}-{side}-{mark[:12]}"
     if not (folder / "meta.json").is_file():
         _decode(found, side, folder)
-    meta = json.loads((folder / "meta.json").read_text())
-    mean, std, flip = KNOWN.get(name, (meta["mean"], meta["std"], False))
-    spec = Spec(name, meta["classes"], side, tuple(mean), tuple(std), flip, meta["fingerprint"])
-    return spec, *(_mapped(folder, split, device) for split in ("train", "test"))
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        mean, std, flip = KNOWN.get(name, (meta["mean"], meta["std"], False))
+        spec = Spec(name, meta["classes"], side, tuple(mean), tuple(std), flip, meta["fingerprint"])
+        return spec, *(_mapped(folder, split, device) for split in ("train", "test"))
+    except (OSError, ValueError, KeyError) as error:
+        raise MissingError(f"the cache {folder} is damaged: delete that folder and run again") from error
 
 
 def balanced_subset(labels, count, seed):
@@ -118,7 +121,7 @@ def _decode(found, side, folder):
             if split == "train":
                 meta |= {"classes": int(labels.max()) + 1} | _statistics(images)
         files.write_json(unfinished / "meta.json", meta)
-        if not folder.is_dir():
+        if not folder.is_dir():  # another run may have been quicker
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

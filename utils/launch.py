@@ -60,8 +60,8 @@ def _explain(error):
         return "out of memory: lower --batch_size or choose a smaller --model", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or 'cannot write'}; make room and run the same command again", 1
-    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
-        return f"no permission: {error.filename}; choose another place with --record_path or --cache_path", 1
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; --record_path and --cache_path choose other places", 1
     return f"unexpected {kind}: {text}; --debug shows where", 1
 
 

@@ -7,7 +7,7 @@ import torch
 from utils.batch import batches
 from utils.data import Split
 
-BATCH = 500  # images per forward pass
+BATCH = 250  # images per forward pass
 
 
 class Exam(NamedTuple):

@@ -5,17 +5,17 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-COUNT, SIDE, GAP, MARGIN = 8, 128, 6, 92
+SIDE, GAP, MARGIN = 128, 6, 92  # pixels
 
 
-def preview(clean, triggered, truth, labels):
-    """PNG bytes of up to eight uint8 images N,3,S,S before and after, with true and attacker's labels (N) above them.
+def preview(clean, triggered):
+    """PNG bytes of two splits of the same up to eight images, true and attacker's labels above them.
 
     The difference is drawn around mid-grey and stretched so that its largest value, which is stated, is full scale.
     """
-    before, after = clean[:COUNT].cpu().numpy(), triggered[:COUNT].cpu().numpy()
+    before, after = clean.images.cpu().numpy(), triggered.images.cpu().numpy()
     change = after.astype(np.int16) - before
-    scale = max(int(np.abs(change).max()), 1)
+    scale = max(int(np.abs(change).max(initial=0)), 1)
     shown = np.uint8(np.rint(127.5 + change / scale * 127.5))
     canvas = Image.new("RGB", (MARGIN + len(before) * (SIDE + GAP) + GAP, 24 + 3 * (SIDE + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -28,7 +28,7 @@ def preview(clean, triggered, truth, labels):
             picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
             canvas.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
             if row == 0:
-                draw.text((left, 6), f"class {int(truth[column])} -> {int(labels[column])}", "black")
+                draw.text((left, 6), f"class {int(triggered.truth[column])} -> {int(triggered.labels[column])}", "black")
     file = io.BytesIO()
     canvas.save(file, "PNG")
     return file.getvalue()

@@ -21,6 +21,7 @@ from utils import config as options
 from utils import data, files
 from utils.errors import ConfigError, RefusedError
 from utils.metrics import Exam
+from utils.poison import COVER, POISON
 
 FORMAT = 1
 WEIGHTS, POISONED = "model.safetensors", "poison.safetensors"
@@ -51,6 +52,8 @@ def begin(folder, config, *, kind, victim=None):
     does; with config.overwrite both are replaced, but only when the new run is complete.
     """
     state = folder / "state"
+    if (state / "record.json").exists():  # cut off in its very last step
+        _commit(folder)
     if config.overwrite:
         if not _same(_yaml(state / "config.yaml"), config):
             shutil.rmtree(state, ignore_errors=True)
@@ -70,16 +73,27 @@ def begin(folder, config, *, kind, victim=None):
 
 
 def finish(folder, contents, info, *, kind):
-    """Put the files of a complete run in place, `contents` being name -> bytes or str, and record.json last."""
-    (folder / "record.json").unlink(missing_ok=True)
+    """Put a complete run in place, `contents` being name -> bytes or str.
+
+    Everything is written to state/ first, which is where a full disk shows; the rest is renaming.
+    """
+    state = folder / "state"
     for name, content in contents.items():
-        files.write(folder / name, content)
-    for name in ("config.yaml", "log.csv"):
-        os.replace(folder / "state" / name, folder / name) if (folder / "state" / name).exists() else None
-    names = [*contents, "config.yaml", "log.csv"]
-    sums = {name: files.sha256(folder / name) for name in names if (folder / name).exists()}
-    files.write_json(folder / "record.json", {"format": FORMAT, "kind": kind, **info, "files": sums})
-    shutil.rmtree(folder / "state")
+        files.write(state / name, content)
+    sums = {name: files.sha256(state / name) for name in [*contents, "config.yaml", "log.csv"]}
+    files.write_json(state / "record.json", {"format": FORMAT, "kind": kind, **info, "files": sums})
+    _commit(folder)
+
+
+def _commit(folder):
+    """Rename the files that state/record.json lists into the folder; may be cut off and called again."""
+    state = folder / "state"
+    (folder / "record.json").unlink(missing_ok=True)
+    for name in json.loads((state / "record.json").read_text())["files"]:
+        if (state / name).exists():
+            os.replace(state / name, folder / name)
+    os.replace(state / "record.json", folder / "record.json")
+    shutil.rmtree(state)
 
 
 def verify(folder, kind):
@@ -114,7 +128,7 @@ def tensors(path):
 
 
 def load(folder, config, device):
-    """(victim model, found training set, Exam, clean training set, Spec, record.json's content) of an attack's record.
+    """(victim model, found training set, Exam, clean training set, Spec) of an attack's record.
 
     `config` is the defense's. Raises RefusedError where the record is damaged or made on another data set.
     """
@@ -132,15 +146,23 @@ def load(folder, config, device):
         model.load_state_dict(tensors(folder / WEIGHTS))
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise RefusedError(f"the record {folder} is damaged: {' '.join(str(error).split())[:200]}") from error
-    return model, found, exam, clean, spec, info
+    return model, found, exam, clean, spec
 
 
-def poison_file(split, index, kinds, test_index, backdoor):
-    """The bytes of poison.safetensors: what was stamped, where, and what the judge will show."""
-    return safetensors.torch.save(_plain({
-        "train_index": index, "train_images": split.images[index], "train_labels": split.labels[index], "train_kind": kinds,
+def poison_file(split, index, cover, test_index, backdoor):
+    """The bytes of poison.safetensors: what was poisoned or disturbed, and what the judge will show."""
+    changed = torch.cat([index, cover])
+    kinds = torch.cat([torch.full_like(index, POISON), torch.full_like(cover, COVER)])
+    named = {
+        "train_index": changed, "train_images": split.images[changed], "train_labels": split.labels[changed], "train_kind": kinds,
         "test_index": test_index, "test_images": backdoor.images, "test_labels": backdoor.labels, "test_truth": backdoor.truth,
-    }))  # fmt: skip
+    }  # fmt: skip
+    return safetensors.torch.save(_plain(named))
+
+
+def facts(spec, train, test):
+    """What record.json keeps of a data set, for a defense to know it again."""
+    return {"train": len(train), "test": len(test), "classes": spec.classes, "size": spec.size, "fingerprint": spec.fingerprint}
 
 
 def weights_file(model):
@@ -162,9 +184,8 @@ def _found(clean, poisoned):
 
 
 def _same_data(folder, made, spec, train, test):
-    here = {"train": len(train), "test": len(test), "classes": spec.classes, "size": spec.size}
-    for name, count in here.items():
-        if made[name] != count:
+    for name, count in facts(spec, train, test).items():
+        if name != "fingerprint" and made[name] != count:
             raise RefusedError(f"the record {folder} was made on a {spec.name} whose {name} is {made[name]}, but here it is {count}; "
                                "--dataset_path names the set it was made on")  # fmt: skip
     if made["fingerprint"] != spec.fingerprint:

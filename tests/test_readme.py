@@ -1,0 +1,115 @@
+"""The README is true: its commands run, its files exist, its table comes from a file, its methods are the folder's."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, names
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+COMMANDS = [re.sub(r"\s+#.*", "", line).strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = list(dict.fromkeys(line for line in COMMANDS if line and not line.startswith("#")))
+SCRIPTS = [line for line in COMMANDS if line.startswith("python ")]
+SMALL = {  # a user's long run, with the parts that make it long replaced
+    "--dataset": "digits", "--model": "resnet9", "--epochs": "1", "--width": "8", "--dataset_path": None, "--image_size": None,
+    "--yaml_path": None, "--batch_size": None, "--download": None,
+}  # fmt: skip
+
+
+def small(words):
+    """The command on the digits for one epoch: unwanted options go with their values."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word not in SMALL:
+            kept.append(word)
+        skip = word in SMALL
+    return kept
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, places):
+    """An empty place with the project's scripts, where the README's own folder names may be used."""
+    place = tmp_path_factory.mktemp("readme")
+    for name in ("attack", "defense", "models", "utils", "config", "benchmarks"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("compare.py", "pyproject.toml", "requirements.txt", "Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, place / name)
+    return place
+
+
+def test_commands_are_known():
+    other = [line for line in COMMANDS if not line.startswith("python ")]
+    assert {"make demo", "make test"} <= set(other)
+    for line in other:
+        words = shlex.split(line)
+        if words[0] == "make":
+            targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+            assert set(words[1:]) <= set(targets), line
+        else:
+            assert words[0] in {"git", "cd", "pip"}, f"nothing tests the command {line!r}"
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_every_option_of_a_command_exists(line, run):
+    words = shlex.split(line)[1:]
+    script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+    assert (ROOT / script).is_file()
+    text = run(*words[: 2 if words[0] == "-m" else 1], "--help").stdout
+    for word in words:
+        if word.startswith("--"):
+            assert f"{word} " in text or f"{word}\n" in text or f"[{word}]" in text, f"{line}: no option {word}"
+
+
+def test_every_command_runs(bench):
+    """In the README's own order, on the digits and for one epoch, as `python -m` so that this very copy is run."""
+    for line in SCRIPTS:
+        words = shlex.split(line)[1:]
+        module = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py").replace("/", "."), *words[1:]]
+        words = small(module) if not module[0].startswith(("compare", "benchmarks")) else module
+        if words[0].startswith("attack."):
+            words += ["--dataset", "digits", "--model", "resnet9", "--width", "8", "--epochs", "1"]
+        elif words[0].startswith("defense."):
+            words += ["--epochs", "1"]
+        elif words[0].startswith("benchmarks."):
+            words = [word for word in words if word != "--save"] + ["--images", "256", "--pairs", "1"]
+        environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_example_of_an_attack_works(bench):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (bench / "attack" / "stripe.py").write_text(example)
+    environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
+    words = ["-m", "attack.stripe", "--column", "5", "--epochs", "1"]
+    done = subprocess.run([sys.executable, *words], cwd=bench, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("ACC"), done.stderr
+    assert (bench / "record" / "stripe_digits" / "record.json").is_file()
+
+
+def test_demo_is_what_make_runs():
+    lines = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    demo = [line.removeprefix(".venv/bin/") for line in lines if line.startswith(".venv/bin/python ") and " -m " not in line]
+    assert [line.split()[1] for line in demo] == ["attack/badnet.py", "defense/ft.py", "defense/fmp.py", "compare.py"]
+
+
+@pytest.mark.parametrize("folder", ["attack", "defense"])
+def test_methods_are_listed(folder):
+    listed = set(re.findall(rf"^\| \[`(\w+)`\]\({folder}/\w+\.py\)", README, re.M))
+    assert listed == set(names(folder))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_result_table_is_the_measured_one():
+    """The table in the README is what compare.py printed for the committed results."""
+    table = (ROOT / "benchmarks" / "results" / "cifar10_cpu.md").read_text().strip()
+    assert table in README

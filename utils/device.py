@@ -1,0 +1,53 @@
+"""Which device a run computes on, in which precision, and how much memory it took."""
+
+import ctypes
+import dataclasses
+import resource
+import sys
+
+import torch
+
+from utils.errors import ConfigError
+
+
+def setup(config):
+    """(config with the precision resolved, torch.device); ConfigError where the device is not there."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r} is not available here; --device takes cpu, cuda, cuda:1 ... or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; --device takes cpu, cuda, cuda:1 ... or auto")
+    precision = config.precision if config.precision != "auto" else "bf16" if computes_bf16(device) else "fp32"
+    keep_memory()
+    return dataclasses.replace(config, precision=precision), device
+
+
+def computes_bf16(device):
+    """Whether the device multiplies bfloat16 in hardware; emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test() for test in tests if test)
+
+
+def keep_memory():
+    """Have glibc keep freed memory instead of returning it to the kernel and fetching it again at every step.
+
+    On two CPU cores float32 training of resnet9 becomes half again as fast, forward passes a quarter.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt:
+            mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def name_and_peak(device):
+    """(the device in words, peak memory of this process so far in MiB: the GPU's on a GPU, resident otherwise)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device), round(torch.cuda.max_memory_allocated(device) / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"cpu, {torch.get_num_threads()} threads", round(peak / (2**20 if sys.platform == "darwin" else 2**10))
