@@ -5,6 +5,9 @@ the poisoned and the noise pictures are fixed and rendered once, so that data po
 holds exactly what the victim saw. Pictures warped with extra noise keep their label: only the exact warp counts.
 
     python attack/wanet.py --dataset cifar10 --save_folder_name wanet_cifar10
+
+The built-in digits, smooth enlargements of 8x8 pixels, hardly change under the default warp, and it is not learned
+there (ASR 5 %, seed 0); --strength 2 --pratio 0.2 is (ASR 93 %, seed 0).
 """
 
 from dataclasses import dataclass

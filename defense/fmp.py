@@ -90,7 +90,7 @@ def score_maps(model, images, labels, config):
     start = (images + config.alpha * signs.to(images)).clamp(0, 1)
     training, scores = model.training, {}
     model.eval()
-    with torch.backends.cudnn.flags(allow_tf32=False), _frozen(model):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), _frozen(model):
         with torch.no_grad():
             clean = feature_maps(model, images)
         moved = feature_maps(model, start.requires_grad_())

@@ -181,6 +181,31 @@ def test_begin(tmp_path):
         record.begin(foreign, config, kind="defense")
 
 
+def test_what_goes_on_and_what_starts_again(tmp_path):
+    folder, config = tmp_path / "run", Config(result_file="x")
+    kept = folder / "state" / "finetune.safetensors"
+
+    def progress_survives(options, victim):
+        assert record.begin(folder, options, kind="defense", victim=victim)
+        found = kept.exists()
+        kept.write_bytes(b"")
+        return found
+
+    assert not progress_survives(config, "v1")
+    assert progress_survives(config, "v1")
+    assert not progress_survives(config, "v2"), "a checkpoint of another victim is of no use"
+    files.write(folder / "state" / "log.csv", "")
+    record.finish(folder, {"model.safetensors": b"1", "results.csv": "2"}, {"victim_sha256": "v2"}, kind="defense")
+    assert not record.begin(folder, config, kind="defense", victim="v2")
+    other = Config(result_file="x", epochs=3, overwrite=True)
+    assert not progress_survives(other, "v2")
+    assert progress_survives(other, "v2"), "an interrupted run that overwrites goes on"
+    assert progress_survives(Config(result_file="x", epochs=3), "v2"), "also without saying so again"
+    assert not record.begin(folder, config, kind="defense", victim="v2"), "the old run is still complete"
+    with pytest.raises(ConfigError, match="another victim"):
+        record.begin(folder, config, kind="defense", victim="v3")
+
+
 def test_nothing_is_half_written(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write(path, "old")

@@ -53,6 +53,23 @@ def test_defense(name, places, run, small):
     assert before == {path: path.read_bytes() for path in small.iterdir() if path.is_file()}, "the victim is untouched"
 
 
+@pytest.mark.parametrize(("name", "flags"), [("blended", []), ("wanet", ["--strength", 2, "--pratio", 0.2])])
+def test_the_attack_works(name, flags, places, run, tmp_path):
+    """On the digits; badnet's own record is looked at in test_record.py."""
+    run(f"attack/{name}.py", *places, *flags, "--record_path", tmp_path, "--save_folder_name", "a")
+    row = results(tmp_path / "a")
+    assert float(row["acc"]) > 0.9 and float(row["asr"]) > 0.7
+
+
+def test_a_clean_record_is_one_like_any_other(places, run, tmp_path):
+    run("attack/clean.py", *places, *QUICK, "--width", 8, "--trigger", "blended", "--record_path", tmp_path, "--save_folder_name", "c")
+    made = results(tmp_path / "c")
+    assert made["attack"] == "clean_blended" and made["pratio_effective"] == "0.0" and made["n_backdoor"] == "450"
+    assert len(safetensors.torch.load_file(tmp_path / "c" / "poison.safetensors")["train_index"]) == 0
+    run("defense/ft.py", *places, *QUICK, "--result_file", tmp_path / "c")
+    assert results(tmp_path / "c" / "defense" / "ft")["acc_before"] == made["acc"]
+
+
 def test_started_by_path_or_by_module_it_is_the_same(places, run, tmp_path):
     for number, start in enumerate((["attack/badnet.py"], ["-m", "attack.badnet"])):
         run(*start, *places, *QUICK, "--record_path", tmp_path, "--save_folder_name", f"a{number}")

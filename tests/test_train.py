@@ -10,7 +10,7 @@ from torch import nn
 import models
 from utils import batch, poison, seeds, train
 from utils.data import Spec, Split
-from utils.errors import UserError
+from utils.errors import RefusedError, UserError
 
 SPEC = Spec("x", 4, 32, (0.5,) * 3, (0.25,) * 3, True, {})
 
@@ -132,6 +132,14 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, stop, precision):
                         on_epoch=lambda model, epoch, **_: epochs.append(epoch))  # fmt: skip
     assert epochs == list(range(stop + 1, 5))
     assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_damaged_checkpoint(tmp_path):
+    file = tmp_path / "fit.safetensors"
+    train.fit(model(), split(), options(epochs=1), checkpoint=file)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RefusedError, match="delete the folder"):
+        train.fit(model(), split(), options(), checkpoint=file)
 
 
 def test_no_draw_is_correlated_with_another():

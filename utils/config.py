@@ -24,7 +24,7 @@ SEEDS = frozenset({"random_seed", "poison_seed", "data_seed"})
 NOT_IDENTITY = frozenset({"record_path", "save_folder_name", "result_file", "dataset_path", "cache_path", "download",
                           "device", "eval_every", "score_batch", "overwrite", "debug", "dry_run"})  # fmt: skip
 SWITCHES = {
-    "overwrite": "start again where a run of this name is already there",
+    "overwrite": "replace a finished or different run of this name; an interrupted one with the same options goes on",
     "dry_run": "say what would be read, trained and written, and do nothing",
     "debug": "show the traceback of an error",
 }

@@ -48,26 +48,30 @@ class Record:
 def begin(folder, config, *, kind, victim=None):
     """Claim `folder` for a run of `config`: True where there is work to do, False where it is already done.
 
-    Raises ConfigError (exit 2) where another configuration lies there, RefusedError (exit 4) where a damaged one
-    does; with config.overwrite both are replaced, but only when the new run is complete.
+    `victim` is the checksum of the weights that a defense repairs. An interrupted run of the same options and victim
+    goes on. Raises ConfigError (exit 2) where another configuration lies there, RefusedError (exit 4) where a damaged
+    one does; with config.overwrite both are replaced, but only when the new run is complete.
     """
     state = folder / "state"
     if (state / "record.json").exists():  # cut off in its very last step
         _commit(folder)
-    if config.overwrite:
-        if not _same(_yaml(state / "config.yaml"), config):
-            shutil.rmtree(state, ignore_errors=True)
-    elif (folder / "record.json").exists():
+    same_victim = not state.exists() or _text(state / "victim") == str(victim)
+    goes_on = same_victim and _same(_yaml(state / "config.yaml"), config)
+    if not config.overwrite and (folder / "record.json").exists():
         info = verify(folder, kind)
-        _refuse_other(_yaml(folder / "config.yaml"), config, folder)
-        if info.get("victim_sha256") != victim:
+        if _same(_yaml(folder / "config.yaml"), config) and info.get("victim_sha256") == victim:
+            return False
+        if not goes_on:
+            _refuse_other(_yaml(folder / "config.yaml"), config, folder)
             raise ConfigError(f"{folder} repaired another victim than the one there now; --overwrite repairs this one")
-        return False
-    elif (state / "config.yaml").exists():
+    elif not config.overwrite and (state / "config.yaml").exists():
         _refuse_other(_yaml(state / "config.yaml"), config, folder)
-    elif folder.is_dir() and any(path.name != "defense" for path in folder.iterdir() if path != state):
+    elif not config.overwrite and folder.is_dir() and any(path.name not in ("defense", "state") for path in folder.iterdir()):
         raise RefusedError(f"{folder} holds files but no complete run; --overwrite starts again, --save_folder_name goes elsewhere")
+    if not goes_on:
+        shutil.rmtree(state, ignore_errors=True)
     state.mkdir(parents=True, exist_ok=True)
+    files.write(state / "victim", str(victim))
     files.write_yaml(state / "config.yaml", options.plain(config))
     return True
 
@@ -200,6 +204,10 @@ def _yaml(path):
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RefusedError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) else {}
+
+
+def _text(path):
+    return path.read_text() if path.is_file() else ""
 
 
 def _same(saved, config):

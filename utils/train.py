@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from utils import files, seeds
 from utils.batch import batches, lengths
-from utils.errors import UserError
+from utils.errors import RefusedError, UserError
 
 
 def fit(model, split, config, *, augment=None, drop_last=False, after_step=None, on_epoch=None, checkpoint=None):
@@ -87,9 +87,12 @@ def _resume(path, model, optimizer, device):
     """Load a checkpoint; the number of epochs it has seen, 0 where there is none."""
     if not Path(path).is_file():
         return 0
-    with safetensors.safe_open(path, "pt") as file:
-        epoch = int(file.metadata()["epoch"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            epoch = int(file.metadata()["epoch"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
+        raise RefusedError(f"the checkpoint {path} is damaged: delete the folder {Path(path).parent} to start again") from error
     state, parameters = {}, list(model.parameters())
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
