@@ -1,0 +1,1 @@
+"""One file per attack: poison a data set, train the victim, save a record."""

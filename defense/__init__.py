@@ -1,0 +1,1 @@
+"""One file per defense: `repair(model, record, config) -> model`."""

@@ -199,9 +199,9 @@ def _same_data(folder, made, spec, train, test):
 def _yaml(path):
     try:
         content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RefusedError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) else {}
 
