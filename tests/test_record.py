@@ -171,6 +171,9 @@ def test_missing_record():
 def test_begin(tmp_path):
     folder, config = tmp_path / "run", Config(result_file="x")
     assert record.begin(folder, config, kind="defense") and record.begin(folder, config, kind="defense"), "an unfinished run goes on"
+    assert record.begin(folder, Config(result_file="x", epochs=4), kind="defense"), "a run that got nowhere stands in nobody's way"
+    assert record.begin(folder, config, kind="defense")
+    files.write(folder / "state" / "log.csv", "")
     with pytest.raises(ConfigError, match="epochs 100 there and 3 here.*--overwrite"):
         record.begin(folder, Config(result_file="x", epochs=3), kind="defense")
     assert record.begin(folder, Config(result_file="x", epochs=3, overwrite=True), kind="defense")

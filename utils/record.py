@@ -64,7 +64,7 @@ def begin(folder, config, *, kind, victim=None):
         if not goes_on:
             _refuse_other(_yaml(folder / "config.yaml"), config, folder)
             raise ConfigError(f"{folder} repaired another victim than the one there now; --overwrite repairs this one")
-    elif not config.overwrite and (state / "config.yaml").exists():
+    elif not config.overwrite and (state / "log.csv").exists():  # without a log nothing was done that could be lost
         _refuse_other(_yaml(state / "config.yaml"), config, folder)
     elif not config.overwrite and folder.is_dir() and any(path.name not in ("defense", "state") for path in folder.iterdir()):
         raise RefusedError(f"{folder} holds files but no complete run; --overwrite starts again, --save_folder_name goes elsewhere")
