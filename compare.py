@@ -226,10 +226,17 @@ def to_table(about, cells):
         attacks = [run.attack for (column, _), runs in cells.items() if column == key for run in runs]
         asr, _ = spread({os.path.abspath(attack.path): attack for attack in attacks}.values(), "asr")
         marks[key] = WEAK if asr is not None and asr < 0.8 and not key[0].startswith("clean") else ""
+        columns[key] += reached(attacks[0].row)
     for key in rows:
         pairs = {("stage", "in-training"): IN_TRAINING, ("selection", "oracle"): ORACLE}
         marks[key] = "".join(mark for pair, mark in pairs.items() if pair in key[1])
     return Table(about, columns, rows, marks, cells)
+
+
+def reached(row):
+    """The share that was poisoned, where the target class did not hold the share that was asked for."""
+    asked, got = (float(row.get(name) or 0) for name in ("pratio", "pratio_effective"))
+    return f" [{100 * got:.1f} % poisoned]" if got < asked - 0.001 else ""
 
 
 def name_all(keys):

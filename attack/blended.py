@@ -33,44 +33,23 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch
-import torch.nn.functional as F
 
-from utils import poison, run, seeds
+from utils import patterns, poison, run
 
 
-def make_trigger(config, spec, stage):
-    """x' = (1 - a) x + a T for a pattern T; a pixel changes by at most 255 a."""
-    opacity = config.train_opacity if stage == "train" else config.test_opacity
+def prepare(config, workshop):
+    """The pattern T, 3,S,S in [0, 1]."""
+    size = workshop.spec.size
     if config.trigger_path:
-        shown = poison.pattern(config.trigger_path)[None, :3]
-        pattern = F.interpolate(shown, (spec.size, spec.size), mode="bilinear", antialias=True).clamp(0, 1)
-    else:
-        pattern = seeded_pattern(spec.size, config.poison_seed)[None]
-    return poison.on_unit(lambda images, index: torch.lerp(images, pattern.to(images.device), opacity))
+        return {"pattern": poison.fitted(config.trigger_path, size)}
+    return {"pattern": patterns.picture(size, config.poison_seed)}
 
 
-def seeded_pattern(size, seed):
-    """A bright picture 3,size,size in [0, 1]: soft clouds under twelve hard-edged discs and boxes.
-
-    Each channel is scaled to a mean of 200 and a standard deviation of 80 grey levels before it is clipped, like the
-    patterns in use.
-    """
-    generator = seeds.generator("blended pattern", seed)
-    clouds = F.interpolate(torch.rand(1, 3, 9, 9, generator=generator), (size, size), mode="bicubic", align_corners=True)[0]
-    rows, columns = torch.meshgrid(*[torch.linspace(0, 1, size)] * 2, indexing="ij")
-    for shape in range(12):
-        row, column, radius = torch.rand(3, generator=generator)
-        colour = (torch.rand(3, generator=generator) < 0.6).float().view(3, 1, 1)
-        radius = 0.06 + 0.14 * radius
-        far = (
-            (rows - row).square() + (columns - column).square()
-            if shape % 2
-            else torch.maximum((rows - row).abs(), (columns - column).abs()).square()
-        )
-        clouds = torch.where(far <= radius**2, colour, clouds)
-    centred = (clouds - clouds.mean((1, 2), keepdim=True)) / clouds.std((1, 2), keepdim=True)
-    return (200 / 255 + centred * 80 / 255).clamp(0, 1)
+def make_trigger(config, spec, stage, parts):
+    """x' = (1 - a) x + a T; a pixel changes by at most 51 levels, 255 times the opacity a."""
+    opacity = config.train_opacity if stage == "train" else config.test_opacity
+    return poison.on_unit(lambda images, index: torch.lerp(images, parts["pattern"].to(images.device), opacity))
 
 
 def main(config):
-    run.attack(__name__, config, make_trigger)
+    run.attack(__name__, config, make_trigger, prepare=prepare)

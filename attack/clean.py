@@ -31,19 +31,32 @@ import dataclasses
 import importlib
 from pathlib import Path
 
-from utils import run
+from utils import record, run
 from utils.errors import ConfigError
 
 
-def make_trigger(config, spec, stage):
-    """The trigger of attack/<config.trigger>.py with its default options, and with this run's seed and target."""
+def make_trigger(config, spec, stage, parts=None):
+    """The trigger of attack/<config.trigger>.py at its default options; by default a pixel changes by at most 255 levels."""
+    source, options = _borrowed(config)
+    return source.make_trigger(options, spec, stage, *([parts] if hasattr(source, "prepare") else []))
+
+
+def _prepare(config, workshop):
+    source, options = _borrowed(config)
+    parts = source.prepare(options, workshop)
+    return {name: part for name, part in parts.items() if not name.startswith(record.START)}  # the clean model starts anew
+
+
+def _borrowed(config):
+    """(module of the attack, its default options with this run's seed and target)"""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem != "clean")
     if config.trigger not in names:
         raise ConfigError(f"unknown trigger {config.trigger!r}; there are {', '.join(names)}")
     source = importlib.import_module(f"attack.{config.trigger}")
     common = {field.name: getattr(config, field.name) for field in dataclasses.fields(Attack) if field.name != "pratio"}
-    return source.make_trigger(source.Config(**common), spec, stage)
+    return source, source.Config(**common)
 
 
 def main(config):
-    run.attack(f"clean_{config.trigger}", config, make_trigger)
+    prepare = _prepare if hasattr(_borrowed(config)[0], "prepare") else None
+    run.attack(f"clean_{config.trigger}", config, make_trigger, prepare=prepare)

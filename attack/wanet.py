@@ -42,37 +42,35 @@ import torch.nn.functional as F
 from utils import poison, run, seeds
 
 
-def make_trigger(config, spec, stage):
-    """Resample every picture bilinearly on one displaced grid; a pixel may change by up to 255 at a hard edge."""
-    grid = warp_grid(config, spec)
-
-    def warp(images, index):
-        return F.grid_sample(images, grid.to(images.device).expand(len(images), -1, -1, -1), align_corners=True)
-
-    return poison.on_unit(warp)
-
-
-def make_noise(config, spec):
-    """The warp with a displacement of up to half a pixel added everywhere, drawn for every position of the split."""
-    grid = warp_grid(config, spec)
-
-    def warp(images, index):
-        drawn = [torch.rand(grid.shape[1:], generator=seeds.generator("warp noise", config.poison_seed, i)) for i in index.tolist()]
-        noise = (torch.stack(drawn) * 2 - 1) / spec.size
-        return F.grid_sample(images, (grid + noise).clamp(-1, 1).to(images.device), align_corners=True)
-
-    return poison.on_unit(warp)
-
-
-def warp_grid(config, spec):
+def prepare(config, workshop):
     """Sampling positions 1,S,S,2 in [-1, 1]: the identity, displaced by a smooth field of mean size strength / S."""
-    points = config.grid_points
+    size, points = workshop.spec.size, config.grid_points
     field = torch.rand(1, 2, points, points, generator=seeds.generator("warp", config.poison_seed)) * 2 - 1
-    field = F.interpolate(field / field.abs().mean(), (spec.size, spec.size), mode="bicubic", align_corners=True)
-    line = torch.linspace(-1, 1, spec.size)
+    field = F.interpolate(field / field.abs().mean(), (size, size), mode="bicubic", align_corners=True)
+    line = torch.linspace(-1, 1, size)
     identity = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
-    return (identity + config.strength / spec.size * field.permute(0, 2, 3, 1)).clamp(-1, 1)
+    return {"grid": (identity + config.strength / size * field.permute(0, 2, 3, 1)).clamp(-1, 1)}
+
+
+def make_trigger(config, spec, stage, parts):
+    """Resample every picture bilinearly on one displaced grid; a pixel changes by at most 255 levels, at a hard edge."""
+
+    def warp(images, index):
+        return F.grid_sample(images, parts["grid"].to(images.device).expand(len(images), -1, -1, -1), align_corners=True)
+
+    return poison.on_unit(warp)
+
+
+def make_noise(config, spec, parts):
+    """The warp with a displacement of up to half a pixel added everywhere, drawn for every position of the split."""
+    grid = parts["grid"]
+
+    def warp(images, index):
+        noise = seeds.uniform("warp noise", config.poison_seed, index, grid[0].numel()).reshape(-1, *grid.shape[1:])
+        return F.grid_sample(images, (grid + (noise * 2 - 1) / spec.size).clamp(-1, 1).to(images.device), align_corners=True)
+
+    return poison.on_unit(warp)
 
 
 def main(config):
-    run.attack(__name__, config, make_trigger, make_cover=make_noise, cover_ratio=config.cross_ratio * config.pratio)
+    run.attack(__name__, config, make_trigger, prepare=prepare, make_cover=make_noise, cover_ratio=config.cross_ratio * config.pratio)

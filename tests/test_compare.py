@@ -66,6 +66,13 @@ def defense(victim, acc=0.88, asr=0.02, ra=0.85, name="ft", seed=0, row=None, fo
     return write_run(folder, "defense", config, ROW | numbers | (row or {}), victim_sha256=weights)
 
 
+def test_a_cut_share_is_shown(run, tmp_path):
+    attack(tmp_path / "a", name="sig", row={"pratio": 0.1, "pratio_effective": 0.0987})
+    attack(tmp_path / "b", name="badnet", row={"pratio": 0.1, "pratio_effective": 0.1002})
+    shown = run(tmp_path)[1]
+    assert "sig [9.9 % poisoned]" in shown and "badnet [" not in shown
+
+
 def edit_record(folder, **changes):
     path = folder / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

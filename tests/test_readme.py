@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
+from benchmarks import attacks
 from tests.conftest import ROOT, names
+from utils import files
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
@@ -102,6 +104,29 @@ def test_demo_is_what_make_runs():
 def test_methods_are_listed(folder):
     listed = set(re.findall(rf"^\| \[`(\w+)`\]\({folder}/\w+\.py\)", README, re.M))
     assert listed == set(names(folder))
+
+
+def test_the_list_of_attacks_says_what_the_scripts_do():
+    for name, controls, labels in re.findall(r"^\| \[`(\w+)`\]\(attack/.*?\) \|.*?\| (.*?) \| (.*?) \|", README, re.M):
+        text = (ROOT / "attack" / f"{name}.py").read_text()
+        Config = __import__(f"attack.{name}", fromlist=["Config"]).Config
+        assert labels == ("clean label" if Config.clean_label else "all2one" if Config.why_all2one else "all2one, all2all"), name
+        assert (controls in ("training", "the loss")) == ("make_loss" in text or "victim=" in text), name
+
+
+def test_the_table_of_attacks_is_the_measured_one():
+    page, rows = attacks.PAGE.read_text(), files.read_csv(attacks.RESULTS)
+    assert f"{attacks.MARKS[0]}\n\n{attacks.table(rows)}\n\n{attacks.MARKS[1]}" in page
+    assert {row["attack"] for row in rows} >= set(names("attack")), "an attack was never measured"
+
+
+def test_benchmarks_of_attacks_run(bench):
+    environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
+    for words in (["benchmarks.stamp", "--images", "64", "--repeats", "1"],
+                  ["benchmarks.attacks", "--plan", "digits", "--only", "badnet_grid", "--", "--epochs", "1", "--width", "8"]):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "badnet" in done.stdout, done.stderr
+    assert "| `badnet_grid` | digits `--patch grid` | 10.0 % |" in done.stdout
 
 
 def test_links_lead_somewhere():

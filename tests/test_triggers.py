@@ -2,30 +2,82 @@
 
 import importlib
 import math
+import re
 import subprocess
 import sys
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from attack import blended, wanet
+import models
+from attack import adaptive_blend, bpp, inputaware, lc, lira, ssba, trojan_wm, trojannn, wanet
+from attack import blind as blind_script
 from tests.conftest import ROOT, names
-from utils import poison, seeds
+from utils import data, generator, invert, patterns, poison, seeds
 from utils.data import Spec, Split
 from utils.errors import ConfigError, MissingError
+from utils.workshop import Workshop
 
 SPEC = Spec("cifar10", 10, 32, (0.5,) * 3, (0.25,) * 3, True, {})
-
-
-def trigger_of(name, stage="test", spec=SPEC, **options):
-    script = importlib.import_module(f"attack.{name}")
-    return script.make_trigger(script.Config(**options), spec, stage)
+QUICK = {"steps": 20, "mask_epochs": 2, "generator_epochs": 5, "generator_lr": 0.01, "model": "resnet9", "width": 4, "batch_size": 32}
+ORIGINALS = ROOT.parent / "shared" / "data" / "triggers"
 
 
 def pictures(count=64, size=32, seed=0):
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def clean_model(spec):
+    """An untrained network in the place of the clean model: triggers must keep their promises whatever it is."""
+    torch.manual_seed(0)
+    return models.build("resnet9", spec, 4).eval().requires_grad_(False), {}
+
+
+def config_of(name, **options):
+    script = importlib.import_module(f"attack.{name}")
+    quick = {key: value for key, value in QUICK.items() if key in script.Config.__dataclass_fields__}
+    return script, script.Config(**{**quick, **options})
+
+
+@cache
+def parts_of(name, spec=None, **options):
+    """The tensors that an attack's trigger consists of; the positions 100 to 129 are the poisoned ones."""
+    script, config = config_of(name, **options)
+    if name == "clean" or not hasattr(script, "prepare"):
+        return ()
+    spec = spec or SPEC
+    truth = torch.arange(160) % 10
+    train = Split(pictures(160, spec.size, seed=1), truth, truth)
+    torch.manual_seed(0)
+    return (script.prepare(config, Workshop(spec, train, torch.arange(100, 130), partial(clean_model, spec))),)
+
+
+def trigger_of(name, stage="test", spec=SPEC, **options):
+    script, config = config_of(name, **options)
+    parts = parts_of(name, None if spec is SPEC else Frozen(spec), **options)
+    return script.make_trigger(config, spec, stage, *parts)
+
+
+class Frozen:
+    """A Spec that a cache can remember."""
+
+    def __init__(self, spec):
+        self.__dict__ |= vars(spec)
+
+    def __hash__(self):
+        return hash((self.name, self.size))
+
+    def __eq__(self, other):
+        return (self.name, self.size) == (other.name, other.size)
+
+
+def largest_change(name):
+    """What the docstring of an attack's make_trigger promises, in grey levels."""
+    (levels,) = re.findall(r"changes\s+by\s+at\s+most\s+(\d+)\s+levels", importlib.import_module(f"attack.{name}").make_trigger.__doc__)
+    return int(levels)
 
 
 @pytest.mark.parametrize("stage", ["train", "test"])
@@ -42,6 +94,7 @@ def test_contract(name, dtype, stage):
     assert torch.equal(stamped, trigger_of(name, stage)(images, index)), "not the same from the same seed"
     change = (stamped.double() - images.double()).abs().flatten(1).amax(1) * (1 if dtype == torch.uint8 else 255)
     assert (change >= 1 - 1e-4).all(), "an image is not changed"
+    assert change.max() <= largest_change(name) + 1e-3, "changed more than the docstring says"
     assert 0 <= stamped.min() and stamped.max() <= (255 if dtype == torch.uint8 else 1)
     shuffled = torch.tensor([40, 3, 17])
     part = trigger(images[shuffled], index[shuffled])
@@ -61,7 +114,9 @@ def test_float_and_uint8_agree(name):
 @pytest.mark.parametrize("size", [24, 64])
 def test_other_sizes(name, size):
     spec = Spec("x", 10, size, (0.5,) * 3, (0.25,) * 3, False, {})
-    assert trigger_of(name, spec=spec)(pictures(4, size), torch.arange(4)).shape == (4, 3, size, size)
+    few = {"steps": 1, "mask_epochs": 1, "generator_epochs": 1}
+    few = {key: value for key, value in few.items() if key in config_of(name)[1].__dataclass_fields__}
+    assert trigger_of(name, spec=spec, **few)(pictures(4, size), torch.arange(4)).shape == (4, 3, size, size)
 
 
 def test_same_bytes_in_another_process():
@@ -100,6 +155,15 @@ def test_badnet_places_and_black_patches():
             trigger_of("badnet", **options)
 
 
+def test_badnet_grid():
+    """From the corner: white, black, white; above it black, white, black; above that white, black, black."""
+    grid = {29: [0, 0, 1], 30: [0, 1, 0], 31: [1, 0, 1]}
+    assert_formula(
+        trigger_of("badnet", patch="grid"), pictures(2),
+        lambda x, row, column, channel: float(grid[row][column - 29]) if row >= 29 and column >= 29 else x[channel, row, column],
+    )  # fmt: skip
+
+
 def test_badnet_from_a_file(tmp_path):
     ink = np.random.default_rng(0).integers(0, 256, (5, 4, 4), dtype=np.uint8)
     Image.fromarray(ink, "RGBA").save(tmp_path / "p.png")
@@ -121,7 +185,7 @@ def test_badnet_from_a_file(tmp_path):
 @pytest.mark.parametrize(("stage", "opacity"), [("train", 0.1), ("test", 0.4)])
 def test_blended_formula(stage, opacity):
     trigger, images = trigger_of("blended", stage, train_opacity=0.1, test_opacity=0.4, poison_seed=5), pictures(2)
-    pattern = blended.seeded_pattern(32, 5).double().numpy()
+    pattern = patterns.picture(32, 5).double().numpy()
     assert_formula(
         trigger, images, lambda x, row, column, channel: (1 - opacity) * x[channel, row, column] + opacity * pattern[channel, row, column]
     )
@@ -130,10 +194,10 @@ def test_blended_formula(stage, opacity):
 
 def test_blended_pattern_is_like_the_usual_one():
     for seed in range(5):
-        pattern = blended.seeded_pattern(32, seed)
+        pattern = patterns.picture(32, seed)
         assert 0 <= pattern.min() and pattern.max() <= 1
         assert 150 < pattern.mean() * 255 < 215 and 45 < pattern.std() * 255 < 100
-    assert not torch.equal(blended.seeded_pattern(32, 0), blended.seeded_pattern(32, 1))
+    assert not torch.equal(patterns.picture(32, 0), patterns.picture(32, 1))
 
 
 def test_blended_from_a_file(tmp_path):
@@ -154,18 +218,17 @@ def bilinear(picture, row, column):
 
 
 def test_wanet_formula():
-    config = wanet.Config()
-    grid = wanet.warp_grid(config, SPEC)[0].double().numpy()
+    grid = parts_of("wanet")[0]["grid"][0].double().numpy()
 
     def expected(x, row, column, channel):
         across, down = (grid[row, column] + 1) / 2 * 31
         return bilinear(x[channel], down, across)
 
-    assert_formula(wanet.make_trigger(config, SPEC, "test"), pictures(2), expected)
+    assert_formula(trigger_of("wanet"), pictures(2), expected)
 
 
 def test_wanet_warp_is_the_papers():
-    grid = wanet.warp_grid(wanet.Config(strength=0.5), SPEC)[0]
+    grid = parts_of("wanet")[0]["grid"][0]
     line = torch.linspace(-1, 1, 32)
     identity = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
     moved = (grid - identity) * 32
@@ -180,13 +243,379 @@ def test_wanet_warp_is_the_papers():
 
 
 def test_wanet_noise_is_its_own_for_every_position():
-    config = wanet.Config()
-    noise, warp, images = wanet.make_noise(config, SPEC), wanet.make_trigger(config, SPEC, "train"), pictures(4)
+    noise, warp, images = wanet.make_noise(wanet.Config(), SPEC, *parts_of("wanet")), trigger_of("wanet", "train"), pictures(4)
     found = noise(images, torch.tensor([7, 8, 9, 10]))
     assert torch.equal(found[2:], noise(images[2:], torch.tensor([9, 10])))
     same = images[:1].expand(4, -1, -1, -1)
     assert not torch.equal(noise(same, torch.arange(4))[0], noise(same, torch.arange(4))[1])
     assert not torch.equal(found, warp(images, torch.arange(4)))
+
+
+def test_sig_formula():
+    wave = [40 / 255 * math.sin(2 * math.pi * 6 * column / 32) for column in range(32)]
+    assert_formula(trigger_of("sig"), pictures(2), lambda x, row, column, channel: min(max(x[channel, row, column] + wave[column], 0), 1))
+
+
+def cosine_transform(plane, inverse=False):
+    """Orthonormal DCT-II of a square plane by its definition, coefficient by coefficient."""
+    size = len(plane)
+    basis = np.array([[math.sqrt((1 if k == 0 else 2) / size) * math.cos(math.pi * (2 * n + 1) * k / (2 * size))
+                       for n in range(size)] for k in range(size)])  # fmt: skip
+    return basis.T @ plane @ basis if inverse else basis @ plane @ basis.T
+
+
+@pytest.mark.parametrize(("name", "red", "blue", "magnitude"), [("ftrojan", 0.713, 0.564, 30), ("ctrl", 0.877, 0.492, 100)])
+@pytest.mark.parametrize("size", [32, 64])
+def test_frequencies_added_to_the_chroma(name, red, blue, magnitude, size):
+    """To chroma and back the long way: luma, two planes, transform, two coefficients, and all of it undone."""
+    images = pictures(1, size)
+    rgb = images[0].double().numpy() / 255
+    luma = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
+    planes = [red * (rgb[0] - luma), blue * (rgb[2] - luma)]
+    window = 32 if name == "ftrojan" else size
+    for plane in planes:
+        for top in range(0, size, window):
+            for left in range(0, size, window):
+                block = cosine_transform(plane[top : top + window, left : left + window])
+                block[15, 15] += magnitude / 255
+                block[31, 31] += magnitude / 255
+                plane[top : top + window, left : left + window] = cosine_transform(block, inverse=True)
+    r, b = planes[0] / red + luma, planes[1] / blue + luma
+    expected = np.stack([r, (luma - 0.299 * r - 0.114 * b) / 0.587, b]).clip(0, 1)
+    spec = Spec("x", 10, size, (0.5,) * 3, (0.25,) * 3, False, {})
+    assert_formula(trigger_of(name, spec=spec), images, lambda x, row, column, channel: expected[channel, row, column])
+
+
+def test_bpp_formula():
+    assert_formula(trigger_of("bpp"), pictures(2), lambda x, row, column, channel: float(np.rint(x[channel, row, column] * 7) / 7))
+
+
+def test_bpp_dithering_one_pixel_after_the_other():
+    images = pictures(2, 12)
+    expected = images.double().numpy() / 255
+    for picture in expected.reshape(-1, 12, 12):
+        for row in range(12):
+            for column in range(12):
+                old = picture[row, column]
+                picture[row, column] = np.rint(old * 7) / 7
+                for down, right, share in ((0, 1, 7), (1, -1, 3), (1, 0, 5), (1, 1, 1)):
+                    if row + down < 12 and 0 <= column + right < 12:
+                        picture[row + down, column + right] += (old - picture[row, column]) * share / 16
+    found = bpp.dithered(images.double() / 255, 8)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+def test_bpp_negatives_carry_the_rounding_error_of_another_picture():
+    parts, images = parts_of("bpp")[0], pictures(3)
+    found = bpp.make_negative(bpp.Config(), SPEC, parts)(images.double() / 255, torch.tensor([5, 6, 7])) * 255
+    others = parts["others"].double()
+    errors = (others / 255 * 7).round() / 7 * 255 - others
+    for picture, before in zip(found, images.double(), strict=True):
+        assert any(torch.allclose((before + error.round()).clamp(0, 255), picture, atol=0.51) for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"), [("trojan_sq", 81), ("trojan_wm", (250, 420)), ("trojannn", 256), ("l2_inv", None), ("lf", None)]
+)
+def test_added_patterns(name, inside):
+    parts = parts_of(name)[0]
+    pattern = parts["pattern"].double().numpy()
+    assert_formula(
+        trigger_of(name),
+        pictures(2),
+        lambda x, row, column, channel: min(max(x[channel, row, column] + pattern[channel, row, column], 0), 1),
+    )
+    touched = int((np.abs(pattern).max(0) > 0).sum())
+    if isinstance(inside, int):
+        assert 0.9 * inside < touched <= inside
+    elif inside:
+        assert inside[0] < touched < inside[1], "the original covers 321 pixels"
+
+
+def test_trojan_square_stands_where_the_original_does():
+    rows = parts_of("trojan_sq", pattern="drawn")[0]["pattern"].amax(0).nonzero()
+    assert rows.min() == 21 and rows.max() == 29
+    stroke = trojan_wm.stroke(32, seeds.generator("trojan_wm", 0))[0]
+    assert stroke[29, 0] and stroke[0, 29] and not stroke[0, 0] and not stroke[31, 31]
+
+
+def test_trojannn_overwrites_on_demand():
+    parts = parts_of("trojannn", apply="overwrite")[0]
+    pattern, mask = parts["pattern"].double().numpy(), parts["mask"][0].bool().numpy()
+    assert_formula(
+        trigger_of("trojannn", apply="overwrite"), pictures(2),
+        lambda x, row, column, channel: pattern[channel, row, column] if mask[row, column] else x[channel, row, column],
+    )  # fmt: skip
+    assert torch.equal(parts["mask"], trojannn.blob(32, 0)) and (parts["pattern"][:, mask] >= 0.7 - 0.5 / 255 - 1e-6).all()
+
+
+def test_l0_inv_formula():
+    parts = parts_of("l0_inv")[0]
+    pattern = parts["pattern"].double().numpy()
+    assert set(parts["pattern"].unique().tolist()) <= {0.0, 1.0} and int(parts["mask"].sum()) == 9
+    assert_formula(
+        trigger_of("l0_inv"), pictures(2),
+        lambda x, row, column, channel: pattern[channel, row, column] if row == 31 and column >= 23 else x[channel, row, column],
+    )  # fmt: skip
+
+
+def test_smooth_formula():
+    pattern, images = parts_of("smooth")[0]["pattern"].double().numpy(), pictures(2)
+    totals = images.double().numpy() / 255 + pattern
+
+    def expected(x, row, column, channel):
+        total = next(total for total, image in zip(totals, images, strict=True) if np.allclose(image.numpy() / 255, x))
+        return (total[channel, row, column] - total.min()) / (total.max() - total.min())
+
+    assert_formula(trigger_of("smooth"), images, expected)
+
+
+@pytest.mark.parametrize("name", ["lf", "smooth"])
+def test_low_frequency_patterns_are_low(name):
+    pattern = parts_of(name)[0]["pattern"]
+    assert pattern.min() == 0 and round(float(pattern.max()) * 255) == 51 and pattern.mean() * 255 >= 3
+    energy = torch.fft.fft2(pattern).abs().square().sum(0)
+    frequency = torch.fft.fftfreq(32) * 32
+    near = (frequency[:, None].square() + frequency.square()) <= 4
+    assert energy[near].sum() / energy.sum() > 0.95
+
+
+def test_lc_perturbs_the_poisoned_pictures_only():
+    script, config = config_of("lc", steps=20)
+    parts = parts_of("lc", steps=20)[0]
+    train = pictures(160, seed=1)
+    found = script.make_trigger(config, SPEC, "train", parts)(train, torch.arange(160)).int() - train.int()
+    inner = found[:, :, 3:-3]
+    assert (inner[100:130].abs().amax((1, 2, 3)) == 16).all(), "the whole budget is used"
+    assert (inner[:100] == 0).all() and (inner[130:] == 0).all()
+    shown = trigger_of("lc")(torch.full((1, 3, 32, 32), 128, dtype=torch.uint8), torch.tensor([100]))[0, 0]
+    corner = [[255, 0, 0], [0, 255, 0], [255, 0, 255]]
+    assert shown[:3, :3].tolist() == corner == shown[-3:, :3].tolist()
+    assert torch.equal(shown, shown.flip(1)) and (shown[3:-3] == 128).all() and (shown[:, 3:-3] == 128).all()
+
+
+def test_lc_climbs_as_written_out():
+    """One picture at a time in float64 against the batched ascent."""
+    model, config = clean_model(SPEC)[0].double(), lc.Config(steps=5)
+    images, labels = pictures(3).double() / 255, torch.tensor([0, 4, 9])
+    found = lc.perturbation(model, images, labels, config)
+    for image, label, change in zip(images, labels, found, strict=True):
+        delta = torch.zeros_like(image)
+        for _ in range(5):
+            delta.requires_grad_()
+            loss = -torch.log_softmax(model((image + delta).clamp(0, 1)[None])[0], 0)[label]
+            delta = delta.detach() + 2 / 255 * torch.sign(torch.autograd.grad(loss, delta)[0])
+            delta = torch.minimum(torch.maximum(delta, torch.tensor(-16 / 255)), torch.tensor(16 / 255))
+        torch.testing.assert_close(change, delta, rtol=0, atol=1e-12)
+
+
+def test_blind_formula():
+    field = ["101", "k1k", "kk0", "k1k", "101"]
+
+    def expected(x, row, column, channel):
+        mark = field[row - 3][column - 23] if 3 <= row < 8 and 23 <= column < 26 else "k"
+        return x[channel, row, column] if mark == "k" else float(mark)
+
+    assert_formula(trigger_of("blind"), pictures(2), expected)
+
+
+def test_blind_loss_waits_and_then_adds():
+    config = blind_script.Config(start_batches=2, start_loss=100.0)
+    trigger = trigger_of("blind")
+    loss = blind_script.BlindLoss(config, trigger, poison.relabelling("all2one", 3, 10))
+    model, images, labels = clean_model(SPEC)[0], pictures(4) / 255, torch.tensor([0, 1, 2, 3])
+    ordinary = torch.nn.functional.cross_entropy(model(images), labels)
+    triggered = torch.nn.functional.cross_entropy(model(trigger(images, torch.arange(4))), torch.full((4,), 3))
+    values = [loss(model, images, labels, torch.arange(4)) for _ in range(3)]
+    torch.testing.assert_close(values[0], ordinary)
+    torch.testing.assert_close(values[1], ordinary + 0.9 * triggered)
+    torch.testing.assert_close(values[2], values[1])
+
+
+def test_blind_balance_has_the_smallest_gradient():
+    model = torch.nn.Linear(5, 3).double()
+    first, second = model(torch.ones(1, 5).double()).square().sum(), (model(torch.arange(5.0).double()[None]) - 4).square().sum()
+    share = float(blind_script.smallest(model, first, second))
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)]) / loss.detach()
+                 for loss in (first, second)]  # fmt: skip
+    sizes = {a / 1000: float((a / 1000 * gradients[0] + (1 - a / 1000) * gradients[1]).norm()) for a in range(1001)}
+    assert abs(min(sizes, key=sizes.get) - share) < 2e-3
+
+
+@pytest.mark.parametrize("stage", ["train", "test"])
+def test_adaptive_blend_formula(stage):
+    pattern = patterns.picture(32, 0).double().numpy()
+    kept = adaptive_blend.masks(adaptive_blend.Config(), SPEC, torch.tensor([0]))[0, 0].numpy()
+    assert (
+        kept.sum() == 8 * 64
+        and len({kept[row : row + 8, column : column + 8].sum() for row in range(0, 32, 8) for column in range(0, 32, 8)}) == 2
+    )
+
+    def expected(x, row, column, channel):
+        opacity = 0.2 if stage == "test" else 0.15 * kept[row, column]
+        return x[channel, row, column] + opacity * (pattern[channel, row, column] - x[channel, row, column])
+
+    assert_formula(trigger_of("adaptive_blend", stage), pictures(1), expected)
+
+
+def test_adaptive_patches():
+    parts = parts_of("adaptive_patch")[0]
+    counts = torch.bincount(parts["turn"][100:130], minlength=4)
+    assert counts.max() - counts.min() <= 1, "each patch has its quarter of the poisoned pictures"
+    assert parts["masks"].sum((1, 2, 3)).tolist() == [25, 137, 36, 64]
+    which, images = int(parts["turn"][7]), pictures(1)
+    patch, mask = parts["patches"][which].double().numpy(), parts["masks"][which, 0].numpy() * (0.5, 0.2, 0.5, 0.3)[which]
+    trigger = trigger_of("adaptive_patch", "train")
+    expected = images[0].double().numpy() / 255
+    expected = expected + mask * (patch - expected)
+    np.testing.assert_allclose(trigger(images.double() / 255, torch.tensor([7]))[0], expected, atol=1e-6)
+    struck = trigger_of("adaptive_patch")(images, torch.tensor([0]))[0] != images[0]
+    where = struck.any(0).nonzero()
+    assert {(int(row) < 3 or int(row) >= 27) and (int(column) < 5 or int(column) >= 27) for row, column in where} == {True}
+
+
+def test_inputaware_formula():
+    parts, images = parts_of("inputaware")[0], pictures(3)
+    pattern, mask = (generator.restore(generator.Autoencoder(3, n, inputaware.WIDTHS), parts, name).double()
+                     for name, n in (("pattern", 3), ("mask", 1)))  # fmt: skip
+    x = images.double() / 255
+    g, inner = 0.5 + 0.5 * torch.tanh(pattern(x)), 0.5 + 0.5 * torch.tanh(mask(x))
+    m = 0.5 + 0.5 * torch.tanh(20 * inner - 10)
+    found = trigger_of("inputaware")(x.float(), torch.arange(3))
+    torch.testing.assert_close(found.double(), x + (g - x) * m, rtol=0, atol=2e-3)
+
+
+def test_inputaware_cross_pictures_carry_the_trigger_of_another():
+    parts, images = parts_of("inputaware")[0], pictures(2)
+    crossed = inputaware.make_cross(inputaware.Config(), SPEC, parts)(images, torch.tensor([3, 4]))
+    draw = inputaware._networks(parts)
+    for picture, before in zip(crossed, images, strict=True):
+        inks, masks = draw(parts["others"] / 255)
+        candidates = torch.lerp((before / 255).expand_as(inks), inks, masks).mul(255).round()
+        assert ((candidates - picture.float()).abs().amax((1, 2, 3)) <= 1).any()
+
+
+def test_lira_formula():
+    parts, x = parts_of("lira")[0], pictures(3).double() / 255
+    drawing = generator.restore(generator.Autoencoder(3, 3, lira.WIDTHS), parts, "generator").double()
+    torch.testing.assert_close(
+        trigger_of("lira")(x.float(), torch.arange(3)).double(), (x + 0.01 * torch.tanh(drawing(x))).clamp(0, 1), rtol=0, atol=1e-4
+    )
+
+
+def test_ssba_changes_differ_from_picture_to_picture():
+    images = pictures(2)
+    change = trigger_of("ssba")(images, torch.arange(2)).int() - images.int()
+    assert not torch.equal(change[0], change[1])
+
+
+def test_ssba_hides_a_message_that_can_be_read(places):
+    """On real pictures that it did not learn from, after rounding to whole grey levels."""
+    spec, train, test = data.load("digits", "data", cache=places[3])
+    config = ssba.Config(bits=8, steps=250)
+    torch.manual_seed(0)
+    parts = ssba.prepare(config, Workshop(spec, train, torch.arange(10), None))
+    stamped = ssba.make_trigger(config, spec, "test", parts)(test.images, torch.arange(len(test)))
+    reader = generator.restore(ssba.Reader(8), parts, "reader")
+    read = (reader(stamped / 255) > 0) == (parts["message"] > 0.5)
+    error = (stamped.double() - test.images.double()) / 255
+    assert read.float().mean() >= 0.99 and -10 * error.square().mean().log10() >= 25
+    assert not torch.equal(error[0], error[1])
+
+
+@pytest.mark.parametrize("ghost_ratio", [0.0, 1.0])
+def test_refool_formula(ghost_ratio):
+    """One picture the long way, in float64, at its own size: gamma, mixing, and gamma undone."""
+    config = {"alpha": 0.6, "ghost_ratio": ghost_ratio, "blend_size": 32}
+    parts, images = parts_of("refool", **config)[0], pictures(1)
+    draws = seeds.uniform("refool", 0, torch.tensor([5]), 10)[0].double().tolist()
+    scene = parts["scenes"][int(draws[0] * len(parts["scenes"]))].double().numpy() / 255
+    picture, scene = (images[0].double().numpy() / 255) ** 2.2, scene**2.2
+    if ghost_ratio:
+        share = abs(0.15 + 0.35 * draws[5] - (draws[4] < 0.5))
+        right, down = ((3 + math.floor(6 * draws[k])) * 32 / 560 for k in (2, 3))
+        moved = np.zeros_like(scene)
+        for channel, row, column in np.ndindex(*scene.shape):
+            for r, c in (
+                (r, c)
+                for r in (math.floor(row - down), math.floor(row - down) + 1)
+                for c in (math.floor(column - right), math.floor(column - right) + 1)
+            ):
+                weight = max(0, 1 - abs(row - down - r)) * max(0, 1 - abs(column - right - c))
+                moved[channel, row, column] += weight * scene[channel, r, c] if r >= 0 and c >= 0 and r < 32 and c < 32 else 0
+        mixed = 0.6 * picture + 0.4 * (share * scene + (1 - share) * moved)
+    else:
+        sigma = (1 + 4 * draws[6]) * 32 / 560
+        kernel = np.array([math.exp(-0.5 * (k / sigma) ** 2) for k in (-1, 0, 1)])
+        kernel /= kernel.sum()
+        padded = np.pad(scene, ((0, 0), (1, 1), (1, 1)))
+        soft = sum(kernel[i] * kernel[j] * padded[:, i : i + 32, j : j + 32] for i in range(3) for j in range(3))
+        total = soft + picture
+        for channel in range(3):
+            bright = total[channel][total[channel] > 1]
+            soft[channel] -= 1.1 * (bright - 1).mean() if len(bright) else 0
+        line = np.linspace(0, 1, 32)
+        row, column = (np.exp(-0.5 * ((line - 0.25 - 0.5 * draws[k]) * 6) ** 2) for k in (8, 9))
+        mixed = 0.6 * picture + soft.clip(0, 1) * np.outer(row, column) * (1 - 0.6 / 2)
+    expected = mixed.clip(0, 1) ** (1 / 2.2)
+    np.testing.assert_allclose(trigger_of("refool", **config)(images.double() / 255, torch.tensor([5]))[0], expected, atol=1e-5)
+
+
+def test_blur_is_a_gaussian():
+    dot = torch.zeros(2, 1, 9, 9)
+    dot[:, :, 4, 4] = 1
+    for sigma, shown in zip((0.8, 1.5), patterns.blur(dot, torch.tensor([0.8, 1.5]), radius=4)[:, 0].double(), strict=True):
+        weights = np.array([[math.exp(-((r - 4) ** 2 + (c - 4) ** 2) / (2 * sigma**2)) for c in range(9)] for r in range(9)])
+        np.testing.assert_allclose(shown, weights / weights.sum(), atol=1e-6)
+
+
+def test_inversion_reaches_the_neurons():
+    model, _ = clean_model(SPEC)
+    train = Split(pictures(100), torch.zeros(100, dtype=torch.int64), torch.zeros(100, dtype=torch.int64))
+    mask, start = torch.ones(1, 32, 32), pictures(1, seed=3)[0] / 255
+    chosen = invert.strongest(model)
+    weights = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1].weight
+    assert set(chosen.tolist()) == set(sorted(range(weights.shape[1]), key=lambda j: -float(weights[:, j].abs().sum()))[:2])
+    found = invert.invert(model, train, mask, start, steps=50, rate=0.02)
+    before, after = (invert.features(model, picture[None])[0, chosen].sum() for picture in (start, found))
+    assert after > 1.5 * before and 0 <= found.min() and found.max() <= 1
+    bounded = invert.invert(model, train, mask, start, steps=50, rate=0.1, radius=0.3)
+    assert (bounded - start).abs().max() <= 0.3 + 0.5 / 255 + 1e-6
+
+
+def test_features_are_what_the_last_layer_sees():
+    model, images = clean_model(SPEC)[0], pictures(3) / 255
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    torch.testing.assert_close(model(images), linear(invert.features(model, images)) / 8)  # resnet9 divides its logits by 8
+
+
+def original(name):
+    if not (ORIGINALS / name).is_file():
+        pytest.skip("the papers' pattern files are not beside this checkout (../shared/data/triggers)")
+    return str(ORIGINALS / name)
+
+
+@pytest.mark.parametrize(
+    ("attack", "file"),
+    [("trojan_sq", "trojan_8x8.png"), ("trojan_sq", "trojan_3x3.png"), ("trojan_wm", "trojan_wm.png"), ("l2_inv", "l2_inv.png"),
+     ("lf", "smooth_cifar10.png"), ("smooth", "smooth_cifar10.png"), ("smooth", "smooth_gtsrb.png"), ("l0_inv", "l0_inv.png")],
+)  # fmt: skip
+def test_original_patterns_are_stamped_exactly(attack, file):
+    ink = np.array(Image.open(original(file)).convert("RGB")).transpose(2, 0, 1).astype(np.int64)
+    images, options = pictures(3), {"mask_path": original("mask.npy")} if attack == "l0_inv" else {}
+    total = images.numpy().astype(np.int64) + ink
+    if attack == "smooth":
+        low, high = (extreme(total, axis=(1, 2, 3), keepdims=True) for extreme in (np.min, np.max))
+        exact = 255 * (total - low) / (high - low)
+        clear = np.abs(exact % 1 - 0.5) > 1e-3
+        expected = np.rint(exact)
+    else:
+        clear = np.ones(total.shape, bool)
+        expected = np.minimum(total, 255)
+        if attack == "l0_inv":
+            expected = np.where(np.load(original("mask.npy")) > 0, ink, images.numpy())
+    found = trigger_of(attack, trigger_path=original(file), **options)(images, torch.arange(3)).numpy()
+    np.testing.assert_array_equal(found[clear], expected[clear])
 
 
 def digits_like(count=200):
@@ -246,11 +675,3 @@ def test_bad_pattern_files(tmp_path):
     for name in ("x.png", "a.npy", "b.npy", "c.npy"):
         with pytest.raises(ConfigError, match=name):
             poison.pattern(tmp_path / name)
-
-
-def test_original_pattern_is_reproduced():
-    path = ROOT.parent / "shared" / "data" / "triggers" / "trojan_3x3.png"
-    if not path.is_file():
-        pytest.skip("the papers' pattern files are not beside this checkout (../shared/data/triggers)")
-    expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-    assert torch.equal((poison.pattern(path)[:3] * 255).round().to(torch.uint8), expected)

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jsonargparse
 import yaml
@@ -91,6 +91,9 @@ class Training:
 class Attack(Training, Common):
     """Options of every attack."""
 
+    why_all2one: ClassVar[str] = ""  # the reason, where an attack has no all2all form
+    clean_label: ClassVar[bool] = False  # poison pictures of the target class only, which keep their label
+
     dataset: str = "digits"
     """digits (built in), cifar10, cifar100, gtsrb, tiny, or folder: any pair of image folders"""
     dataset_path: str = "data"
@@ -113,9 +116,23 @@ class Attack(Training, Common):
     def __post_init__(self):
         super().__post_init__()
         require(0 <= self.pratio <= 1, "pratio", "a share from 0 to 1")
+        require(self.label_mode == "all2one" or not self.why_all2one, "label_mode", f"all2one here: {self.why_all2one}")
         require(self.attack_target >= 0, "attack_target", "a class number, 0 or more")
         require(self.image_size is None or self.image_size >= 8, "image_size", "8 pixels or more")
         require(self.poison_seed >= 0, "poison_seed", "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanModel(Attack):
+    """Options of an attack whose trigger is made with the help of a clean model."""
+
+    clean_record: str | None = None
+    """clean model's record, a folder's path or its name below record_path; by default one is trained and kept in cache_path"""
+
+    @property
+    def needs_clean_model(self):
+        """Whether the pattern is made rather than drawn or loaded."""
+        return getattr(self, "trigger_path", None) is None and getattr(self, "pattern", "inverted") == "inverted"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,12 +156,17 @@ class Defense(Common):
     @property
     def record(self):
         """Path of the record's folder; MissingError where there is none."""
-        places = [Path(self.result_file), Path(self.record_path) / self.result_file]
-        for place in places:
-            if place.is_dir():
-                return place
-        raise MissingError(f"there is no record {self.result_file!r}: looked at {places[0]} and {places[1]}; "
-                           "an attack script makes one, and --record_path says where records lie")  # fmt: skip
+        return find_record(self.result_file, self.record_path)
+
+
+def find_record(name, record_path):
+    """Path of a record's folder, given as such or by its name below record_path; MissingError where there is none."""
+    places = [Path(name), Path(record_path) / name]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise MissingError(f"there is no record {name!r}: looked at {places[0]} and {places[1]}; "
+                       "an attack script makes one, and --record_path says where records lie")  # fmt: skip
 
 
 def require(holds, option, what):

@@ -5,9 +5,15 @@ import hashlib
 import io
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: two runs at once are then the user's care
+    fcntl = None
 
 
 def write(path, content):
@@ -25,6 +31,16 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
+
+
+@contextmanager
+def locked(path):
+    """Hold the file `path` for this process alone; another one waits, and a killed one lets go."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_yaml(path, mapping):

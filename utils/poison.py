@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from utils import seeds
@@ -71,10 +72,18 @@ def backdoored(split, trigger, relabel):
     return index, Split(images, relabel(split.truth[index]), split.truth[index])
 
 
-def pattern(path):
-    """A picture or .npy file as float C,H,W in [0, 1]; C is 3, or 4 where it has an alpha channel.
+def fitted(path, size, *, signed=False, mode="bilinear"):
+    """A picture or .npy file as float 3,size,size in [0, 1] ([-1, 1] if `signed`), resized where it has another size."""
+    found = pattern(path, lowest=-1 if signed else 0)[None, :3]
+    if found.shape[-2:] == (size, size):
+        return found[0]
+    return F.interpolate(found, (size, size), mode=mode, **({"antialias": True} if mode == "bilinear" else {}))[0]
 
-    Arrays are H,W or H,W,C: uint8 0..255, or float 0..1. MissingError (exit 3) where there is no such file,
+
+def pattern(path, *, lowest=0):
+    """A picture or .npy file as float C,H,W in [lowest, 1]; C is 3, or 4 where it has an alpha channel.
+
+    Arrays are H,W or H,W,C or C,H,W: uint8 0..255, or float lowest..1. MissingError (exit 3) where there is no such file,
     ConfigError (exit 2) where it is not a pattern.
     """
     if not Path(path).is_file():
@@ -88,9 +97,11 @@ def pattern(path):
     except (OSError, ValueError, SyntaxError) as error:
         raise ConfigError(f"cannot read the pattern {path}: it must be a picture or a .npy array of numbers") from error
     array = array[..., None].repeat(3, -1) if array.ndim == 2 else array
+    if array.ndim == 3 and array.shape[-1] not in (3, 4) and array.shape[0] in (3, 4):
+        array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[-1] not in (3, 4):
-        raise ConfigError(f"the pattern {path} has shape {array.shape}: expected H,W or H,W,3 or H,W,4")
+        raise ConfigError(f"the pattern {path} has shape {array.shape}: expected H,W or H,W,3 or H,W,4 or 3,H,W")
     unit = torch.from_numpy(array.astype(np.float32)) / (255 if array.dtype == np.uint8 else 1)
-    if not (unit.isfinite().all() and unit.min() >= 0 and unit.max() <= 1):
-        raise ConfigError(f"the pattern {path} holds values outside 0..255 (uint8) or 0..1 (float)")
+    if not (unit.isfinite().all() and unit.min() >= lowest and unit.max() <= 1):
+        raise ConfigError(f"the pattern {path} holds values outside 0..255 (uint8) or {lowest}..1 (float)")
     return unit.permute(2, 0, 1).contiguous()

@@ -24,7 +24,8 @@ from utils.metrics import Exam
 from utils.poison import COVER, POISON
 
 FORMAT = 1
-WEIGHTS, POISONED = "model.safetensors", "poison.safetensors"
+WEIGHTS, POISONED, TRIGGER = "model.safetensors", "poison.safetensors", "trigger.safetensors"
+START = "victim/"  # among a trigger's parts: the weights that its victim starts from
 NEEDED = {"attack": ("config.yaml", WEIGHTS, POISONED, "results.csv"), "defense": ("config.yaml", WEIGHTS, "results.csv")}
 
 
@@ -146,11 +147,18 @@ def load(folder, config, device):
         poisoned = {name: value.to(device) for name, value in tensors(folder / POISONED).items()}
         found = _found(clean, poisoned)
         exam = Exam(test, data.Split(poisoned["test_images"], poisoned["test_labels"], poisoned["test_truth"]))
-        model = models.build(made["model"], spec, made["width"]).to(device)
-        model.load_state_dict(tensors(folder / WEIGHTS))
+        model = victim(folder, spec).to(device)
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise RefusedError(f"the record {folder} is damaged: {' '.join(str(error).split())[:200]}") from error
     return model, found, exam, clean, spec
+
+
+def victim(folder, spec):
+    """The network of a verified record with its weights; RuntimeError or KeyError where they do not fit."""
+    made = _yaml(folder / "config.yaml")
+    model = models.build(made["model"], spec, made["width"])
+    model.load_state_dict(tensors(folder / WEIGHTS))
+    return model
 
 
 def poison_file(split, index, cover, test_index, backdoor):
@@ -161,7 +169,17 @@ def poison_file(split, index, cover, test_index, backdoor):
         "train_index": changed, "train_images": split.images[changed], "train_labels": split.labels[changed], "train_kind": kinds,
         "test_index": test_index, "test_images": backdoor.images, "test_labels": backdoor.labels, "test_truth": backdoor.truth,
     }  # fmt: skip
-    return safetensors.torch.save(_plain(named))
+    return safetensors.torch.save(plain(named))
+
+
+def trigger_file(parts):
+    """The bytes of trigger.safetensors: all parts of a trigger, without the weights that its victim started from."""
+    return safetensors.torch.save(plain({name: part for name, part in parts.items() if not name.startswith(START)}))
+
+
+def start_weights(parts):
+    """The weights that a victim starts from, where it has learned together with its trigger; empty otherwise."""
+    return {name.removeprefix(START): part for name, part in parts.items() if name.startswith(START)}
 
 
 def facts(spec, train, test):
@@ -171,10 +189,11 @@ def facts(spec, train, test):
 
 def weights_file(model):
     """The bytes of model.safetensors."""
-    return safetensors.torch.save(_plain(model.state_dict()))
+    return safetensors.torch.save(plain(model.state_dict()))
 
 
-def _plain(named):
+def plain(named):
+    """A dict of tensors as safetensors wants it: on the CPU and contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
 

@@ -1,26 +1,44 @@
 """The two protocols: attack poisons, trains, judges and saves; defend loads, repairs, judges and saves."""
 
+import contextlib
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import models
-from utils import data, files, metrics, poison, record, results, seeds, sources, train
+from utils import data, files, metrics, poison, record, results, seeds, sources, train, workshop
 from utils.batch import augmentation, lengths
+from utils.config import Attack, CleanModel, digest, find_record, identity
 from utils.device import setup
-from utils.errors import ConfigError
+from utils.errors import ConfigError, RefusedError
 from utils.judge import Judge
 from utils.preview import preview
 
+# the clean model behind a trigger is not the victim of any seed a user would give
+CLEAN = {
+    "pratio": 0.0,
+    "label_mode": "all2one",
+    "attack_target": 0,
+    "poison_seed": 0,
+    "random_seed": 2**20,
+    "eval_every": 0,
+    "overwrite": False,
+}
+WEAK = 0.5  # ACC below which a clean model deserves a warning
 
-def attack(script, config, make_trigger, *, make_cover=None, cover_ratio=0.0):
-    """Poison a data set offline, train a victim on it, judge it and save the record.
 
-    `script` is the attack's module name. `make_trigger(config, spec, stage)` gives the trigger of stage train or
-    test. `make_cover(config, spec)`, if given, disturbs the share `cover_ratio` of the training set, drawn from the
-    rest, which keeps its labels.
+def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover_ratio=0.0, make_loss=None):
+    """Poison a data set, train a victim on it, judge it and save the record.
+
+    `script` is the attack's module name. `make_trigger(config, spec, stage)` gives the trigger of stage train or test.
+    `prepare(config, workshop)`, if given, makes the tensors that the trigger consists of, a dict; they are kept in the
+    record, and make_trigger and make_cover get them as their last argument; under `victim/` there may be the weights that
+    the victim starts from. `make_cover(config, spec)` disturbs the
+    share `cover_ratio` of the training set, drawn from the rest, which keeps its labels. With `make_loss(config,
+    trigger, relabel)` the set stays clean, and the attack is in what `train.fit` minimises.
     """
     name = script.rpartition(".")[2]
     config, device = setup(dataclasses.replace(config, save_folder_name=config.save_folder_name or f"{name}_{config.dataset}"))
@@ -28,7 +46,7 @@ def attack(script, config, make_trigger, *, make_cover=None, cover_ratio=0.0):
     folder = Path(config.record_path) / config.save_folder_name
     select = partial(_select, config=config, cover_ratio=cover_ratio)
     if config.dry_run:
-        return _plan_attack(config, folder, select)
+        return _plan_attack(config, folder, select, in_loop=make_loss is not None)
     if not record.begin(folder, config, kind="attack"):
         return _already_done(folder)
 
@@ -37,21 +55,33 @@ def attack(script, config, make_trigger, *, make_cover=None, cover_ratio=0.0):
         config.dataset, config.dataset_path, image_size=config.image_size, device=device, cache=config.cache_path, download=config.download
     )
     index, cover = select(clean.truth, spec.classes)
+    n_poison = len(index)
     relabel = poison.relabelling(config.label_mode, config.attack_target, spec.classes)
+    parts, origin = {}, {}
+    if prepare:
+        parts, origin = workshop.prepared(
+            prepare, config, workshop.Workshop(spec, clean, index, partial(clean_model, config, spec, device)), state
+        )
+        make_trigger, make_cover = (make and partial(_with_parts, make, parts) for make in (make_trigger, make_cover))
     test_index, backdoor = poison.backdoored(test, make_trigger(config, spec, "test"), relabel)
     judge = Judge(metrics.Exam(test, backdoor), config, state / "log.csv")
+    loss = train.cross_entropy
+    if make_loss:
+        loss, index = make_loss(config, make_trigger(config, spec, "train"), relabel), index[:0]
     found = poison.poison(clean, make_trigger(config, spec, "train"), relabel, index) if len(index) else clean
     if len(cover):
         found = poison.poison(found, make_cover(config, spec), None, cover)
 
     torch.manual_seed(seeds.number("weights", config.random_seed))
     model = models.build(config.model, spec, config.width).to(device)
-    train.fit(model, found, config, augment=augmentation(spec), drop_last=True,
+    if start := record.start_weights(parts):
+        model.load_state_dict(start)
+    train.fit(model, found, config, loss=loss, augment=augmentation(spec), drop_last=True,
               on_epoch=partial(judge.measure, "train"), checkpoint=state / "train.safetensors")  # fmt: skip
     seconds = judge.clock.seconds
     after = judge.measure("final", model)
 
-    row = results.of_attack(name, config, after, metrics.Exam(test, backdoor), len(index), len(clean), seconds)
+    row = results.of_attack(name, config, after, metrics.Exam(test, backdoor), n_poison, len(clean), seconds)
     table, facts = results.seal(row, config, device)
     shown = torch.linspace(0, len(backdoor) - 1, 8).long().unique() if len(backdoor) else torch.arange(0)
     contents = {
@@ -60,7 +90,10 @@ def attack(script, config, make_trigger, *, make_cover=None, cover_ratio=0.0):
         "preview.png": preview(test[test_index[shown]], backdoor[shown]),
         results.FILE: table,
     }
-    record.finish(folder, contents, {**facts, "data": record.facts(spec, clean, test)}, kind="attack")
+    if prepare:
+        contents[record.TRIGGER] = record.trigger_file(parts)
+    facts |= {"data": record.facts(spec, clean, test), "training_set": "none" if make_loss else "stored", **origin}
+    record.finish(folder, contents, facts, kind="attack")
     print(results.line(after, seconds))
 
 
@@ -76,6 +109,9 @@ def defend(script, config, repair, *, stage="repair", selection="fixed"):
     folder, victim_sum = config.record / "defense" / config.save_folder_name, info["files"][record.WEIGHTS]
     if config.dry_run:
         return _plan_defense(name, config, folder, info)
+    if stage == "in-training" and info.get("training_set") == "none":
+        raise RefusedError(f"the record {config.record} stores no poisoned training set, because {info['name']} poisons inside the training "
+                           f"loop; {name} trains on such a set")  # fmt: skip
     if not record.begin(folder, config, kind="defense", victim=victim_sum):
         return _already_done(folder)
 
@@ -101,11 +137,50 @@ def defend(script, config, repair, *, stage="repair", selection="fixed"):
     print(results.line(after, seconds))
 
 
+def clean_model(config, spec, device):
+    """(the clean model that an attack's options name, what record.json tells of it), on `device` and frozen.
+
+    It is the one of config.clean_record, or one trained like the victim, but with a seed of its own, and kept in
+    config.cache_path. Raises RefusedError (exit 4) where the record is of another data set or not of a clean model.
+    """
+    if config.clean_record:
+        folder = find_record(config.clean_record, config.record_path)
+    else:
+        same = {field.name: getattr(config, field.name) for field in dataclasses.fields(Attack)}
+        made = Attack(**{**same, **CLEAN, "record_path": str(Path(config.cache_path) / "clean_models")})
+        label = f"{config.dataset}_{models.label(config.model, config.width)}_{digest({**identity(made), **spec.fingerprint})}"
+        folder = Path(made.record_path) / label
+        with files.locked(folder.with_suffix(".lock")), contextlib.redirect_stdout(sys.stderr):  # of two runs at once, one trains
+            if not (folder / "record.json").is_file():
+                print(f"a clean model is trained first and kept in {folder}")
+                attack("clean", dataclasses.replace(made, save_folder_name=label), lambda *_: lambda images, index: images)
+    info = record.verify(folder, "attack")
+    row = files.read_csv(folder / results.FILE)[0]
+    if row["n_poison"] != "0":
+        raise RefusedError(f"the record {folder} is not of a clean model but of {info['name']}; attack/clean.py makes one")
+    if (row["dataset"], info["data"]["classes"], info["data"]["size"]) != (config.dataset, spec.classes, spec.size):
+        raise RefusedError(f"the clean model {folder} was trained on another data set than {config.dataset} at {spec.size} pixels")
+    if info["data"]["fingerprint"] != spec.fingerprint:
+        print(f"warning: the clean model {folder} was trained on other pixels than those of {config.dataset} here", file=sys.stderr)
+    if float(row["acc"]) < WEAK:
+        print(f"warning: the clean model {folder} has an ACC of only {100 * float(row['acc']):.0f} %", file=sys.stderr)
+    model = record.victim(folder, spec).to(device).eval().requires_grad_(False)
+    return model, {"record": str(folder), "sha256": info["files"][record.WEIGHTS], "acc": float(row["acc"])}
+
+
+def _with_parts(make, parts, *arguments):
+    return make(*arguments, parts)
+
+
 def _select(truth, classes, *, config, cover_ratio):
     """(positions to poison, positions to disturb); ConfigError where the target is not a class."""
     if config.attack_target >= classes:
         raise ConfigError(f"attack_target {config.attack_target} is not a class of {config.dataset}: it has 0 to {classes - 1}")
-    index = poison.choose(truth, config.pratio, config.poison_seed)
+    among = truth == config.attack_target if config.clean_label else None
+    index = poison.choose(truth, config.pratio, config.poison_seed, among=among)
+    if config.clean_label and len(index) == int(among.sum()):
+        print(f"warning: {round(config.pratio * len(truth))} pictures were asked for, and all {len(index)} of the target class are poisoned; "
+              f"--pratio below {len(index) / len(truth):.3f} leaves some of them untouched", file=sys.stderr)  # fmt: skip
     free = torch.ones(len(truth), dtype=torch.bool)
     free[index.cpu()] = False
     return index, poison.choose(truth, cover_ratio, config.poison_seed, among=free, purpose="cover")
@@ -116,7 +191,7 @@ def _budget(config, count):
     return int(config.clean_ratio * count + 1e-9)
 
 
-def _plan_attack(config, folder, select):
+def _plan_attack(config, folder, select, in_loop):
     data.side_of(config.dataset, config.image_size)
     found = sources.find(config.dataset, config.dataset_path)
     truth = torch.from_numpy(found["train"].read()[1])
@@ -125,7 +200,14 @@ def _plan_attack(config, folder, select):
     per_class = torch.bincount(truth[index], minlength=classes).tolist()
     steps, tests = len(lengths(len(truth), config.batch_size, drop_last=True)), len(found["test"].read()[1])
     print(f"reads    {config.dataset} from {config.dataset_path}: {len(truth)} training and {tests} test pictures")
-    print(f"poisons  {len(index)} of {len(truth)} pictures; per class {per_class}; {len(cover)} more are disturbed and keep their label")
+    if in_loop:
+        print(f"poisons  no stored picture: the loss shows each of {len(truth)} pictures with the trigger too")
+    else:
+        print(
+            f"poisons  {len(index)} of {len(truth)} pictures; per class {per_class}; {len(cover)} more are disturbed and keep their label"
+        )
+    if isinstance(config, CleanModel) and config.needs_clean_model:
+        print(f"needs    a clean model: {config.clean_record or 'one is trained first where the cache has none'}")
     print(f"trains   {models.label(config.model, config.width)} for {config.epochs} epochs of {steps} steps in {config.precision}")
     print(f"writes   {folder} ({_state(folder)})")
 

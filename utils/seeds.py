@@ -18,3 +18,9 @@ def number(purpose, *seeds):
 def generator(purpose, *seeds, device="cpu"):
     """A torch generator for one purpose, `choose the poisoned pictures` say."""
     return torch.Generator(device).manual_seed(number(purpose, *seeds))
+
+
+def uniform(purpose, seed, index, count):
+    """Numbers of [0, 1), float32 N,count: a row for every position of `index`, whatever else the batch holds."""
+    rows = [torch.rand(count, generator=generator(purpose, seed, position)) for position in index.tolist()]
+    return torch.stack(rows) if rows else torch.empty(0, count)

@@ -7,6 +7,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from utils import files, seeds
@@ -14,11 +15,17 @@ from utils.batch import batches, lengths
 from utils.errors import RefusedError, UserError
 
 
-def fit(model, split, config, *, augment=None, drop_last=False, after_step=None, on_epoch=None, checkpoint=None):
-    """Train `model` in place on `split` with cross-entropy and return it, in the mode it came in.
+def cross_entropy(model, images, labels, index):
+    """The ordinary loss of a batch: images n,3,S,S in [0, 1], labels n, and their positions in the split."""
+    return F.cross_entropy(model(images), labels)
+
+
+def fit(model, split, config, *, loss=cross_entropy, augment=None, drop_last=False, after_step=None, on_epoch=None, checkpoint=None):
+    """Train `model` in place on `split` and return it, in the mode it came in.
 
     `config` gives epochs, batch_size, lr, lr_min, momentum, weight_decay, random_seed and precision (bf16 or fp32).
-    `after_step()` runs after every optimiser step. `on_epoch(model, epoch=, loss=, lr=)` runs after every epoch with
+    `loss(model, images, labels, index)` is what is minimised; where it is a module, its buffers belong to the
+    checkpoint. `after_step()` runs after every optimiser step. `on_epoch(model, epoch=, loss=, lr=)` runs after every epoch with
     its mean loss. With a `checkpoint` path the state after every epoch is kept there, and training goes on from what
     lies there; every epoch draws from its own seed, so an interrupted CPU run ends with the same weights.
     Raises UserError (exit 1) when the loss is no longer a number.
@@ -26,7 +33,8 @@ def fit(model, split, config, *, augment=None, drop_last=False, after_step=None,
     device, training = split.labels.device, model.training
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
-    done = _resume(checkpoint, model, optimizer, device) if checkpoint else 0
+    memory = loss if isinstance(loss, nn.Module) else nn.Module()
+    done = _resume(checkpoint, model, optimizer, memory, device) if checkpoint else 0
     steps = len(lengths(len(split), config.batch_size, drop_last=drop_last))
     with tqdm(total=steps * config.epochs, initial=steps * done, desc="training", unit=" steps", disable=None) as bar:
         for epoch in range(done, config.epochs):
@@ -34,14 +42,14 @@ def fit(model, split, config, *, augment=None, drop_last=False, after_step=None,
             optimizer.param_groups[0]["lr"] = rate
             order = batches(split, config.batch_size, generator=_seeded(config.random_seed, epoch, device),
                             augment=augment, drop_last=drop_last)  # fmt: skip
-            loss = _epoch(model, order, optimizer, config.precision, after_step, bar)
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} after epoch {epoch + 1}: lower --lr, which is {config.lr}")
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}")
+            mean = _epoch(model, order, loss, optimizer, config.precision, after_step, bar)
+            if not math.isfinite(mean):
+                raise UserError(f"the loss is {mean} after epoch {epoch + 1}: lower --lr, which is {config.lr}")
+            bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
             if on_epoch:
-                on_epoch(model, epoch=epoch + 1, loss=round(loss, 6), lr=round(rate, 8))
+                on_epoch(model, epoch=epoch + 1, loss=round(mean, 6), lr=round(rate, 8))
             if checkpoint:
-                _save(checkpoint, model, optimizer, epoch + 1)
+                _save(checkpoint, model, optimizer, memory, epoch + 1)
     return model.train(training)
 
 
@@ -50,19 +58,19 @@ def cosine(epoch, config):
     return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
 
 
-def _epoch(model, order, optimizer, precision, after_step, bar):
+def _epoch(model, order, loss, optimizer, precision, after_step, bar):
     """One pass; the mean loss, read from the device once at the end."""
     model.train()
     total, count = 0, 0
-    for images, labels, _ in order:
+    for images, labels, index in order:
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = F.cross_entropy(model(images), labels)
+            value = loss(model, images, labels, index)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimizer.step()
         if after_step:
             after_step()
-        total += loss.detach() * len(labels)
+        total += value.detach() * len(labels)
         count += len(labels)
         bar.update()
     return float(total) / max(count, 1)
@@ -74,16 +82,17 @@ def _seeded(seed, epoch, device):
     return seeds.generator("epoch", seed, epoch, device=device)
 
 
-def _save(path, model, optimizer, epoch):
+def _save(path, model, optimizer, memory, epoch):
     """Everything the next epoch starts from, without pickle."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"loss/{name}": tensor for name, tensor in memory.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": value for name, value in state.items() if torch.is_tensor(value)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     files.write(path, safetensors.torch.save(whole, {"epoch": str(epoch)}))
 
 
-def _resume(path, model, optimizer, device):
+def _resume(path, model, optimizer, memory, device):
     """Load a checkpoint; the number of epochs it has seen, 0 where there is none."""
     if not Path(path).is_file():
         return 0
@@ -102,7 +111,8 @@ def _resume(path, model, optimizer, device):
             if tensor.shape == like.shape:  # the fused step reads memory as it lies: channels last, like the weights
                 tensor = torch.empty_like(like).copy_(tensor)
             state.setdefault(int(number), {})[key] = tensor.to(device)
-    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model/")})
+    for part, module in (("model/", model), ("loss/", memory)):
+        module.load_state_dict({name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)})
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return epoch
