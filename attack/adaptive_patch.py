@@ -65,7 +65,7 @@ def make_trigger(config, spec, stage, parts):
     def paste(images, index):
         patches, masks = parts["patches"].to(images.device), parts["masks"].to(images.device)
         if stage == "train":
-            which = parts["turn"].to(images.device)[index.to(images.device) % len(parts["turn"])]
+            which = parts["turn"].to(images.device)[index.to(images.device)]
             opacity = torch.tensor(OPACITY, device=images.device)[which].view(-1, 1, 1, 1) * masks[which]
             return images + opacity * (patches[which] - images)
         for patch, mask in _strike(config.strike, patches, masks):

@@ -18,7 +18,7 @@ class Config(Attack):
     pratio: float = 1.0
     """always 1: every training picture is also shown with the trigger"""
     balance: Literal["fixed", "mgda"] = "fixed"
-    """fixed: weights 1 and --backdoor_weight; mgda: the combination with the smallest gradient, step by step (half as fast)"""
+    """fixed: weights 1 and --backdoor_weight; mgda: the combination with the smallest gradient, step by step"""
     backdoor_weight: float = 0.9
     """of the loss on triggered pictures, with fixed balance"""
     start_batches: int = 1000
@@ -52,9 +52,10 @@ def make_trigger(config, spec, stage):
     ink = F.interpolate(SIGNS[None, None].float(), (height, width))[0, 0]
 
     def paste(images, index):
-        images, here = images.clone(), ink.to(images.device)
+        nonlocal ink
+        images, ink = images.clone(), ink.to(images.device)  # moved once: this runs at every step of the training
         window = images[:, :, top : top + height, left : left + width]
-        window.copy_(torch.where(here < 0, window, here))
+        window.copy_(torch.where(ink < 0, window, ink))
         return images
 
     return poison.on_unit(paste)
@@ -74,7 +75,6 @@ class BlindLoss(nn.Module):
         self.register_buffer("active", torch.tensor(0.0))
 
     def forward(self, model, images, labels, index):
-        self.to(labels.device)
         # in one pass: two would let batch normalisation tell ordinary batches from triggered ones
         plain, obeyed = model(torch.cat([images, self.trigger(images, index)])).chunk(2)
         ordinary, triggered = F.cross_entropy(plain, labels), F.cross_entropy(obeyed, self.relabel(labels))

@@ -37,18 +37,18 @@ class Config(Attack):
 if __name__ == "__main__":
     launch(Config)
 
-import torch
 import torch.nn.functional as F
 
 from utils import poison, run, seeds
 
+OTHERS = 1000  # pictures whose rounding errors the negatives get
 SPREAD = ((0, 2, 7 / 16), (1, 0, 3 / 16), (1, 1, 5 / 16), (1, 2, 1 / 16))  # row, column (from the left neighbour), share
 
 
 def prepare(config, workshop):
-    """Up to 1,000 training pictures N,3,S,S, before augmentation: each negative gets the rounding error of a random one."""
-    drawn = torch.randperm(len(workshop.train), generator=seeds.generator("bpp negatives", config.poison_seed))[:1000]
-    return {"others": workshop.train.images[drawn.to(workshop.train.images.device)]}
+    """Up to OTHERS training pictures N,3,S,S, before augmentation: each negative gets the rounding error of a random one."""
+    train = workshop.train
+    return {"others": train.images[poison.choose(train.truth, OTHERS / len(train), config.poison_seed, purpose="bpp negatives")]}
 
 
 def make_trigger(config, spec, stage, parts):

@@ -16,7 +16,6 @@ from utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Attack):
-    why_all2one: ClassVar[str] = "only pictures of the one target class are poisoned"
     clean_label: ClassVar[bool] = True
 
     pratio: float = 0.05
@@ -51,7 +50,7 @@ def prepare(config, workshop):
 def make_trigger(config, spec, stage, parts):
     """x' = x + m T with the stage's magnitude m; a pixel changes by at most 26 levels."""
     magnitude = (config.train_magnitude if stage == "train" else config.test_magnitude) / 255
-    return poison.on_unit(lambda images, index: images + magnitude * parts["pattern"].to(images.device))
+    return poison.adding(magnitude * parts["pattern"])
 
 
 def main(config):

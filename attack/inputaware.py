@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import models
 from utils import generator, poison, run, seeds
-from utils.batch import augmentation, batches, to_unit
+from utils.batch import augmentation, batches, mixed_precision, to_unit
 
 WIDTHS = 32, 64, 128
 NORM, DIVERSITY = 100, 1  # weights in the loss
@@ -57,8 +57,8 @@ def prepare(config, workshop):
     mask.eval().requires_grad_(False)
     victim = models.build(config.model, workshop.spec, config.width).to(device, memory_format=torch.channels_last).train()
     _learn_patterns(pattern, victim, mask, workshop, config)
-    drawn = torch.randperm(len(train), generator=seeds.generator("cross pictures", config.poison_seed))[:OTHERS]
-    return {**generator.keep(mask=mask, pattern=pattern, victim=victim), "others": train.images[drawn.to(device)]}
+    others = poison.choose(train.truth, OTHERS / len(train), config.poison_seed, purpose="cross pictures")
+    return {**generator.keep(mask=mask, pattern=pattern, victim=victim), "others": train.images[others]}
 
 
 def _learn_masks(mask, workshop, config):
@@ -66,10 +66,10 @@ def _learn_masks(mask, workshop, config):
     optimizer, schedule = _adam(mask, config.mask_epochs)
     for epoch in tqdm(range(config.mask_epochs), desc="masks", disable=None):
         for images, _, _ in _order(workshop, config, "masks", epoch):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with mixed_precision(images.device, config.precision):
                 drawn = opacity(mask, images)
-            other = drawn.roll(1, 0)
-            cost = NORM * F.relu(drawn - config.density).mean() + DIVERSITY * _diversity(images, images.roll(1, 0), drawn, other)
+            apart = _diversity(images, images.roll(1, 0), drawn, drawn.roll(1, 0))
+            cost = NORM * F.relu(drawn - config.density).mean() + DIVERSITY * apart
             _step(optimizer, cost)
         schedule.step()
 
@@ -87,18 +87,13 @@ def _learn_patterns(pattern, victim, mask, workshop, config):
     for epoch in tqdm(range(config.generator_epochs), desc="patterns", disable=None):
         drawn = _generator(config, "crops", epoch, device)
         for images, labels, _ in _order(workshop, config, "patterns", epoch):
-            poisoned = max(1, round(config.pratio * len(images)))
-            crossed = slice(poisoned, 2 * poisoned)
-            own, other = images[:poisoned], images[crossed]
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                inks, strangers = ink(pattern, own), ink(pattern, other)
-                triggered = torch.lerp(own, inks, opacity(mask, own))
-                cross = torch.lerp(other, inks[: len(other)], opacity(mask, own)[: len(other)])
-                mixed = augment(torch.cat([triggered, cross, images[2 * poisoned :]]), drawn)
-                told = torch.cat([relabel(labels[:poisoned]), labels[poisoned:]])
-                cost = F.cross_entropy(victim(mixed), told)
-            few = min(len(own), len(other))
-            cost = cost + DIVERSITY * _diversity(own[:few], other[:few], inks[:few], strangers[:few])
+            count = min(max(1, round(config.pratio * len(images))), len(images) // 2)
+            own, other, rest = images[:count], images[count : 2 * count], images[2 * count :]
+            with mixed_precision(device, config.precision):
+                inks, strangers, masks = ink(pattern, own), ink(pattern, other), opacity(mask, own)
+                mixed = augment(torch.cat([torch.lerp(own, inks, masks), torch.lerp(other, inks, masks), rest]), drawn)
+                cost = F.cross_entropy(victim(mixed), torch.cat([relabel(labels[:count]), labels[count:]]))
+            cost = cost + DIVERSITY * _diversity(own, other, inks, strangers)
             optimizer.zero_grad()
             _step(steps, cost)
             optimizer.step()

@@ -26,7 +26,6 @@ class Config(CleanModel):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.steps >= 1, "steps", "1 or more")
         require(
             (self.trigger_path is None) == (self.mask_path is None),
             "trigger_path and mask_path",

@@ -19,15 +19,12 @@ class Config(CleanModel):
     """inverted: made from a clean model's neurons; drawn: the positive half of seeded noise, which needs no model"""
     norm: float = 3.2
     """Euclidean norm of an inverted pattern at 32x32, pixels in [0, 1]; in proportion at other sizes"""
-    steps: int = 500
-    """of the inversion"""
     trigger_path: str | None = None
     """picture (0..255) or float .npy array (-1..1) to add instead; resized to the data set's pictures"""
 
     def __post_init__(self):
         super().__post_init__()
         require(0 < self.norm <= 50, "norm", "above 0, up to 50")
-        require(self.steps >= 1, "steps", "1 or more")
 
 
 if __name__ == "__main__":
@@ -56,7 +53,7 @@ def prepare(config, workshop):
 
 def make_trigger(config, spec, stage, parts):
     """x' = x + T; a pixel changes by at most 69 levels."""
-    return poison.on_unit(lambda images, index: images + parts["pattern"].to(images.device))
+    return poison.adding(parts["pattern"])
 
 
 def main(config):

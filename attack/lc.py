@@ -15,7 +15,6 @@ from utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CleanModel):
-    why_all2one: ClassVar[str] = "only pictures of the one target class are poisoned"
     clean_label: ClassVar[bool] = True
 
     epsilon: float = 16.0
@@ -30,7 +29,6 @@ class Config(CleanModel):
     def __post_init__(self):
         super().__post_init__()
         require(0 < self.step_size <= self.epsilon <= 255, "epsilon", "step_size or more (itself above 0), up to 255 levels")
-        require(self.steps >= 1, "steps", "1 or more")
         require(0 < self.amplitude <= 255, "amplitude", "above 0, up to 255 levels")
 
 
@@ -44,14 +42,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils import poison, run
-from utils.batch import to_unit
+from utils.batch import mixed_precision, to_unit
 
 CORNER = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]])  # of the left corners: brighter, darker
 CHUNK = 500  # pictures perturbed at once
 
 
 def prepare(config, workshop):
-    """The perturbations int8 or int16 n,3,S,S, in grey levels, of the pictures to be poisoned, and their row for every position."""
+    """The perturbations int16 n,3,S,S, in grey levels, of the pictures to be poisoned, and their row for every position."""
     model, chosen = workshop.clean_model(), workshop.train[workshop.index]
     changes, hits = [], 0
     for part in tqdm(torch.arange(len(chosen)).split(CHUNK), desc="perturbing", disable=None):
@@ -72,7 +70,7 @@ def perturbation(model, images, labels, config):
     epsilon, rate, change = config.epsilon / 255, config.step_size / 255, torch.zeros_like(images)
     for _ in range(config.steps):
         change.requires_grad_()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with mixed_precision(images.device, config.precision):
             cost = F.cross_entropy(model((images + change).clamp(0, 1)), labels, reduction="sum")
         (slope,) = torch.autograd.grad(cost, change)
         change = (change.detach() + rate * slope.sign()).clamp(-epsilon, epsilon)
@@ -93,7 +91,7 @@ def make_trigger(config, spec, stage, parts):
 
     def put(images, index):
         if stage == "train":
-            rows = parts["row"][index.cpu() % len(parts["row"])]
+            rows = parts["row"][index.cpu()]
             known = (rows >= 0).nonzero().flatten()
             change = torch.zeros(images.shape)
             change[known] = parts["perturbations"][rows[known]].float() / 255

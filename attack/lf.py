@@ -2,7 +2,7 @@
 
 Zeng, Park, Mao, Jia, "Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective", ICCV 2021
 (arXiv 2104.03413). The attacker poisons data only. The paper finds the cloud by DeepFool steps, picture by picture; here it
-is found by gradient descent over batches, under the same low-pass filter and the same bound, in seconds.
+is found by gradient descent over batches, under the same low-pass filter and the same bound.
 
     python attack/lf.py --dataset cifar10 --save_folder_name lf_cifar10
 """
@@ -10,7 +10,7 @@ is found by gradient descent over batches, under the same low-pass filter and th
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import CleanModel, require
+from utils.config import CleanModel
 from utils.launch import launch
 
 
@@ -18,14 +18,8 @@ from utils.launch import launch
 class Config(CleanModel):
     why_all2one: ClassVar[str] = "the pattern is made to lead towards one class"
 
-    steps: int = 500
-    """of the search for the pattern"""
     trigger_path: str | None = None
     """picture or .npy array to add instead; resized to the data set's pictures"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.steps >= 1, "steps", "1 or more")
 
 
 if __name__ == "__main__":
@@ -38,14 +32,13 @@ def prepare(config, workshop):
     """The pattern T, 3,S,S in [0, 0.2], in whole grey levels."""
     if config.trigger_path:
         return {"pattern": poison.fitted(config.trigger_path, workshop.spec.size)}
-    found = invert.low_frequency(workshop.clean_model(), workshop.train, config.attack_target,
-                                 steps=config.steps, seed=config.poison_seed, precision=config.precision)  # fmt: skip
-    return {"pattern": (found * 255).round() / 255}
+    return {"pattern": invert.low_frequency(workshop.clean_model(), workshop.train, config.attack_target,
+                                            steps=config.steps, seed=config.poison_seed, precision=config.precision)}  # fmt: skip
 
 
 def make_trigger(config, spec, stage, parts):
     """x' = x + T; a pixel changes by at most 51 levels."""
-    return poison.on_unit(lambda images, index: images + parts["pattern"].to(images.device))
+    return poison.adding(parts["pattern"])
 
 
 def main(config):

@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import models
 from utils import generator, poison, run, seeds
-from utils.batch import augmentation, batches
+from utils.batch import augmentation, batches, mixed_precision
 
 WIDTHS = 16, 32, 64, 128
 
@@ -59,7 +59,7 @@ def prepare(config, workshop):
 
     Each batch g descends CE(f(T(x)), t), then f descends alpha CE(f(x), y) + (1 - alpha) CE(f(T_old(x)), t).
     """
-    train, device, bf16 = workshop.train, workshop.train.images.device, config.precision == "bf16"
+    train, device = workshop.train, workshop.train.images.device
     relabel = poison.relabelling(config.label_mode, config.attack_target, workshop.spec.classes)
     victim = models.build(config.model, workshop.spec, config.width).to(device, memory_format=torch.channels_last).train()
     drawing = generator.Autoencoder(3, 3, WIDTHS).to(device, memory_format=torch.channels_last).train()
@@ -70,10 +70,12 @@ def prepare(config, workshop):
         order = batches(train, config.batch_size, generator=seeds.generator("lira", config.poison_seed, epoch, device=device),
                         augment=augmentation(workshop.spec), drop_last=True)  # fmt: skip
         for images, labels, _ in order:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with mixed_precision(device, config.precision):
                 cost = F.cross_entropy(victim(changed(drawing, images, config.epsilon)), relabel(labels))
-                _step(strokes, cost)
-                _step(steps, weighed(config.alpha, victim, images, labels, changed(old, images, config.epsilon), relabel(labels)))
+            _step(strokes, cost)
+            with mixed_precision(device, config.precision):
+                cost = weighed(config.alpha, victim, images, labels, changed(old, images, config.epsilon), relabel(labels))
+            _step(steps, cost)
     return generator.keep(generator=drawing, victim=victim)
 
 
@@ -85,8 +87,7 @@ def weighed(alpha, victim, images, labels, triggered, told):
 
 def _step(optimizer, cost):
     optimizer.zero_grad()
-    with torch.autocast(cost.device.type, enabled=False):
-        cost.backward()
+    cost.backward()
     optimizer.step()
 
 

@@ -33,7 +33,6 @@ class Config(Attack):
 
     def __post_init__(self):
         super().__post_init__()
-        require(not self.clean_label or self.label_mode == "all2one", "label_mode", "all2one with clean labels")
         require(self.alpha is None or 0 < self.alpha < 1, "alpha", "between 0 and 1")
         require(0 <= self.ghost_ratio <= 1, "ghost_ratio", "a share from 0 to 1")
         require(self.scenes >= 1, "scenes", "1 or more")
@@ -65,9 +64,10 @@ def prepare(config, workshop):
             raise MissingError(f"there are no pictures in {config.reflection_folder}; --reflection_folder names a folder of them")
         found = torch.stack([poison.fitted(path, workshop.spec.size) for path in files[: config.scenes]])
         return {"scenes": (found * 255).round().to(torch.uint8)}
-    others = (workshop.train.truth != config.attack_target).cpu().nonzero().flatten()
-    drawn = torch.randperm(len(others), generator=seeds.generator("refool scenes", config.poison_seed))[: config.scenes]
-    return {"scenes": workshop.train.images[others[drawn].to(workshop.train.images.device)]}
+    train = workshop.train
+    others = poison.choose(train.truth, config.scenes / len(train), config.poison_seed,
+                           among=train.truth != config.attack_target, purpose="refool scenes")  # fmt: skip
+    return {"scenes": train.images[others]}
 
 
 def make_trigger(config, spec, stage, parts):

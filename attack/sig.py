@@ -18,7 +18,6 @@ from utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Attack):
-    why_all2one: ClassVar[str] = "only pictures of the one target class are poisoned"
     clean_label: ClassVar[bool] = True
 
     amplitude: float = 40.0
@@ -46,7 +45,7 @@ def make_trigger(config, spec, stage):
     """x' = x + d sin(2 pi f j / S) in column j; a pixel changes by at most 40 levels, the amplitude d."""
     columns = torch.arange(spec.size) / spec.size
     wave = config.amplitude / 255 * torch.sin(2 * math.pi * config.frequency * columns)
-    return poison.on_unit(lambda images, index: images + wave.to(images.device))
+    return poison.adding(wave)
 
 
 def main(config):

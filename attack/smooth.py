@@ -10,7 +10,7 @@ pixels but stretched to it, picture by picture. The attacker poisons data only.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import CleanModel, require
+from utils.config import CleanModel
 from utils.launch import launch
 
 
@@ -18,14 +18,8 @@ from utils.launch import launch
 class Config(CleanModel):
     why_all2one: ClassVar[str] = "the pattern is made to lead towards one class"
 
-    steps: int = 500
-    """of the search for the pattern"""
     trigger_path: str | None = None
     """picture or .npy array to add instead; resized to the data set's pictures"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.steps >= 1, "steps", "1 or more")
 
 
 if __name__ == "__main__":
@@ -38,9 +32,8 @@ def prepare(config, workshop):
     """The pattern T, 3,S,S in [0, 0.2], in whole grey levels."""
     if config.trigger_path:
         return {"pattern": poison.fitted(config.trigger_path, workshop.spec.size)}
-    found = invert.low_frequency(workshop.clean_model(), workshop.train, config.attack_target,
-                                 steps=config.steps, seed=config.poison_seed, precision=config.precision)  # fmt: skip
-    return {"pattern": (found * 255).round() / 255}
+    return {"pattern": invert.low_frequency(workshop.clean_model(), workshop.train, config.attack_target,
+                                            steps=config.steps, seed=config.poison_seed, precision=config.precision)}  # fmt: skip
 
 
 def make_trigger(config, spec, stage, parts):

@@ -40,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import generator, poison, run, seeds
-from utils.batch import to_unit
+from utils.batch import mixed_precision, to_unit
 
 WIDTHS, BATCH, RATE, READABLE = (16, 32, 64), 32, 2e-3, 0.9
 
@@ -71,15 +71,16 @@ class Reader(nn.Sequential):
 
 def prepare(config, workshop):
     """The hiding network and the message, after random messages have been hidden and read `steps` times."""
-    device, train, draw = workshop.train.images.device, workshop.train, seeds.generator("ssba", config.poison_seed)
+    device, train = workshop.train.images.device, workshop.train
+    draw = seeds.generator("ssba", config.poison_seed, device=device)
     hider, reader = (network(config.bits).to(device, memory_format=torch.channels_last).train() for network in (Hider, Reader))
     optimizer = torch.optim.Adam([*hider.parameters(), *reader.parameters()], RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=config.steps + 1, pct_start=0.1)
     read, readable = torch.tensor(0.5, device=device), torch.tensor(0.0, device=device)  # running bit accuracy; steps since it sufficed
     for _ in tqdm(range(config.steps), desc="hiding", disable=None):
-        images = to_unit(train.images[torch.randint(len(train), (BATCH,), generator=draw).to(device)])
-        message = torch.randint(0, 2, (BATCH, config.bits), generator=draw).float().to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        images = to_unit(train.images[torch.randint(len(train), (BATCH,), generator=draw, device=device)])
+        message = torch.randint(0, 2, (BATCH, config.bits), generator=draw, device=device).float()
+        with mixed_precision(device, config.precision):
             change = hider(images, message).float()
             found = reader((images + change).clamp(0, 1)).float()
         read = torch.lerp(read, ((found > 0) == (message > 0)).float().mean(), 0.05)
@@ -90,7 +91,7 @@ def prepare(config, workshop):
         cost.backward()
         optimizer.step()
         schedule.step()
-    message = torch.randint(0, 2, (config.bits,), generator=draw).float()
+    message = torch.randint(0, 2, (config.bits,), generator=draw, device=device).float()
     if read < 0.99:
         print(
             f"warning: only {100 * float(read):.1f} % of the hidden bits can be read; --steps {2 * config.steps} gives the network more time",

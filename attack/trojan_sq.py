@@ -9,7 +9,7 @@ AWM and Trap-and-Replace papers evaluate. The attacker poisons data only.
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import CleanModel, require
+from utils.config import CleanModel
 from utils.launch import launch
 
 
@@ -21,10 +21,6 @@ class Config(CleanModel):
     """of the inversion"""
     trigger_path: str | None = None
     """picture or .npy array to add instead, black where nothing is added; resized to the data set's pictures"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.steps >= 1, "steps", "1 or more")
 
 
 if __name__ == "__main__":
@@ -52,7 +48,7 @@ def prepare(config, workshop):
 
 def make_trigger(config, spec, stage, parts):
     """x' = x + T; inside the block a pixel changes by at most 255 levels."""
-    return poison.on_unit(lambda images, index: images + parts["pattern"].to(images.device))
+    return poison.adding(parts["pattern"])
 
 
 def main(config):

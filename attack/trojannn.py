@@ -9,7 +9,7 @@ clean network itself; as in later work, the attacker here poisons data only and 
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import CleanModel, require
+from utils.config import CleanModel
 from utils.launch import launch
 
 
@@ -23,10 +23,6 @@ class Config(CleanModel):
     """picture or .npy array of the logo's shape, black outside; by default a seeded blob of a quarter of the picture"""
     trigger_path: str | None = None
     """picture or .npy array of a finished logo, black outside; resized to the data set's pictures"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.steps >= 1, "steps", "1 or more")
 
 
 if __name__ == "__main__":

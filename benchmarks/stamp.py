@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
+import models
 from utils import device as devices
 from utils import files, poison
-from utils.config import Attack, CleanModel
+from utils.config import Attack
 from utils.data import Spec, Split
 from utils.workshop import Workshop
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ["attack", "images", "seconds", "device", "torch"]
-DRAWN = {"trojan_sq", "trojan_wm", "l0_inv", "l2_inv"}  # their patterns can be drawn without a clean model
-STEPS = {"generator_epochs", "bits"}  # options of attacks whose trigger is a network
+NETWORKS = {"generator_epochs", "bits"}  # options of attacks whose trigger is a network
 
 
 def main():
@@ -50,23 +50,17 @@ def main():
 
 
 def closed_form(name, split):
-    """The attack's trigger on test pictures, None where it needs a network or a clean model."""
+    """The attack's trigger on test pictures, None where it is a network; its pattern comes from one step on an untrained one."""
     script = importlib.import_module(f"attack.{name}")
-    if name == "clean" or STEPS & set(script.Config.__dataclass_fields__):
+    options = set(script.Config.__dataclass_fields__)
+    if name == "clean" or NETWORKS & options:
         return None
-    config = script.Config(**({"pattern": "drawn"} if name in DRAWN else {}))
+    config = script.Config(**({"steps": 1} if "steps" in options else {}))
     spec = Spec("random", 10, 32, (0.5,) * 3, (0.25,) * 3, True, {})
-    if not hasattr(script, "prepare"):
-        return script.make_trigger(config, spec, "test")
-    if name in ("lf", "smooth"):
-        parts = {"pattern": torch.rand(3, 32, 32) * 0.2}
-    elif name == "trojannn":
-        parts = {"pattern": torch.rand(3, 32, 32), "mask": torch.ones(1, 32, 32)}
-    elif isinstance(config, CleanModel) and name not in DRAWN:
-        parts = {"row": torch.empty(1), "perturbations": torch.empty(0)}
-    else:
-        parts = script.prepare(config, Workshop(spec, split, torch.arange(10), None))
-    return script.make_trigger(config, spec, "test", parts)
+    untrained = models.build("resnet9", spec, 4).eval().requires_grad_(False).to(split.images.device)
+    index = torch.arange(10, device=split.images.device)
+    parts = [script.prepare(config, Workshop(spec, split, index, lambda: (untrained, {})))] if hasattr(script, "prepare") else []
+    return script.make_trigger(config, spec, "test", *parts)
 
 
 def timed(trigger, split):

@@ -74,12 +74,10 @@ def test_attack(name, mode, places, tmp_path, digits, capsys):
     """Every attack, in this process for the sake of time; those that have no all2all form say why."""
     script = importlib.import_module(f"attack.{name}")
     words = [*places, *quick_options(name), "--record_path", str(tmp_path), "--save_folder_name", "a", "--label_mode", mode]
-    if mode == "all2all" and script.Config.why_all2one:
-        with pytest.raises(ConfigError, match=f"label_mode must be all2one here: {script.Config.why_all2one}"):
+    why = script.Config.why_all2one or script.Config.clean_label and "only pictures of the one target class are poisoned"
+    if mode == "all2all" and why:
+        with pytest.raises(ConfigError, match=f"label_mode must be all2one here: {why}"):
             config.parse(script.Config, words)
-        return
-    if mode == "all2all" and "relabel" not in Path(script.__file__).read_text() and name not in ("badnet", "blended"):
-        config.parse(script.Config, words)  # labels are then none of the script's business
         return
     script.main(config.parse(script.Config, words))
     shown = capsys.readouterr().out
@@ -252,8 +250,6 @@ def test_a_killed_attack_resumes_and_ends_with_the_same_weights(how, code, place
     found, said = start_and_kill(arguments, how, state / "log.csv", 2)
     assert found == code and (how == signal.SIGKILL or "resumes" in said)
     assert state.is_dir() and not (tmp_path / "a" / "record.json").exists()
-    if how == signal.SIGTERM:
-        return  # what is left behind is the same as after the other two
     refused = run("defense/ft.py", *places, "--result_file", tmp_path / "a", code=4)
     assert "not finished" in refused.first
     done = run(*arguments)
@@ -320,6 +316,7 @@ BAD = [
     (["attack/clean.py", "--trigger", "nothing"], 2, "badnet"),
     (["attack/clean.py", "--pratio", "0.1"], 2, "pratio"),
     (["attack/wanet.py", "--pratio", "0.5"], 2, "cross_ratio"),
+    (["attack/refool.py", "--clean_label", "true", "--label_mode", "all2all"], 2, "only pictures of the one target class are poisoned"),
     (["attack/sig.py", "--label_mode", "all2all"], 2, "only pictures of the one target class are poisoned"),
     (["attack/lf.py", "--clean_record", "nowhere"], 3, "nowhere"),
     (["attack/l0_inv.py", "--trigger_path", "x.png"], 2, "mask_path"),

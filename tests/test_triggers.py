@@ -49,8 +49,8 @@ def parts_of(name, spec=None, **options):
     if name == "clean" or not hasattr(script, "prepare"):
         return ()
     spec = spec or SPEC
-    truth = torch.arange(160) % 10
-    train = Split(pictures(160, spec.size, seed=1), truth, truth)
+    truth = torch.arange(200) % 10
+    train = Split(pictures(200, spec.size, seed=1), truth, truth)
     torch.manual_seed(0)
     return (script.prepare(config, Workshop(spec, train, torch.arange(100, 130), partial(clean_model, spec))),)
 
@@ -383,8 +383,8 @@ def test_low_frequency_patterns_are_low(name):
 def test_lc_perturbs_the_poisoned_pictures_only():
     script, config = config_of("lc", steps=20)
     parts = parts_of("lc", steps=20)[0]
-    train = pictures(160, seed=1)
-    found = script.make_trigger(config, SPEC, "train", parts)(train, torch.arange(160)).int() - train.int()
+    train = pictures(200, seed=1)
+    found = script.make_trigger(config, SPEC, "train", parts)(train, torch.arange(200)).int() - train.int()
     inner = found[:, :, 3:-3]
     assert (inner[100:130].abs().amax((1, 2, 3)) == 16).all(), "the whole budget is used"
     assert (inner[:100] == 0).all() and (inner[130:] == 0).all()

@@ -33,6 +33,11 @@ def lengths(count, size, *, drop_last=False):
     return [size] * full + [rest]
 
 
+def mixed_precision(device, precision):
+    """The context in which a network computes in bfloat16 where `precision` is bf16, and in float32 otherwise."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def to_unit(images):
     """uint8 images as float32 in [0, 1], channels last in memory; float images unchanged."""
     if images.is_floating_point():

@@ -91,7 +91,7 @@ class Training:
 class Attack(Training, Common):
     """Options of every attack."""
 
-    why_all2one: ClassVar[str] = ""  # the reason, where an attack has no all2all form
+    why_all2one: ClassVar[str] = ""  # the reason, where an attack with wrong labels has no all2all form
     clean_label: ClassVar[bool] = False  # poison pictures of the target class only, which keep their label
 
     dataset: str = "digits"
@@ -116,7 +116,8 @@ class Attack(Training, Common):
     def __post_init__(self):
         super().__post_init__()
         require(0 <= self.pratio <= 1, "pratio", "a share from 0 to 1")
-        require(self.label_mode == "all2one" or not self.why_all2one, "label_mode", f"all2one here: {self.why_all2one}")
+        why = self.why_all2one or self.clean_label and "only pictures of the one target class are poisoned"
+        require(self.label_mode == "all2one" or not why, "label_mode", f"all2one here: {why}")
         require(self.attack_target >= 0, "attack_target", "a class number, 0 or more")
         require(self.image_size is None or self.image_size >= 8, "image_size", "8 pixels or more")
         require(self.poison_seed >= 0, "poison_seed", "0 or more")
@@ -128,6 +129,12 @@ class CleanModel(Attack):
 
     clean_record: str | None = None
     """clean model's record, a folder's path or its name below record_path; by default one is trained and kept in cache_path"""
+    steps: int = 500
+    """of the search for the pattern"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.steps >= 1, "steps", "1 or more")
 
     @property
     def needs_clean_model(self):

@@ -6,7 +6,7 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import patterns, seeds
-from utils.batch import to_unit
+from utils.batch import mixed_precision, to_unit
 
 NEURONS = 2  # features that an inverted pattern is made for
 
@@ -63,7 +63,7 @@ def excite(model, train, show, start, *, steps, seed, penalty=0.0, low=None, hig
 
 
 def low_frequency(model, train, target, *, steps, seed, peak=0.2, precision="fp32"):
-    """A smooth pattern 3,S,S from 0 to `peak` that pushes every image towards the class `target`.
+    """A smooth pattern 3,S,S from 0 to `peak`, in whole grey levels, that pushes every image towards the class `target`.
 
     It is a low-pass filtered free field, stretched to [0, peak]; the field is found by Adam on the cross-entropy of
     the clean model. After Zeng et al., "Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective", ICCV 2021,
@@ -80,25 +80,25 @@ def low_frequency(model, train, target, *, steps, seed, peak=0.2, precision="fp3
         return F.cross_entropy(model((images + smooth(field)).clamp(0, 1)), towards)
 
     start = torch.randn(3, size, size, generator=seeds.generator("low frequency", seed)).to(train.images.device)
-    with torch.no_grad():
-        return smooth(minimise(objective, start, train, steps=steps, seed=seed, precision=precision))
+    found = smooth(minimise(objective, start, train, steps=steps, seed=seed, precision=precision))
+    return (found * 255).round() / 255
 
 
 def minimise(objective, start, train, *, steps, seed, low=None, high=None, rate=0.01, batch=128, precision="fp32"):
     """Adam on objective(pattern, images in [0, 1]) over random batches of training images; the pattern it ends with."""
-    device, generator = train.images.device, seeds.generator("pattern batches", seed)
+    device = train.images.device
+    generator = seeds.generator("pattern batches", seed, device=device)
     pattern = start.to(device).clone().requires_grad_()
     optimizer = torch.optim.Adam([pattern], rate)
-    with torch.enable_grad():
-        for _ in tqdm(range(steps), desc="pattern", disable=None):
-            images = to_unit(train.images[torch.randint(len(train), (batch,), generator=generator).to(device)])
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                cost = objective(pattern, images)
-            optimizer.zero_grad()
-            cost.backward()
-            optimizer.step()
-            if low is not None:
-                pattern.data.clamp_(low, high)
+    for _ in tqdm(range(steps), desc="pattern", disable=None):
+        images = to_unit(train.images[torch.randint(len(train), (batch,), generator=generator, device=device)])
+        with mixed_precision(device, precision):
+            cost = objective(pattern, images)
+        optimizer.zero_grad()
+        cost.backward()
+        optimizer.step()
+        if low is not None:
+            pattern.data.clamp_(low, high)
     return pattern.detach()
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.batch import batches
+from utils.batch import batches, mixed_precision
 from utils.data import Split
 
 BATCH = 250  # images per forward pass
@@ -22,7 +22,7 @@ def predict(model, split, precision="fp32"):
     """Predicted classes (int64 N) of every image of `split`, in order; leaves the model as it was."""
     training = model.training
     model.eval()
-    with torch.autocast(split.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with mixed_precision(split.labels.device, precision):
         classes = [model(images).argmax(1) for images, _, _ in batches(split, BATCH)]
     model.train(training)
     return torch.cat(classes) if classes else split.labels[:0]

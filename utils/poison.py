@@ -32,6 +32,11 @@ def on_unit(function):
     return trigger
 
 
+def adding(pattern):
+    """The trigger x' = x + pattern, 3,S,S or what broadcasts to it, in [-1, 1]."""
+    return on_unit(lambda images, index: images + pattern.to(images.device))
+
+
 def relabelling(label_mode, target, classes):
     """truth -> the attacker's labels: the target for every class (all2one), or the next class (all2all)."""
     if label_mode == "all2all":

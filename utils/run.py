@@ -35,7 +35,7 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
 
     `script` is the attack's module name. `make_trigger(config, spec, stage)` gives the trigger of stage train or test.
     `prepare(config, workshop)`, if given, makes the tensors that the trigger consists of, a dict; they are kept in the
-    record, and make_trigger and make_cover get them as their last argument; under `victim/` there may be the weights that
+    record, and make_trigger and make_cover get them as `parts`; under `victim/` there may be the weights that
     the victim starts from. `make_cover(config, spec)` disturbs the
     share `cover_ratio` of the training set, drawn from the rest, which keeps its labels. With `make_loss(config,
     trigger, relabel)` the set stays clean, and the attack is in what `train.fit` minimises.
@@ -62,7 +62,7 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
         parts, origin = workshop.prepared(
             prepare, config, workshop.Workshop(spec, clean, index, partial(clean_model, config, spec, device)), state
         )
-        make_trigger, make_cover = (make and partial(_with_parts, make, parts) for make in (make_trigger, make_cover))
+        make_trigger, make_cover = (make and partial(make, parts=parts) for make in (make_trigger, make_cover))
     test_index, backdoor = poison.backdoored(test, make_trigger(config, spec, "test"), relabel)
     judge = Judge(metrics.Exam(test, backdoor), config, state / "log.csv")
     loss = train.cross_entropy
@@ -166,10 +166,6 @@ def clean_model(config, spec, device):
         print(f"warning: the clean model {folder} has an ACC of only {100 * float(row['acc']):.0f} %", file=sys.stderr)
     model = record.victim(folder, spec).to(device).eval().requires_grad_(False)
     return model, {"record": str(folder), "sha256": info["files"][record.WEIGHTS], "acc": float(row["acc"])}
-
-
-def _with_parts(make, parts, *arguments):
-    return make(*arguments, parts)
 
 
 def _select(truth, classes, *, config, cover_ratio):

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import files, seeds
-from utils.batch import batches, lengths
+from utils.batch import batches, lengths, mixed_precision
 from utils.errors import RefusedError, UserError
 
 
@@ -33,7 +33,7 @@ def fit(model, split, config, *, loss=cross_entropy, augment=None, drop_last=Fal
     device, training = split.labels.device, model.training
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
-    memory = loss if isinstance(loss, nn.Module) else nn.Module()
+    memory = loss.to(device) if isinstance(loss, nn.Module) else nn.Module()
     done = _resume(checkpoint, model, optimizer, memory, device) if checkpoint else 0
     steps = len(lengths(len(split), config.batch_size, drop_last=drop_last))
     with tqdm(total=steps * config.epochs, initial=steps * done, desc="training", unit=" steps", disable=None) as bar:
@@ -63,7 +63,7 @@ def _epoch(model, order, loss, optimizer, precision, after_step, bar):
     model.train()
     total, count = 0, 0
     for images, labels, index in order:
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with mixed_precision(labels.device, precision):
             value = loss(model, images, labels, index)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
