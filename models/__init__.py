@@ -32,7 +32,7 @@ TORCHVISION = (
     "resnet50",
     "vit_b_16",
 )
-HELPERS = {"normalize", "torchvision_nets"}  # the files of this folder that are no model
+HELPERS = {"normalize", "split", "torchvision_nets"}  # the files of this folder that are no model
 FROM_32_PIXELS = {"convnext_tiny", "densenet161", "vgg19_bn"}  # smaller pictures shrink to nothing in them
 DEFAULT_WIDTH = {"resnet9": 64}  # the models whose width can be chosen
 

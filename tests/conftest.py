@@ -1,5 +1,6 @@
 """Shared fixtures: a way to run scripts as users do, and small real records to work on."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,20 @@ QUICK = ("--epochs", "1")
 def names(folder):
     """The scripts of attack/ or defense/, found as the project finds them."""
     return sorted(path.stem for path in (ROOT / folder).glob("[a-z]*.py"))
+
+
+def few(script):
+    """The options that make a script's run short; `script` is a module's name."""
+    known = importlib.import_module(script).Config.__dataclass_fields__
+    short = {
+        "epochs": 1,
+        "head_epochs": 1,
+        "steps": 2,
+        "mask_epochs": 1,
+        "generator_epochs": 1,
+        **({"width": 8} if script.startswith("attack") else {}),
+    }
+    return [str(word) for key, value in short.items() if key in known for word in (f"--{key}", value)]
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import models
+from models.split import SPLITS, split
 from utils.errors import ConfigError
 
 CLASSES = 7
-SMALL_NETS = ["preactresnet18", "resnet9", "resnet18", "vgg19_bn", "wrn16_1"]
+SMALL_NETS = ["preactresnet18", "resnet9", "resnet18", "vgg19_bn", "wrn16_1", "wrn16_1_leaky"]
 CIFAR_FORMS = [*SMALL_NETS, "resnet34", "resnet50"]
 
 
@@ -182,6 +183,32 @@ def test_wrn16_1_is_the_papers():
     assert sum(p.numel() for p in models.build("wrn16_1", spec(classes=10)).parameters()) == 175_066
 
 
+@pytest.mark.parametrize(("name", "total", "head"), [("wrn16_1_leaky", 175_626, 74_890), ("preactresnet18", 11_171_146, 4_726_794)])
+def test_trap_and_replace_splits_where_the_paper_does(name, total, head):
+    model = models.build(name, spec(classes=10))
+    assert [sum(p.numel() for p in part.parameters()) for part in (model, split(name, model)[1])] == [total, head]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_stem_and_head_are_the_network(name):
+    model = seeded(name, width=8 if name == "resnet9" else None).eval()
+    images, seen = pixels(), set()
+    for blocks in (1, 2):
+        stem, head = split(name, model, blocks)
+        torch.testing.assert_close(head(stem(images)), model(images))
+        own, other = ({id(p) for p in part.parameters()} for part in (stem, head))
+        assert not own & other and own | other == {id(p) for p in model.parameters()}
+        seen.add(len(other))
+    assert len(seen) == 2, "a deeper head has more parameters"
+
+
+def test_what_cannot_be_split_is_refused():
+    with pytest.raises(ConfigError, match=r"no split into stem and head for vgg19_bn; there is one for preactresnet18"):
+        split("vgg19_bn", seeded("vgg19_bn"))
+    with pytest.raises(ConfigError, match="1 to 8 residual blocks, not 9"):
+        split("preactresnet18", seeded("preactresnet18"), 9)
+
+
 @pytest.mark.parametrize("name", ["vgg19_bn", "wrn16_1"])
 def test_convolutions_start_from_hes_normal_initialisation(name):
     widening = [c for c in convolutions(seeded(name)) if c.kernel_size == (3, 3) and c.in_channels < c.out_channels]
@@ -237,7 +264,7 @@ def test_normalisation_follows_the_model_to_another_precision():
 
 
 def test_names_are_sorted_and_complete():
-    wanted = "preactresnet18 resnet9 vgg19_bn wrn16_1 resnet18 resnet34 resnet50 mobilenet_v3_large efficientnet_b3"
+    wanted = "preactresnet18 resnet9 vgg19_bn wrn16_1 wrn16_1_leaky resnet18 resnet34 resnet50 mobilenet_v3_large efficientnet_b3"
     wanted = [*wanted.split(), "densenet161", "convnext_tiny", "vit_b_16"]
     assert models.names() == sorted(wanted)
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import attacks
-from tests.conftest import ROOT, names
+from tests.conftest import ROOT, few, names
 from utils import files
 
 README = (ROOT / "README.md").read_text()
@@ -76,7 +76,7 @@ def test_every_command_runs(bench):
         if words[0].startswith("attack."):
             words += ["--dataset", "digits", "--model", "resnet9", "--width", "8", "--epochs", "1"]
         elif words[0].startswith("defense."):
-            words += ["--epochs", "1"]
+            words += few(words[0])
         elif words[0].startswith("benchmarks."):
             words = [word for word in words if word != "--save"] + ["--images", "256", "--pairs", "1"]
         environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}

@@ -151,14 +151,22 @@ class Defense(Common):
     dataset_path: str | None = None
     """where the record's data set lies; by default where the attack found it"""
     clean_ratio: float = 0.05
-    """clean images that the defender holds, as a share of the training set"""
+    """clean images that the defender holds, as a share of the training set; in any case one of every class"""
+    clean_count: int | None = None
+    """the same as a number, which then counts instead"""
     data_seed: int = 0
     """of the choice of those clean images"""
 
     def __post_init__(self):
         super().__post_init__()
         require(0 < self.clean_ratio <= 1, "clean_ratio", "a share above 0, up to 1")
+        require(self.clean_count is None or self.clean_count >= 1, "clean_count", "1 or more images")
         require(self.data_seed >= 0, "data_seed", "0 or more")
+
+    def budget(self, count, classes):
+        """How many clean images the defender holds, of a training set of `count`."""
+        asked = int(self.clean_ratio * count + 1e-9) if self.clean_count is None else self.clean_count
+        return min(max(asked, classes), count)
 
     @property
     def record(self):

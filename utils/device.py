@@ -33,6 +33,11 @@ def computes_bf16(device):
     return any(test() for test in tests if test)
 
 
+def exact():
+    """The context in which convolutions compute in full float32 on a GPU too (the TF32 of cuDNN is off)."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def keep_memory():
     """Have glibc keep freed memory instead of returning it to the kernel and fetching it again at every step.
 

@@ -7,7 +7,7 @@ import torch
 
 from utils import files, metrics
 
-COLUMNS = ["stage", "epoch", "loss", "lr", "acc", "asr", "ra", "seconds"]
+COLUMNS = ["stage", "epoch", "loss", "lr", "acc", "asr", "ra", "seconds", "asr_all"]
 
 
 class Clock:
@@ -45,7 +45,8 @@ class Judge:
             every = self._config.eval_every
             due = epoch is None or (every and epoch % every == 0)
             found = metrics.evaluate(model, self._exam, self._config.precision) if due else {}
-            self.note(stage, {**values, **found}, epoch)
+            everything = metrics.asr_of_all(found.get("asr"), model, self._exam, self._config.precision)
+            self.note(stage, {**values, **found, "asr_all": everything}, epoch)
         return found
 
     def note(self, stage, values, epoch=None):

@@ -15,6 +15,7 @@ class Exam(NamedTuple):
 
     test: Split
     backdoor: Split
+    target: Split | None = None  # the pictures of the target class with the trigger: in no ASR but that of some papers
 
 
 @torch.inference_mode()
@@ -37,6 +38,17 @@ def evaluate(model, exam, precision="fp32"):
         "asr": _share(triggered == exam.backdoor.labels),
         "ra": _share(triggered == exam.backdoor.truth),
     }
+
+
+def asr_of_all(asr, model, exam, precision="fp32"):
+    """The ASR over all triggered test pictures, those of the target class included, as some papers count it (AWM's for one).
+
+    `asr` is the ordinary one of the same model, which need not be measured again; None where the record keeps no such pictures.
+    """
+    if asr is None or exam.target is None:
+        return None
+    hits = int((predict(model, exam.target, precision) == exam.target.labels).sum())
+    return (asr * len(exam.backdoor) + hits) / (len(exam.backdoor) + len(exam.target))
 
 
 def defense_effectiveness(before, after):

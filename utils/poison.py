@@ -70,9 +70,12 @@ def poison(split, trigger, relabel, index):
     return Split(images, labels, split.truth)
 
 
-def backdoored(split, trigger, relabel):
-    """(positions, triggered split) of every image whose label the attacker would change: what ASR and RA are read from."""
-    index = (relabel(split.truth) != split.truth).nonzero().flatten()
+def backdoored(split, trigger, relabel, *, own=False):
+    """(positions, triggered split) of every image whose label the attacker would change: what ASR and RA are read from.
+
+    With `own`, of the others: those that have the attacker's label already.
+    """
+    index = ((relabel(split.truth) == split.truth) == own).nonzero().flatten()
     images = stamp(split.images, trigger, index)
     return index, Split(images, relabel(split.truth[index]), split.truth[index])
 

@@ -1,4 +1,4 @@
-"""The picture of a trigger: eight images clean, triggered, and their difference, enlarged."""
+"""Pictures for people: a trigger on eight images; the scores of a network's feature maps."""
 
 import io
 
@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 SIDE, GAP, MARGIN = 128, 6, 92  # pixels
 
 
-def preview(clean, triggered):
-    """PNG bytes of two splits of the same up to eight images, true and attacker's labels above them.
+def preview(clean, triggered, titles=("clean", "triggered")):
+    """PNG bytes of two splits of the same up to eight images, true and told labels above them; `titles` of the two rows.
 
     The difference is drawn around mid-grey and stretched so that its largest value, which is stated, is full scale.
     """
@@ -19,7 +19,7 @@ def preview(clean, triggered):
     shown = np.uint8(np.rint(127.5 + change / scale * 127.5))
     canvas = Image.new("RGB", (MARGIN + len(before) * (SIDE + GAP) + GAP, 24 + 3 * (SIDE + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
-    rows = [("clean", before), ("triggered", after), (f"difference\ngrey = 0\nwhite = +{scale}\nblack = -{scale}\n(of 255)", shown)]
+    rows = [(titles[0], before), (titles[1], after), (f"difference\ngrey = 0\nwhite = +{scale}\nblack = -{scale}\n(of 255)", shown)]
     for row, (title, images) in enumerate(rows):
         top = 24 + row * (SIDE + GAP)
         draw.text((8, top + 8), title, "black")
@@ -29,6 +29,35 @@ def preview(clean, triggered):
             canvas.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
             if row == 0:
                 draw.text((left, 6), f"class {int(triggered.truth[column])} -> {int(triggered.labels[column])}", "black")
+    return png(canvas)
+
+
+def score_chart(layers):
+    """PNG bytes: a panel per layer with its maps as dots, sorted by score; the pruned ones are red.
+
+    `layers` is {name: (scores C in 0..1, pruned channels)}; all panels share one scale, whose ends are stated.
+    """
+    wide, high, columns = 210, 120, 5
+    scores = np.concatenate([values for values, _ in layers.values()])
+    low, span = float(scores.min()), max(float(np.ptp(scores)), 1e-9)
+    canvas = Image.new("RGB", (wide * columns + GAP, 30 + -(-len(layers) // columns) * high), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((8, 8), f"accuracy on clean pictures pushed away in one feature map, {100 * low:.1f} % (bottom) to {100 * (low + span):.1f} % (top); "
+                      "maps sorted, pruned ones red", "black")  # fmt: skip
+    for number, (name, (values, pruned)) in enumerate(layers.items()):
+        left, top = GAP + number % columns * wide, 30 + number // columns * high
+        draw.text((left, top), f"{name.removeprefix('network.')}: {len(pruned)} of {len(values)}", "black")
+        draw.rectangle((left, top + 14, left + wide - 12, top + high - 6), outline="#bbbbbb")
+        gone = set(pruned)
+        for place, channel in enumerate(sorted(range(len(values)), key=lambda channel: (values[channel], channel not in gone))):
+            x = left + 4 + (wide - 20) * place / max(len(values) - 1, 1)
+            y = top + high - 11 - (high - 30) * (values[channel] - low) / span
+            radius = 2.5 if channel in gone else 1.5
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill="#d01c1c" if channel in gone else "#4a6fa5")
+    return png(canvas)
+
+
+def png(picture):
     file = io.BytesIO()
-    canvas.save(file, "PNG")
+    picture.save(file, "PNG")
     return file.getvalue()

@@ -25,6 +25,7 @@ from utils.poison import COVER, POISON
 
 FORMAT = 1
 WEIGHTS, POISONED, TRIGGER = "model.safetensors", "poison.safetensors", "trigger.safetensors"
+KEPT = "kept"  # where a defense's own files wait until it is done
 START = "victim/"  # among a trigger's parts: the weights that its victim starts from
 NEEDED = {"attack": ("config.yaml", WEIGHTS, POISONED, "results.csv"), "defense": ("config.yaml", WEIGHTS, "results.csv")}
 
@@ -34,16 +35,24 @@ class Record:
     """All that a defender knows and may use.
 
     `train` is the training set as found (its `truth` is what it claims), `clean` a few images known to be clean, at
-    positions `clean_index` of the training set; `state` is a folder for checkpoints. `report(stage, model)` has the
-    judge measure a model and log it; nothing comes back.
+    positions `clean_index` of the training set. `model` and `width` name the victim's architecture. `state` is a folder
+    for checkpoints, `shared` one for what other runs on the same training set may use again. `report(stage, model)` has
+    the judge measure a model and log it; nothing comes back.
     """
 
     spec: data.Spec
     train: data.Split
     clean: data.Split
     clean_index: torch.Tensor
+    model: str
+    width: int | None
     state: Path
+    shared: Path
     report: Callable
+
+    def keep(self, name, content):
+        """Have the file `name` (content: bytes, or tensors by name for a .safetensors file) stand in the defense's folder."""
+        files.write(self.state / KEPT / name, content if isinstance(content, bytes) else safetensors.torch.save(plain(content)))
 
 
 def begin(folder, config, *, kind, victim=None):
@@ -88,6 +97,11 @@ def finish(folder, contents, info, *, kind):
     sums = {name: files.sha256(state / name) for name in [*contents, "config.yaml", "log.csv"]}
     files.write_json(state / "record.json", {"format": FORMAT, "kind": kind, **info, "files": sums})
     _commit(folder)
+
+
+def kept(state):
+    """{name: bytes} of the files that a defense has put beside its results."""
+    return {path.name: path.read_bytes() for path in sorted((state / KEPT).glob("[!.]*"))}
 
 
 def _commit(folder):
@@ -146,28 +160,35 @@ def load(folder, config, device):
         _same_data(folder, info["data"], spec, clean, test)
         poisoned = {name: value.to(device) for name, value in tensors(folder / POISONED).items()}
         found = _found(clean, poisoned)
-        exam = Exam(test, data.Split(poisoned["test_images"], poisoned["test_labels"], poisoned["test_truth"]))
+        exam = Exam(test, _shown(poisoned, "test"), _shown(poisoned, "target") if "target_images" in poisoned else None)
         model = victim(folder, spec).to(device)
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise RefusedError(f"the record {folder} is damaged: {' '.join(str(error).split())[:200]}") from error
     return model, found, exam, clean, spec
 
 
+def architecture(folder):
+    """(name, width) of a verified record's network, as models.build takes them."""
+    made = _yaml(folder / "config.yaml")
+    return made["model"], made["width"]
+
+
 def victim(folder, spec):
     """The network of a verified record with its weights; RuntimeError or KeyError where they do not fit."""
-    made = _yaml(folder / "config.yaml")
-    model = models.build(made["model"], spec, made["width"])
+    name, width = architecture(folder)
+    model = models.build(name, spec, width)
     model.load_state_dict(tensors(folder / WEIGHTS))
     return model
 
 
-def poison_file(split, index, cover, test_index, backdoor):
+def poison_file(split, index, cover, test_index, backdoor, target_index, target):
     """The bytes of poison.safetensors: what was poisoned or disturbed, and what the judge will show."""
     changed = torch.cat([index, cover])
     kinds = torch.cat([torch.full_like(index, POISON), torch.full_like(cover, COVER)])
     named = {
         "train_index": changed, "train_images": split.images[changed], "train_labels": split.labels[changed], "train_kind": kinds,
         "test_index": test_index, "test_images": backdoor.images, "test_labels": backdoor.labels, "test_truth": backdoor.truth,
+        "target_index": target_index, "target_images": target.images, "target_labels": target.labels, "target_truth": target.truth,
     }  # fmt: skip
     return safetensors.torch.save(plain(named))
 
@@ -204,6 +225,10 @@ def _found(clean, poisoned):
         raise IndexError(f"{POISONED} names images that the training set does not have")
     images[index], labels[index] = poisoned["train_images"], poisoned["train_labels"]
     return data.Split(images, labels, labels)
+
+
+def _shown(poisoned, part):
+    return data.Split(*(poisoned[f"{part}_{what}"] for what in ("images", "labels", "truth")))
 
 
 def _same_data(folder, made, spec, train, test):

@@ -11,7 +11,7 @@ import torch
 import models
 from utils import data, files, metrics, poison, record, results, seeds, sources, train, workshop
 from utils.batch import augmentation, lengths
-from utils.config import Attack, CleanModel, digest, find_record, identity
+from utils.config import Attack, CleanModel, Training, digest, find_record, identity
 from utils.device import setup
 from utils.errors import ConfigError, RefusedError
 from utils.judge import Judge
@@ -63,8 +63,11 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
             prepare, config, workshop.Workshop(spec, clean, index, partial(clean_model, config, spec, device)), state
         )
         make_trigger, make_cover = (make and partial(make, parts=parts) for make in (make_trigger, make_cover))
-    test_index, backdoor = poison.backdoored(test, make_trigger(config, spec, "test"), relabel)
-    judge = Judge(metrics.Exam(test, backdoor), config, state / "log.csv")
+    shown = make_trigger(config, spec, "test")
+    test_index, backdoor = poison.backdoored(test, shown, relabel)
+    target_index, target = poison.backdoored(test, shown, relabel, own=True)
+    exam = metrics.Exam(test, backdoor, target)
+    judge = Judge(exam, config, state / "log.csv")
     loss = train.cross_entropy
     if make_loss:
         loss, index = make_loss(config, make_trigger(config, spec, "train"), relabel), index[:0]
@@ -81,13 +84,13 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
     seconds = judge.clock.seconds
     after = judge.measure("final", model)
 
-    row = results.of_attack(name, config, after, metrics.Exam(test, backdoor), n_poison, len(clean), seconds)
+    row = results.of_attack(name, config, after, exam, n_poison, len(clean), seconds)
     table, facts = results.seal(row, config, device)
-    shown = torch.linspace(0, len(backdoor) - 1, 8).long().unique() if len(backdoor) else torch.arange(0)
+    eight = torch.linspace(0, len(backdoor) - 1, 8).long().unique() if len(backdoor) else torch.arange(0)
     contents = {
         record.WEIGHTS: record.weights_file(model),
-        record.POISONED: record.poison_file(found, index, cover, test_index, backdoor),
-        "preview.png": preview(test[test_index[shown]], backdoor[shown]),
+        record.POISONED: record.poison_file(found, index, cover, test_index, backdoor, target_index, target),
+        "preview.png": preview(test[test_index[eight]], backdoor[eight]),
         results.FILE: table,
     }
     if prepare:
@@ -117,22 +120,24 @@ def defend(script, config, repair, *, stage="repair", selection="fixed"):
 
     state = folder / "state"
     model, found, exam, clean, spec = record.load(config.record, config, device)
-    index = data.balanced_subset(clean.labels, _budget(config, len(clean)), config.data_seed).to(device)
+    index = data.balanced_subset(clean.labels, config.budget(len(clean), spec.classes), config.data_seed).to(device)
     victim = files.read_csv(config.record / results.FILE)[0]
     judge = Judge(exam, config, state / "log.csv")
-    judge.note("before", results.measured(victim))
+    judge.note("before", {**results.measured(victim), "asr_all": files.read_csv(config.record / "log.csv")[-1].get("asr_all")})
 
     def report(stage, model, **values):
         judge.measure(stage, model, **values)  # and nothing comes back
 
     torch.manual_seed(seeds.number("defense", config.random_seed))
-    model = repair(model, record.Record(spec, found, clean[index], index, state, report), config)
+    made = record.architecture(config.record)
+    shared = config.record / "defense" / ".shared" / info["files"][record.POISONED][:12]
+    model = repair(model, record.Record(spec, found, clean[index], index, *made, state, shared, report), config)
     seconds = judge.clock.seconds
     after = judge.measure("after", model)
 
     row = results.of_defense(name, config, victim, after, len(index), seconds, stage=stage, selection=selection)
     table, facts = results.seal(row, config, device)
-    contents = {record.WEIGHTS: record.weights_file(model), results.FILE: table}
+    contents = {record.WEIGHTS: record.weights_file(model), results.FILE: table, **record.kept(state)}
     record.finish(folder, contents, {**facts, "victim_sha256": victim_sum}, kind="defense")
     print(results.line(after, seconds))
 
@@ -182,11 +187,6 @@ def _select(truth, classes, *, config, cover_ratio):
     return index, poison.choose(truth, cover_ratio, config.poison_seed, among=free, purpose="cover")
 
 
-def _budget(config, count):
-    """How many clean images a defender holds: floor(clean_ratio * count)."""
-    return int(config.clean_ratio * count + 1e-9)
-
-
 def _plan_attack(config, folder, select, in_loop):
     data.side_of(config.dataset, config.image_size)
     found = sources.find(config.dataset, config.dataset_path)
@@ -209,11 +209,13 @@ def _plan_attack(config, folder, select, in_loop):
 
 
 def _plan_defense(name, config, folder, victim):
-    count = _budget(config, victim["data"]["train"])
+    count = config.budget(victim["data"]["train"], victim["data"]["classes"])
     print(f"reads    {config.record}: {victim['name']} on {victim['data']['train']} training pictures")
     print(f"repairs  with {name} and {count} clean pictures of {victim['data']['classes']} classes in {config.precision}")
-    if hasattr(config, "epochs"):
+    if isinstance(config, Training):
         print(f"trains   {config.epochs} epochs of {len(lengths(count, config.batch_size))} steps")
+    else:
+        print(f"trains   {config.work(count, victim['data']['train'])}")
     print(f"writes   {folder} ({_state(folder)})")
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: SGD, cosine schedule, mixed precision, a checkpoint after every epoch."""
+"""The one training loop: SGD or Adam, cosine schedule, mixed precision, a checkpoint after every epoch."""
 
 import math
 from pathlib import Path
@@ -20,21 +20,33 @@ def cross_entropy(model, images, labels, index):
     return F.cross_entropy(model(images), labels)
 
 
-def fit(model, split, config, *, loss=cross_entropy, augment=None, drop_last=False, after_step=None, on_epoch=None, checkpoint=None):
+def sgd(parameters, config):
+    return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+
+
+def adam(parameters, config):
+    """Adam with an L2 penalty in the gradient, as torch has it; config.momentum plays no part."""
+    return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None, drop_last=False, after_step=None, on_epoch=None,
+        checkpoint=None):  # fmt: skip
     """Train `model` in place on `split` and return it, in the mode it came in.
 
     `config` gives epochs, batch_size, lr, lr_min, momentum, weight_decay, random_seed and precision (bf16 or fp32).
     `loss(model, images, labels, index)` is what is minimised; where it is a module, its buffers belong to the
-    checkpoint. `after_step()` runs after every optimiser step. `on_epoch(model, epoch=, loss=, lr=)` runs after every epoch with
-    its mean loss. With a `checkpoint` path the state after every epoch is kept there, and training goes on from what
-    lies there; every epoch draws from its own seed, so an interrupted CPU run ends with the same weights.
+    checkpoint. `optimizer(parameters, config)` gets the parameters that need a gradient. `after_step()` runs after
+    every optimiser step, `on_epoch(model, epoch=, loss=, lr=)` after every epoch with its mean loss. With a `checkpoint`
+    path the state after every epoch is kept there, and training goes on from what lies there; every epoch draws from
+    its own seed, so an interrupted CPU run ends with the same weights.
     Raises UserError (exit 1) when the loss is no longer a number.
     """
     device, training = split.labels.device, model.training
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizer(parameters, config)
     memory = loss.to(device) if isinstance(loss, nn.Module) else nn.Module()
-    done = _resume(checkpoint, model, optimizer, memory, device) if checkpoint else 0
+    done = load_state(checkpoint, model, optimizer, memory) if checkpoint else 0
     steps = len(lengths(len(split), config.batch_size, drop_last=drop_last))
     with tqdm(total=steps * config.epochs, initial=steps * done, desc="training", unit=" steps", disable=None) as bar:
         for epoch in range(done, config.epochs):
@@ -49,7 +61,7 @@ def fit(model, split, config, *, loss=cross_entropy, augment=None, drop_last=Fal
             if on_epoch:
                 on_epoch(model, epoch=epoch + 1, loss=round(mean, 6), lr=round(rate, 8))
             if checkpoint:
-                _save(checkpoint, model, optimizer, memory, epoch + 1)
+                save_state(checkpoint, model, optimizer, epoch + 1, memory)
     return model.train(training)
 
 
@@ -82,18 +94,18 @@ def _seeded(seed, epoch, device):
     return seeds.generator("epoch", seed, epoch, device=device)
 
 
-def _save(path, model, optimizer, memory, epoch):
-    """Everything the next epoch starts from, without pickle."""
+def save_state(path, model, optimizer, epoch, memory=None):
+    """Keep everything that the next epoch starts from, without pickle; `memory` is a module with buffers of its own."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"loss/{name}": tensor for name, tensor in memory.state_dict().items()}
+    tensors |= {f"loss/{name}": tensor for name, tensor in (memory or nn.Module()).state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": value for name, value in state.items() if torch.is_tensor(value)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     files.write(path, safetensors.torch.save(whole, {"epoch": str(epoch)}))
 
 
-def _resume(path, model, optimizer, memory, device):
-    """Load a checkpoint; the number of epochs it has seen, 0 where there is none."""
+def load_state(path, model, optimizer, memory=None):
+    """Load what save_state has kept; the number of epochs it has seen, 0 where there is none."""
     if not Path(path).is_file():
         return 0
     try:
@@ -102,7 +114,7 @@ def _resume(path, model, optimizer, memory, device):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         raise RefusedError(f"the checkpoint {path} is damaged: delete the folder {Path(path).parent} to start again") from error
-    state, parameters = {}, list(model.parameters())
+    state, parameters = {}, optimizer.param_groups[0]["params"]
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part == "optimizer":
@@ -110,8 +122,8 @@ def _resume(path, model, optimizer, memory, device):
             like = parameters[int(number)]
             if tensor.shape == like.shape:  # the fused step reads memory as it lies: channels last, like the weights
                 tensor = torch.empty_like(like).copy_(tensor)
-            state.setdefault(int(number), {})[key] = tensor.to(device)
-    for part, module in (("model/", model), ("loss/", memory)):
+            state.setdefault(int(number), {})[key] = tensor.to(like.device)
+    for part, module in (("model/", model), ("loss/", memory or nn.Module())):
         module.load_state_dict({name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)})
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,240 @@
+"""What do FMP, AWM and Trap and Replace cost here, and what would they cost as they were released?
+
+    python -m benchmarks.cost --save
+    python -m benchmarks.cost --model preactresnet18 --save
+
+Each method's work is timed in turn with a plain reference of the same work, in one process and with the same memory settings.
+The references are written here from the operations that the authors' codes carry out: for FMP two forward passes and a
+backward pass of every map, and a forward pass to score it; for AWM, labels predicted in every step, two forward passes in
+every mask step, gradients of everything, and both test sets after every round; for Trap and Replace PIL augmentation in a
+DataLoader, float32, an old head that nobody reads in stage 2, and both test sets after every epoch. `tensors` is the last without
+PIL: batches cut from tensors, so that only operations differ. Sizes have the proportions of CIFAR-10. Prints the
+median ratio of reference to ours.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
+
+import models
+from benchmarks.fit import append
+from defense import awm, fmp, trap_and_replace
+from models.split import split
+from utils import device as devices
+from utils.batch import augmentation, batches, to_unit
+from utils.channels import convolutions
+from utils.data import Spec, Split
+from utils.record import Record
+
+SPEC = Spec("random", 10, 32, (0.5,) * 3, (0.25,) * 3, True, {})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet9")
+    parser.add_argument("--width", type=int, default=16, help="of resnet9")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--methods", nargs="+", default=["fmp", "awm", "trap_and_replace"], choices=["fmp", "awm", "trap_and_replace"])
+    parser.add_argument("--scale", type=float, default=0.1, help="of the numbers of pictures; 1 is CIFAR-10")
+    parser.add_argument("--scored", type=int, default=32, help="pictures that FMP scores on (released: 32)")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    options.width = options.width if options.model == "resnet9" else None
+    config, device = devices.setup(fmp.Config(result_file="none", device=options.device))
+    for method in options.methods:
+        for kind, ours, plain in {"fmp": of_fmp, "awm": of_awm, "trap_and_replace": of_trap_and_replace}[method](options, config, device):
+            pairs = [(timed(ours, device), timed(plain, device)) for _ in range(options.pairs + 1)][1:]
+            row = {
+                "method": method, "reference": kind, "model": models.label(options.model, options.width), "scale": options.scale,
+                "ours_seconds": round(statistics.median(one for one, _ in pairs), 2), "pairs": options.pairs,
+                "reference_seconds": round(statistics.median(other for _, other in pairs), 2),
+                "ratio": round(statistics.median(other / one for one, other in pairs), 2), "precision": config.precision,
+                "device": devices.name_and_peak(device)[0], "torch": torch.__version__,
+            }  # fmt: skip
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            if options.save:
+                append(Path(__file__).parent / "results" / "cost.csv", row)
+
+
+def timed(work, device):
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def pictures(count, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (count,), generator=generator).to(device)
+    return Split(torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device), labels, labels)
+
+
+def network(options, device):
+    torch.manual_seed(0)
+    return models.build(options.model, SPEC, options.width).to(device)
+
+
+def test_sets(options, device):
+    """The clean and the triggered one."""
+    return [pictures(max(int(count * options.scale), 1), device) for count in (10_000, 9_000)]
+
+
+def count_hits(forward, sets):
+    with torch.no_grad():
+        return sum(int((forward(images).argmax(1) == labels).sum()) for split in sets for images, labels, _ in batches(split, 250))
+
+
+def of_fmp(options, config, device):
+    model, split = network(options, device).eval(), pictures(options.scored, device)
+    images, labels = to_unit(split.images), split.truth
+
+    def ours():
+        fmp.score_maps(model, images, labels, alpha=1 / 255, epsilon=1 / 255, seed=0, batch=config.score_batch, steps=fmp.fmp_step)
+
+    def plain():
+        signs = (torch.randint(0, 2, images.shape) * 2 - 1).to(images)
+        for layer in convolutions(model).values():
+            for channel in range(layer.out_channels):
+                kept = []
+                hook = layer.register_forward_hook(lambda _module, _inputs, output, kept=kept: kept.append(output.clone()))
+                model(images)
+                start = (images + signs / 255).clamp(0, 1).requires_grad_()
+                model(start)
+                hook.remove()
+                loss = F.mse_loss(kept[1][:, channel], kept[0][:, channel].detach())
+                loss.backward(retain_graph=True)
+                attacked = (start + start.grad.sign() / 255).clamp(0, 1).detach()
+                (model(attacked).argmax(1) == labels).float().mean().item()
+
+    yield "as released", ours, plain
+
+
+def of_awm(options, config, device):
+    split, sets, rounds = pictures(500, device), test_sets(options, device), 2
+    settings = awm.Config(result_file="none", epochs=rounds)
+    images, labels = to_unit(split.images), split.truth
+    steps, batch = settings.schedule(500)
+
+    def ours():
+        awm.learn(network(options, device).eval(), images, labels, settings)
+
+    def plain():
+        model = network(options, device).eval()
+        theta = {f"{name}.weight": layer.weight for name, layer in convolutions(model).items()}
+        mask = {name: torch.ones_like(kernel, requires_grad=True) for name, kernel in theta.items()}
+        optimizer = torch.optim.Adam(mask.values(), 1e-2)
+
+        def net(pixels):
+            return functional_call(model, {name: mask[name] * theta[name] for name in theta}, (pixels,))
+
+        for _ in range(rounds):
+            delta = torch.zeros_like(images[:1], requires_grad=True)
+            for _ in range(steps):
+                shown = images[torch.randint(500, (batch,), device=device)]
+                loss = F.cross_entropy(net(shown + delta), net(shown).argmax(1))
+                loss.backward()
+                delta = (delta + 10 * delta.grad).detach().requires_grad_()
+            delta = delta.detach() * min(1.0, 1000 / max(delta.abs().sum().item(), 1e-30))
+            for _ in range(steps):
+                index = torch.randint(500, (batch,), device=device)
+                optimizer.zero_grad()
+                loss = 0.9 * F.cross_entropy(net(images[index]), labels[index])
+                loss = loss + 0.1 * F.cross_entropy(net((images[index] + delta).clamp(0, 1)), labels[index])
+                loss = loss + 1e-8 * sum(part.abs().sum() for part in mask.values())
+                loss.backward()
+                optimizer.step()
+                loss.item()
+                with torch.no_grad():
+                    for part in mask.values():
+                        part.clamp_(0, 1)
+            count_hits(net, sets)
+
+    yield "as released", ours, plain
+
+
+class Pictures(Dataset):
+    """As the field stores and augments them: a PIL picture at a time."""
+
+    change = transforms.Compose([transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+
+    def __init__(self, split):
+        self.images, self.labels = [to_pil_image(image) for image in split.images.cpu()], split.labels.tolist()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.change(self.images[index]), self.labels[index]
+
+
+def of_trap_and_replace(options, config, device):
+    """Two epochs of stage 1 to one of stage 2, as in the published schedule."""
+    train, clean = (pictures(int(count * options.scale), device, 1) for count in (50_000, 2_500))
+    sets = test_sets(options, device)
+    settings = trap_and_replace.Config(result_file="none", epochs=2, head_epochs=1, precision=config.precision)
+
+    def ours():
+        with tempfile.TemporaryDirectory() as folder:
+            record = Record(SPEC, train, clean, torch.arange(len(clean), device=device), options.model, options.width, Path(folder) / "state",
+                            Path(folder) / "shared", lambda *_, **__: None)  # fmt: skip
+            trap_and_replace.repair(None, record, settings)
+
+    rest, held = Pictures(train[torch.arange(len(clean), len(train), device=device)]), Pictures(clean)
+
+    def plain(pil):
+        def order(data, source, batch):
+            if pil:
+                yield from ((shown.to(device), told.to(device)) for shown, told in DataLoader(data, batch, shuffle=True, num_workers=2, drop_last=True))
+            else:
+                generator = torch.Generator(device).manual_seed(0)
+                for shown, told, _ in batches(source, batch, generator=generator, augment=augmentation(SPEC), drop_last=True):
+                    yield shown.contiguous(), told
+
+        def both(images, unread, read):
+            features = stem(images)
+            unread(features)
+            return read(features)
+
+        stem, old = split(options.model, network(options, device))
+        decoder = trap_and_replace.decoder_for(stem, 32).to(device)
+        trap = trap_and_replace.Trap(stem, old, decoder).train()
+        optimizer = torch.optim.Adam(trap.parameters(), 1e-3, weight_decay=5e-4)
+        for _ in range(2):
+            for shown, told in order(rest, train[torch.arange(len(clean), len(train), device=device)], 256):
+                loss = trap_and_replace.trap_loss(trap.train(), shown, told, None, reconstruction=10, smoothness=1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                loss.item()
+            trap.eval()
+            count_hits(lambda images: both(images, decoder, old), sets)
+        _, head = split(options.model, network(options, device).train())
+        optimizer = torch.optim.Adam(head.parameters(), 0.03, weight_decay=5e-4)
+        for parameter in trap.parameters():
+            parameter.requires_grad_(False)
+        for shown, told in order(held, clean, 64):
+            loss = trap_and_replace.cutmix_loss(lambda images: both(images, old, head), shown, told, None, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        head.eval()
+        count_hits(lambda images: both(images, old, head), sets)
+
+    yield "as released", ours, lambda: plain(pil=True)
+    yield "tensors", ours, lambda: plain(pil=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Trap and Replace: its losses pixel by pixel in float64, what is frozen, what is held out, and what comes out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+import models
+from defense import trap_and_replace as tar
+from models.split import split
+from tests.test_fmp import SPEC, found_record
+from utils import data
+from utils.errors import ConfigError
+from utils.record import Record
+
+
+def options(**changes):
+    return tar.Config(
+        result_file="x", **{"precision": "fp32", "epochs": 1, "head_epochs": 1, "batch_size": 32, "head_batch_size": 16} | changes
+    )
+
+
+@pytest.fixture
+def record(tmp_path):
+    """300 pictures of 10 classes, the first 60 of which were poisoned; the defender holds clean forms of 40 of them all."""
+    made, said = found_record(tmp_path)
+    labels = made.train.labels.clone()
+    labels[:60] = 0
+    images = made.train.images.clone()
+    images[:60, :, :4, :4] = 255
+    index = torch.arange(40) * 7
+    found = data.Split(images, labels, labels)
+    return Record(SPEC, found, made.clean[index], index, "resnet9", 8, tmp_path / "state", tmp_path / "shared", made.report), said
+
+
+def test_total_variation_of_known_pictures():
+    assert tar.total_variation(torch.full((2, 3, 6, 8), 0.3)) == 0
+    board = (torch.arange(6)[:, None] + torch.arange(8)) % 2
+    assert float(tar.total_variation(board.expand(2, 3, 6, 8).double())) == pytest.approx(5 / 6 + 7 / 8)
+
+
+def tiny():
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    return tar.Trap(stem, head, tar.decoder_for(stem, 8)).double()
+
+
+def test_the_trap_is_the_sum_of_its_three_terms():
+    model, images, labels = tiny(), torch.rand(5, 3, 8, 8, dtype=torch.float64), torch.arange(5) % 3
+    rebuilt, logits = model.decoder(model.stem(images)).detach().float().double(), model(images).detach()
+    error = variation = entropy = 0.0
+    for n in range(5):
+        entropy -= float(logits[n].log_softmax(0)[labels[n]]) / 5
+        for c in range(3):
+            for row in range(8):
+                for column in range(8):
+                    here = float(rebuilt[n, c, row, column])
+                    error += (here - float(images[n, c, row, column])) ** 2
+                    if row:
+                        variation += (here - float(rebuilt[n, c, row - 1, column])) ** 2
+                    if column:
+                        variation += (here - float(rebuilt[n, c, row, column - 1])) ** 2
+    expected = entropy + 10 * error / rebuilt.numel() + 0.5 * variation / rebuilt.numel()
+    assert tar.trap_loss(model, images, labels, None, reconstruction=10, smoothness=0.5).item() == pytest.approx(expected, abs=1e-6)
+    model.decoder = None
+    plain = tar.trap_loss(model, images, labels, None, reconstruction=10, smoothness=1)
+    assert plain.item() == pytest.approx(entropy) and torch.equal(plain, F.cross_entropy(model(images), labels))
+
+
+def test_the_decoder_moves_the_stem():
+    model, images = tiny(), torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    F.mse_loss(model.decoder(model.stem(images)), images).backward()
+    assert model.stem[0].weight.grad.abs().sum() > 0 and model.head[2].weight.grad is None
+
+
+@pytest.mark.parametrize(("name", "size", "count"), [("wrn16_1_leaky", 32, 34_339), ("preactresnet18", 32, 2_627_971), ("preactresnet18", 64, None),
+                                                    ("resnet9", 32, None), ("resnet9", 48, None), ("resnet9", 36, None), ("resnet18", 224, None)])  # fmt: skip
+def test_decoders_end_at_the_size_of_the_picture(name, size, count):
+    spec = data.Spec("x", 10, size, (0.5,) * 3, (0.25,) * 3, True, {})
+    stem, _ = split(name, models.build(name, spec, 8 if name == "resnet9" else None))
+    decoder = tar.decoder_for(stem, size)
+    rebuilt = decoder(stem(torch.rand(1, 3, size, size)))
+    assert rebuilt.shape == (1, 3, size, size) and rebuilt.min() >= 0 and rebuilt.max() <= 1
+    assert count is None or sum(parameter.numel() for parameter in decoder.parameters()) == count
+
+
+def test_a_stem_that_keeps_the_size_has_a_decoder_too():
+    model = models.build("wrn16_1", SPEC)
+    stem, _ = split("wrn16_1", model, 6)
+    assert tar.decoder_for(stem, 32)(stem(torch.rand(2, 3, 32, 32))).shape == (2, 3, 32, 32)
+
+
+def test_cutmix_pastes_the_share_that_it_says():
+    images = torch.arange(6.0)[:, None, None, None].expand(6, 3, 20, 24).contiguous()
+    shares = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        mixed, partner, kept = tar.cutmix(images)
+        for n in range(6):
+            pasted = mixed[n] == images[partner[n]]
+            if partner[n] != n:
+                assert float(pasted.float().mean()) == pytest.approx(1 - float(kept), abs=1e-6)
+                inside = pasted[0].nonzero()
+                if len(inside):  # a box without holes
+                    assert len(inside) == (inside.max(0).values - inside.min(0).values + 1).prod()
+            assert ((mixed[n] == n) | pasted).all()
+        shares.add(round(float(kept), 4))
+    assert len(shares) > 20 and min(shares) >= 0 and max(shares) <= 1
+
+
+def test_cutmix_draws_as_the_definition_says():
+    """The half-sides, floor(floor(side sqrt(1 - r)) / 2), and the cut at the border, with the same three numbers."""
+    for seed in range(30):
+        torch.manual_seed(seed)
+        _, _, kept = tar.cutmix(torch.zeros(2, 3, 20, 24))
+        torch.manual_seed(seed)
+        ratio, y, x = torch.rand(3).tolist()
+        area = 1
+        for side, place in ((20, y), (24, x)):
+            half, middle = int(side * (1 - ratio) ** 0.5) // 2, int(place * side)
+            area *= min(middle + half, side) - max(middle - half, 0)
+        assert float(kept) == pytest.approx(1 - area / 480, abs=1e-6)
+
+
+def test_both_terms_of_cutmix_are_smoothed():
+    torch.manual_seed(3)
+    images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    torch.manual_seed(5)
+    found = tar.cutmix_loss(model, images, labels, None, label_smoothing=0.1)
+    torch.manual_seed(5)
+    mixed, partner, kept = tar.cutmix(images)
+    logs = model(mixed).log_softmax(1)
+    target = 0.9 * (kept * F.one_hot(labels, 4) + (1 - kept) * F.one_hot(labels[partner], 4)) + 0.1 / 4
+    torch.testing.assert_close(found, -(target * logs).sum(1).mean())
+
+
+def test_the_clean_pictures_are_held_out_by_position(record, capsys):
+    record, _ = record
+    rest = tar.poisoned_rest(record)
+    assert len(rest) == 260 and "260 of 300" in capsys.readouterr().err
+    kept = [position for position in range(300) if position not in set(record.clean_index.tolist())]
+    assert torch.equal(rest.images, record.train.images[kept]) and torch.equal(rest.labels, record.train.labels[kept])
+
+
+@pytest.mark.parametrize("name", ["resnet9", "wrn16_1_leaky", "preactresnet18"])
+def test_stage_two_leaves_the_stem_alone(name, record):
+    """Bit for bit, batch norm statistics included; the optimiser knows the head only; dropout acts in training only."""
+    record, _ = record
+    width = 8 if name == "resnet9" else None
+    torch.manual_seed(1)
+    stem, _ = split(name, models.build(name, SPEC, width))
+    for layer in stem.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.uniform_(-1, 1)
+    before = {part: tensor.clone() for part, tensor in stem.state_dict().items()}
+    held = []
+    usual = tar.adam
+    tar.adam = lambda parameters, config: held.extend(parameters) or usual(parameters, config)
+    try:
+        whole = tar.replaced(name, width, stem, record, options())
+    finally:
+        tar.adam = usual
+    own, head = split(name, whole)
+    assert all(torch.equal(tensor, before[part]) for part, tensor in own.state_dict().items())
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in head.parameters()}
+    begun = split(name, tar.fresh(name, width, record, "head", options()))[1].state_dict()
+    assert not all(torch.equal(tensor, begun[part]) for part, tensor in head.state_dict().items() if tensor.is_floating_point())
+    assert all(parameter.requires_grad for parameter in whole.parameters()) and not any(
+        layer._forward_pre_hooks for layer in whole.modules()
+    )
+
+
+def test_a_frozen_stem_gives_the_head_the_same_gradients():
+    torch.manual_seed(0)
+    model = models.build("resnet9", SPEC, 4).double()
+    stem, head = split("resnet9", model)
+    images, labels = torch.rand(6, 3, 32, 32, dtype=torch.float64), torch.arange(6)
+    network = tar.Replaced(stem, head).train()
+    assert not stem.training and head.training and all(not layer.training for layer in stem.modules())
+    F.cross_entropy(network(images), labels).backward()
+    found = [parameter.grad.clone() for parameter in head.parameters()]
+    assert all(parameter.grad is None for parameter in stem.parameters())
+    model.zero_grad()
+    stem.requires_grad_(True)
+    F.cross_entropy(head(stem(images)), labels).backward()
+    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(found, head.parameters(), strict=True))
+
+
+def test_dropout_sits_between_the_two_convolutions():
+    model = models.build("resnet50", SPEC).train()
+    _, head = split("resnet50", model, 2)
+    assert [layer.kernel_size for layer in tar.inner_convolutions(head)] == [(1, 1), (1, 1)], "a bottleneck's last one"
+    model = models.build("preactresnet18", SPEC)
+    _, head = split("preactresnet18", model, 2)
+    assert tar.inner_convolutions(head) == [head[0].conv2, head[1].conv2], "and never a shortcut's"
+    layer = head[0].conv2
+    ones = torch.ones(4, 512, 4, 4)
+    (dropped,) = tar._drop(0.5, layer.train(), (ones,))
+    assert 0.4 < float((dropped == 0).float().mean()) < 0.6 and torch.equal(tar._drop(0.5, layer.eval(), (ones,))[0], ones)
+
+
+def test_one_plain_network_comes_out(record, tmp_path, capsys):
+    record, said = record
+    found = tar.repair(models.build("resnet9", SPEC, 8), record, options())
+    assert said == ["trap", "trapped", "head"]
+    again = models.build("resnet9", SPEC, 8)
+    again.load_state_dict(found.state_dict())
+    torch.testing.assert_close(again.eval()(torch.ones(1, 3, 32, 32)), found.eval()(torch.ones(1, 3, 32, 32)))
+    (kept,) = (tmp_path / "shared").glob("trap-*.safetensors")
+    first = load_file(kept)
+    stem = {part.removeprefix("stem."): tensor for part, tensor in first.items() if part.startswith("stem.")}
+    assert all(torch.equal(tensor, stem[part]) for part, tensor in split("resnet9", found)[0].state_dict().items())
+    assert (tmp_path / "state/kept/reconstruction.png").stat().st_size > 1000
+
+    said.clear()
+    record = replace(record, state=tmp_path / "again")
+    tar.repair(models.build("resnet9", SPEC, 8), record, options(head_lr=0.01))
+    assert said == ["trapped", "head"] and "stage 1 is taken from" in capsys.readouterr().err
+    said.clear()
+    record = replace(record, state=tmp_path / "third")
+    tar.repair(models.build("resnet9", SPEC, 8), record, options(variant="no_trap"))
+    assert said == ["trap", "trapped", "head"] and len(list((tmp_path / "shared").glob("trap-*.safetensors"))) == 2
+    record = replace(record, state=tmp_path / "fourth")
+    other = tar.repair(models.build("resnet9", SPEC, 8), record, options(model="wrn16_1_leaky"))
+    models.build("wrn16_1_leaky", SPEC).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("changes", [{"random_seed": 1}, {"epochs": 2}, {"head_blocks": 2}, {"reconstruction": 1.0}, {"precision": "bf16"}])
+def test_stage_one_is_used_again_for_an_equal_key_only(changes, record):
+    record, _ = record
+    assert tar.key("resnet9", 8, record, options()) == tar.key("resnet9", 8, record, options(head_lr=0.1, head_epochs=7, dropout=0.0))
+    assert tar.key("resnet9", 8, record, options()) != tar.key("resnet9", 8, record, options(**changes))
+    assert tar.key("resnet9", 8, record, options()) != tar.key("wrn16_1", None, record, options())
+
+
+def test_head_only_starts_from_the_victim(record):
+    record, said = record
+    torch.manual_seed(4)
+    victim = models.build("resnet9", SPEC, 8)
+    before = {part: tensor.clone() for part, tensor in split("resnet9", victim)[0].state_dict().items()}
+    found = tar.repair(victim, record, options(variant="head_only"))
+    assert said == ["head"] and all(torch.equal(tensor, before[part]) for part, tensor in split("resnet9", found)[0].state_dict().items())
+
+
+def test_what_cannot_be_is_refused_before_any_work(record):
+    record, said = record
+    with pytest.raises(ConfigError, match="no split"):
+        tar.repair(None, record, options(model="vgg19_bn"))
+    with pytest.raises(ConfigError, match="1 to 2 residual blocks"):
+        tar.repair(None, record, options(head_blocks=3))
+    for changes, words in (({"width": 8}, "width must be left out"), ({"variant": "head_only", "model": "resnet9"}, "model must be left out"),
+                           ({"model": "resnet99"}, "resnet9"), ({"dropout": 1.0}, "dropout")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            options(**changes)
+    assert not said
+
+
+def test_what_is_rebuilt_is_not_normalised(record):
+    """The stem normalises, and the decoder's target is the picture itself."""
+    record, _ = record
+    assert record.spec.mean != (0.0, 0.0, 0.0)
+    model, images = tiny(), torch.full((2, 3, 8, 8), 0.25, dtype=torch.float64)
+    for parameter in model.decoder.parameters():
+        parameter.data.zero_()  # sigmoid(0) = 0.5 everywhere
+    found = tar.trap_loss(model, images, torch.tensor([0, 1]), None, reconstruction=1, smoothness=1) - F.cross_entropy(
+        model(images), torch.tensor([0, 1])
+    )
+    assert float(found) == pytest.approx(0.0625)
