@@ -44,7 +44,10 @@ def main():
     parser.add_argument("--width", type=int, default=16, help="of resnet9")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--methods", nargs="+", default=["fmp", "awm", "trap_and_replace"], choices=["fmp", "awm", "trap_and_replace"])
-    parser.add_argument("--scale", type=float, default=0.1, help="of the numbers of pictures; 1 is CIFAR-10")
+    parser.add_argument("--scale", type=float, default=0.1, help="of the numbers of pictures for Trap and Replace; 1 is CIFAR-10")
+    parser.add_argument(
+        "--tests", type=float, default=1.0, help="the same, of the test sets that are evaluated beside AWM's 500 clean pictures"
+    )
     parser.add_argument("--scored", type=int, default=32, help="pictures that FMP scores on (released: 32)")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--save", action="store_true")
@@ -55,7 +58,7 @@ def main():
         for kind, ours, plain in {"fmp": of_fmp, "awm": of_awm, "trap_and_replace": of_trap_and_replace}[method](options, config, device):
             pairs = [(timed(ours, device), timed(plain, device)) for _ in range(options.pairs + 1)][1:]
             row = {
-                "method": method, "reference": kind, "model": models.label(options.model, options.width), "scale": options.scale,
+                "method": method, "reference": kind, "model": models.label(options.model, options.width),
                 "ours_seconds": round(statistics.median(one for one, _ in pairs), 2), "pairs": options.pairs,
                 "reference_seconds": round(statistics.median(other for _, other in pairs), 2),
                 "ratio": round(statistics.median(other / one for one, other in pairs), 2), "precision": config.precision,
@@ -85,9 +88,9 @@ def network(options, device):
     return models.build(options.model, SPEC, options.width).to(device)
 
 
-def test_sets(options, device):
+def test_sets(scale, device):
     """The clean and the triggered one."""
-    return [pictures(max(int(count * options.scale), 1), device) for count in (10_000, 9_000)]
+    return [pictures(max(int(count * scale), 1), device) for count in (10_000, 9_000)]
 
 
 def count_hits(forward, sets):
@@ -121,7 +124,7 @@ def of_fmp(options, config, device):
 
 
 def of_awm(options, config, device):
-    split, sets, rounds = pictures(500, device), test_sets(options, device), 2
+    split, sets, rounds = pictures(500, device), test_sets(options.tests, device), 2
     settings = awm.Config(result_file="none", epochs=rounds)
     images, labels = to_unit(split.images), split.truth
     steps, batch = settings.schedule(500)
@@ -181,7 +184,7 @@ class Pictures(Dataset):
 def of_trap_and_replace(options, config, device):
     """Two epochs of stage 1 to one of stage 2, as in the published schedule."""
     train, clean = (pictures(int(count * options.scale), device, 1) for count in (50_000, 2_500))
-    sets = test_sets(options, device)
+    sets = test_sets(options.scale, device)
     settings = trap_and_replace.Config(result_file="none", epochs=2, head_epochs=1, precision=config.precision)
 
     def ours():
@@ -195,7 +198,10 @@ def of_trap_and_replace(options, config, device):
     def plain(pil):
         def order(data, source, batch):
             if pil:
-                yield from ((shown.to(device), told.to(device)) for shown, told in DataLoader(data, batch, shuffle=True, num_workers=2, drop_last=True))
+                yield from (
+                    (shown.to(device), told.to(device))
+                    for shown, told in DataLoader(data, batch, shuffle=True, num_workers=2, drop_last=True)
+                )
             else:
                 generator = torch.Generator(device).manual_seed(0)
                 for shown, told, _ in batches(source, batch, generator=generator, augment=augmentation(SPEC), drop_last=True):

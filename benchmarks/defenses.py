@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.attacks import SMALL, spread
+from benchmarks import attacks
 from utils import files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,12 +25,15 @@ RESULTS, PAGE, MARKS = ROOT / "benchmarks/results/defenses.csv", ROOT / "defense
 COLUMNS = ["plan", "attack", "row", "options", "model", "recipe", "precision", "defense", "variant", "stage", "clean_budget", "seed", "acc", "asr", "ra",
            "seconds", "device", "version"]  # fmt: skip
 VICTIMS = {
-    "cifar10": {name: SMALL for name in ("badnet", "blended", "wanet")} | {"sig": [*SMALL, "--pratio", "0.05"]},
+    "digits": {"badnet": [], "blended": [], "wanet": attacks.DIGITS["wanet"].split()},
+    "cifar10": {name: attacks.SMALL for name in ("badnet", "blended", "wanet")}
+    | {"sig": [*attacks.SMALL, *attacks.CIFAR10["sig"].split()]},
     "published": {name: ["--yaml_path", f"config/attack/{name}.yaml"] for name in ("badnet", "blended", "wanet", "sig")},
 }
 ROWS = {"ft": "", "fmp": "", "fmp_no_pruning": "--variant no_pruning", "fmp_random": "--variant random", "awm": "--clean_count 500",
         "awm_one_shot": "--variant one_shot", "trap_and_replace": "", "trap_and_replace_no_trap": "--variant no_trap"}  # fmt: skip
-SHORT = {"cifar10": {"trap_and_replace": "--epochs 6 --head_epochs 40"}, "published": {}}  # what a CPU has no time for
+# what a CPU has no time for
+SHORT = {"digits": {"trap_and_replace": "--epochs 30"}, "cifar10": {"trap_and_replace": "--epochs 5 --head_epochs 30"}, "published": {}}
 
 
 def main():
@@ -120,9 +123,15 @@ def tables(rows):
         for name in ["none", *ROWS]:
             same = [row for row in here if row["row"] == name]
             if same:
-                shown = [spread([100 * float(row[key]) for row in same]) for key in ("acc", "asr", "ra")]
+                shown = [attacks.spread([100 * float(row[key]) for row in same]) for key in ("acc", "asr", "ra")]
                 label = f"`{name}`" + (f" `{same[0]['options']}`" if same[0]["options"] else "")
-                cells = [label, same[0]["clean_budget"] or "–", *shown, spread([float(row["seconds"]) for row in same], digits=0), str(len(same))]
+                cells = [
+                    label,
+                    same[0]["clean_budget"] or "–",
+                    *shown,
+                    attacks.spread([float(row["seconds"]) for row in same], digits=0),
+                    str(len(same)),
+                ]
                 lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -13,8 +13,8 @@ in the head. Stage 2 freezes the stem and trains a new head on the clean picture
 The head is the last residual block and what follows. The clean pictures are taken out of the poisoned set by their
 positions in it, the poisoned among them included; both stages see the same ones. Deviations: as everywhere here pixels are normalised, in
 the stem (the paper does so for 224 pixels only; what the decoder rebuilds is not normalised), the clean pictures are a
-balanced draw, and the last epoch counts (the released code also keeps the best by test accuracy). Adam at 0.03 was published for a
-head of 75,000 parameters; for larger ones it is our choice, unverified.
+balanced draw, and the last epoch counts (the released code also keeps the best by test accuracy). A small head is trained with
+Adam at 0.03, which was published for one of 75,000 parameters, a larger one with SGD at 0.1, published for ResNet-34.
 """
 
 from dataclasses import dataclass
@@ -49,10 +49,10 @@ class Config(Defense):
     """passes over the clean pictures in stage 2"""
     head_batch_size: int = 64
     """images per step of stage 2"""
-    head_optimizer: Literal["adam", "sgd"] = "adam"
-    """of stage 2; sgd has momentum 0.9"""
-    head_lr: float = 0.03
-    """learning rate of stage 2"""
+    head_optimizer: Literal["adam", "sgd"] | None = None
+    """of stage 2: adam for a head of up to 100,000 parameters, else sgd with momentum 0.9"""
+    head_lr: float | None = None
+    """learning rate of stage 2: 0.03 with adam, 0.1 with sgd"""
     weight_decay: float = 5e-4
     """L2 penalty on all weights, in both stages"""
     cutmix: bool = True
@@ -71,7 +71,7 @@ class Config(Defense):
         require(self.epochs >= 0 and self.head_epochs >= 0, "epochs and head_epochs", "0 or more")
         require(self.batch_size >= 1 and self.head_batch_size >= 1, "batch_size and head_batch_size", "1 or more images")
         require(
-            self.trap_lr > 0 and self.head_lr > 0 and self.weight_decay >= 0,
+            self.trap_lr > 0 and (self.head_lr is None or self.head_lr > 0) and self.weight_decay >= 0,
             "trap_lr, head_lr and weight_decay",
             "positive, or 0 for the last",
         )
@@ -111,6 +111,8 @@ from utils.preview import preview
 from utils.train import adam, fit, sgd
 
 PICTURES = 8  # whose reconstruction is kept
+SMALL_HEAD = 100_000  # parameters
+OPTIMIZERS = {"adam": (adam, 0.03), "sgd": (sgd, 0.1)}  # and their published rates
 
 
 class Trap(nn.Module):
@@ -171,7 +173,7 @@ def trapped(name, width, record, config):
             whole_state = {part: tensor.cpu().contiguous() for part, tensor in trap.state_dict().items()}
             files.write(path, safetensors.torch.save(whole_state, {"seconds": f"{time.perf_counter() - begin:.0f}"}))
     if decoding:
-        record.keep("reconstruction.png", reconstructions(trap, record.clean[:PICTURES]))
+        record.keep("reconstruction.png", reconstructions(trap, record.clean[torch.linspace(0, len(record.clean) - 1, PICTURES).long()]))
     return whole
 
 
@@ -181,9 +183,11 @@ def replaced(name, width, stem, record, config):
     own, head = split(name, whole, config.head_blocks)
     own.load_state_dict(stem.state_dict())
     hooks = [convolution.register_forward_pre_hook(partial(_drop, config.dropout)) for convolution in inner_convolutions(head)]
+    size = sum(parameter.numel() for parameter in head.parameters())
+    optimizer, rate = OPTIMIZERS[config.head_optimizer or ("adam" if size <= SMALL_HEAD else "sgd")]
     loss = partial(cutmix_loss if config.cutmix else smoothed, label_smoothing=config.label_smoothing)
-    fit(Replaced(own, head), record.clean, stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr),
-        loss=loss, optimizer=adam if config.head_optimizer == "adam" else sgd, augment=augmentation(record.spec), drop_last=True,
+    fit(Replaced(own, head), record.clean, stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr or rate),
+        loss=loss, optimizer=optimizer, augment=augmentation(record.spec), drop_last=True,
         on_epoch=partial(record.report, "head"), checkpoint=record.state / "head.safetensors")  # fmt: skip
     for hook in hooks:
         hook.remove()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import attacks
+from benchmarks import attacks, defenses
 from tests.conftest import ROOT, few, names
 from utils import files
 
@@ -127,6 +127,28 @@ def test_benchmarks_of_attacks_run(bench):
         done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and "badnet" in done.stdout, done.stderr
     assert "| `badnet_grid` | digits `--patch grid` | 10.0 % |" in done.stdout
+
+
+def test_benchmarks_of_defenses_run(bench):
+    def start(*words):
+        environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
+        return subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
+
+    done = start("benchmarks.cost", "--width", "4", "--scale", "0.005", "--tests", "0.005", "--scored", "2", "--pairs", "1")
+    assert done.returncode == 0 and re.findall(r"method (\w+)  reference (\w+)", done.stdout) == [
+        ("fmp", "as"), ("awm", "as"), ("trap_and_replace", "as"), ("trap_and_replace", "tensors")], done.stderr  # fmt: skip
+    here = ["benchmarks.defenses", "--plan", "digits", "--attacks", "badnet", "--record_path", "record/defenses", "--rows"]
+    done = start(*here, "fmp_random", "awm_one_shot", "--minutes", "0")
+    assert done.returncode == 1 and "time is up before digits-badnet-0 victim; the same command goes on" in done.stderr
+    done = start(*here, "fmp_random", "awm_one_shot", "--", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\| `(\w+)`.*\| 1 \|$", done.stdout, re.M) == ["none", "fmp_random", "awm_one_shot"]
+
+
+def test_the_table_of_defenses_is_the_measured_one():
+    page, rows = defenses.PAGE.read_text(), files.read_csv(defenses.RESULTS)
+    assert f"{defenses.MARKS[0]}\n\n{defenses.tables(rows)}\n\n{defenses.MARKS[1]}" in page
+    assert {row["row"] for row in rows if row["plan"] == "cifar10"} == {"none", *defenses.ROWS}, "a row was never measured"
 
 
 def test_links_lead_somewhere():

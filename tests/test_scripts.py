@@ -155,6 +155,8 @@ def test_without_a_stored_training_set_nothing_is_trained_on_it(places, run, tmp
     options = config.parse(FT, [*places, "--result_file", str(tmp_path / "a")])
     with pytest.raises(RefusedError, match="stores no poisoned training set, because blind poisons inside"):
         protocol.defend("defense.any", options, None, stage="in-training")
+    done = run("defense/trap_and_replace.py", *places, "--result_file", tmp_path / "a", code=4)
+    assert "trap_and_replace trains on such a set" in done.first and not (tmp_path / "a/defense").exists()
     run("defense/ft.py", *places, *QUICK, "--result_file", tmp_path / "a")
 
 
@@ -281,12 +283,19 @@ def whole(places, run, tmp_path_factory):
     return (folder / "a" / "model.safetensors").read_bytes()
 
 
-def test_a_killed_defense_resumes(places, run, victim):
-    arguments = ["defense/ft.py", *places, "--result_file", "victim", "--epochs", "40", "--save_folder_name"]
-    start_and_kill([*arguments, "killed"], signal.SIGKILL, victim / "defense/killed/state/log.csv", 6)
-    run(*arguments, "killed")
-    run(*arguments, "unhurt")
-    one, other = (safetensors.torch.load_file(victim / "defense" / name / "model.safetensors") for name in ("killed", "unhurt"))
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [(["ft", "--epochs", "40"], 6), (["trap_and_replace", "--epochs", "4", "--head_epochs", "40"], 12), (["awm", "--epochs", "14"], 8)],
+    ids=["ft", "trap_and_replace", "awm"],
+)
+def test_a_killed_defense_resumes(words, rows, places, run, victim):
+    name, *rest = words
+    arguments = [f"defense/{name}.py", *places, "--result_file", "victim", *rest, "--save_folder_name"]
+    start_and_kill([*arguments, f"{name}_killed"], signal.SIGKILL, victim / f"defense/{name}_killed/state/log.csv", rows)
+    run(*arguments, f"{name}_killed")
+    shutil.rmtree(victim / "defense/.shared", ignore_errors=True)  # or stage 1 would be taken from there
+    run(*arguments, f"{name}_unhurt")
+    one, other = (safetensors.torch.load_file(victim / "defense" / f"{name}_{how}" / "model.safetensors") for how in ("killed", "unhurt"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -298,6 +307,11 @@ def test_dry_run_does_nothing(places, run, victim, tmp_path):
     done = run("defense/fmp.py", *places, "--result_file", "victim", "--save_folder_name", "planned", "--dry_run")
     for words in ("badnet on 1297", "64 clean pictures", "10 epochs of 1 steps", "planned (new)"):
         assert words in done.stdout
+    for name, words in (
+        ("awm", "20 rounds of 5 + 5 steps of 64"),
+        ("trap_and_replace", "200 epochs of 19 steps on 1233 pictures, then a head"),
+    ):
+        assert words in run(f"defense/{name}.py", *places, "--result_file", "victim", "--save_folder_name", "planned", "--dry_run").stdout
     assert not (victim / "defense" / "planned").exists()
 
 
@@ -342,6 +356,16 @@ BAD = [
     (["defense/ft.py"], 2, "result_file"),
     (["defense/ft.py", "--result_file", "nothing"], 3, "nothing"),
     (["defense/ft.py", "--result_file", "victim", "--clean_ratio", "0"], 2, "clean_ratio"),
+    (["defense/ft.py", "--result_file", "victim", "--clean_count", "0"], 2, "clean_count"),
+    (["defense/fmp.py", "--result_file", "victim", "--variant", "best"], 2, "variant"),
+    (["defense/awm.py", "--result_file", "victim", "--tau", "-1"], 2, "tau"),
+    (["defense/awm.py", "--result_file", "victim", "--save_folder_name", "nan", "--mask_optimizer", "sgd", "--lr", "1e300"], 1, "--lr"),
+    (["defense/trap_and_replace.py", "--result_file", "victim", "--save_folder_name", "vgg", "--model", "vgg19_bn"], 2, "no split"),
+    (
+        ["defense/trap_and_replace.py", "--result_file", "victim", "--save_folder_name", "deep", "--head_blocks", "9"],
+        2,
+        "1 to 2 residual blocks",
+    ),
     (["compare.py", "/nowhere"], 3, "/nowhere"),
 ]
 

@@ -15,6 +15,7 @@ from tests.test_fmp import SPEC, found_record
 from utils import data
 from utils.errors import ConfigError
 from utils.record import Record
+from utils.train import adam
 
 
 def options(**changes):
@@ -148,7 +149,7 @@ def test_the_clean_pictures_are_held_out_by_position(record, capsys):
 
 
 @pytest.mark.parametrize("name", ["resnet9", "wrn16_1_leaky", "preactresnet18"])
-def test_stage_two_leaves_the_stem_alone(name, record):
+def test_stage_two_leaves_the_stem_alone(name, record, monkeypatch):
     """Bit for bit, batch norm statistics included; the optimiser knows the head only; dropout acts in training only."""
     record, _ = record
     width = 8 if name == "resnet9" else None
@@ -159,12 +160,14 @@ def test_stage_two_leaves_the_stem_alone(name, record):
             layer.running_mean.uniform_(-1, 1)
     before = {part: tensor.clone() for part, tensor in stem.state_dict().items()}
     held = []
-    usual = tar.adam
-    tar.adam = lambda parameters, config: held.extend(parameters) or usual(parameters, config)
-    try:
-        whole = tar.replaced(name, width, stem, record, options())
-    finally:
-        tar.adam = usual
+
+    def watched(parameters, config):
+        held.extend(parameters)
+        assert config.lr == 0.03
+        return adam(parameters, config)
+
+    monkeypatch.setitem(tar.OPTIMIZERS, "adam", (watched, 0.03))
+    whole = tar.replaced(name, width, stem, record, options(head_optimizer="adam"))
     own, head = split(name, whole)
     assert all(torch.equal(tensor, before[part]) for part, tensor in own.state_dict().items())
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in head.parameters()}
@@ -173,6 +176,20 @@ def test_stage_two_leaves_the_stem_alone(name, record):
     assert all(parameter.requires_grad for parameter in whole.parameters()) and not any(
         layer._forward_pre_hooks for layer in whole.modules()
     )
+
+
+@pytest.mark.parametrize(("name", "chosen", "rate"), [("wrn16_1_leaky", "adam", 0.03), ("preactresnet18", "sgd", 0.1)])
+def test_large_heads_get_the_recipe_of_a_large_network(name, chosen, rate, record, monkeypatch):
+    record, _ = record
+    seen = []
+    for which, (usual, _) in list(tar.OPTIMIZERS.items()):
+        monkeypatch.setitem(
+            tar.OPTIMIZERS,
+            which,
+            (lambda parameters, config, which=which, usual=usual: seen.append((which, config.lr)) or usual(parameters, config), _),
+        )
+    tar.replaced(name, None, split(name, models.build(name, SPEC))[0], record, options(head_epochs=0))
+    assert seen == [(chosen, rate)]
 
 
 def test_a_frozen_stem_gives_the_head_the_same_gradients():
