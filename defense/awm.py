@@ -149,7 +149,7 @@ def learn(model, images, labels, config, *, on_round=None, state=None):
             loss = train_mask(model, images, labels, draw[1], delta, theta, flat, optimizer, config)
             bake(kernels, theta, flat.split(sizes))
             if not flat.isfinite().all():
-                raise UserError(f"the mask is no longer a number after round {epoch + 1}: lower --lr, which is {config.lr}")
+                raise UserError(f"the mask is no longer a number after round {epoch + 1}: lower --lr or --perturbation_lr")
             if state and (epoch + 1) % KEEP_EVERY == 0:
                 save_state(state / "mask.safetensors", holder, optimizer, epoch + 1)
             if on_round:

@@ -359,7 +359,7 @@ BAD = [
     (["defense/ft.py", "--result_file", "victim", "--clean_count", "0"], 2, "clean_count"),
     (["defense/fmp.py", "--result_file", "victim", "--variant", "best"], 2, "variant"),
     (["defense/awm.py", "--result_file", "victim", "--tau", "-1"], 2, "tau"),
-    (["defense/awm.py", "--result_file", "victim", "--save_folder_name", "nan", "--mask_optimizer", "sgd", "--lr", "1e300"], 1, "--lr"),
+    (["defense/awm.py", "--result_file", "victim", "--save_folder_name", "nan", "--perturbation_lr", "1e38"], 1, "--perturbation_lr"),
     (["defense/trap_and_replace.py", "--result_file", "victim", "--save_folder_name", "vgg", "--model", "vgg19_bn"], 2, "no split"),
     (
         ["defense/trap_and_replace.py", "--result_file", "victim", "--save_folder_name", "deep", "--head_blocks", "9"],
