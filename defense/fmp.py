@@ -129,7 +129,7 @@ def repair(model, record, config):
 
 
 def choose_maps(model, record, config):
-    """{convolution: channels to prune}; the scores behind them and a picture go to the defense's folder."""
+    """{convolution: channels to prune}; they, the scores behind them and a picture go to the defense's folder."""
     if config.variant == "no_pruning":
         return {}
     layers = {name: layer.out_channels for name, layer in convolutions(model).items()}
@@ -137,33 +137,39 @@ def choose_maps(model, record, config):
         raise ConfigError("fmp does not apply: the model has no convolution")
     counts = {name: max(maps // config.p, min(config.min_prune, maps - 1)) for name, maps in layers.items()}
     if config.variant == "random":
-        generator = seeds.generator("fmp random", config.random_seed)
-        doomed, kept = (
-            {name: sorted(torch.randperm(layers[name], generator=generator)[:count].tolist()) for name, count in counts.items()},
-            {},
-        )
+        doomed, kept = any_maps(layers, counts, config.random_seed), {}
     else:
-        images, labels = scored_pictures(record, config)
-        sums = config.quirk("alias_sum")
-        scores = score_maps(model, images, labels, alpha=config.setting("alpha"), epsilon=config.setting("epsilon"), seed=config.data_seed,
-                            batch=config.score_batch, steps=fmt_steps if config.variant == "fmt" else fmp_step,
-                            maps=block_sums if sums else feature_maps)  # fmt: skip
-        doomed = by_clusters(scores) if config.variant == "fmt" else by_rank(scores, counts, config)
-        kept = {
-            f"{name}/{what}": torch.tensor(values)
-            for name, pair in scores.items()
-            for what, values in zip(("accuracy", "loss"), pair, strict=True)
-        }
-        record.keep("scores.png", score_chart({name: (scores[name][0].mean(0), doomed[name]) for name in doomed}))
-    for name, channels in doomed.items():
-        kept[f"{name}/pruned"] = torch.tensor([channel in channels for channel in range(layers[name])])
-    record.keep("scores.safetensors", kept)
-    spared = sum(maps for name, maps in layers.items() if not doomed[name])
-    print(
-        f"pruning {sum(map(len, doomed.values()))} of {sum(layers.values())} maps; {spared} are in convolutions that lose none",
-        file=sys.stderr,
-    )
+        doomed, kept = worst_maps(model, record, counts, config)
+    pruned = {f"{name}/pruned": torch.tensor([channel in channels for channel in range(layers[name])]) for name, channels in doomed.items()}
+    record.keep("scores.safetensors", {**kept, **pruned})
+    spared = sum(maps for name, maps in layers.items() if not doomed.get(name))
+    print(f"pruning {sum(map(len, doomed.values()))} of {sum(layers.values())} maps; {spared} are in convolutions that lose none",
+          file=sys.stderr)  # fmt: skip
     return doomed
+
+
+def any_maps(layers, counts, seed):
+    """{convolution: sorted channels}: `counts` of every layer, drawn at random."""
+    generator = seeds.generator("fmp random", seed)
+    return {name: sorted(torch.randperm(layers[name], generator=generator)[:count].tolist()) for name, count in counts.items()}
+
+
+def worst_maps(model, record, counts, config):
+    """({convolution: sorted channels}, the scores that chose them as tensors by name)."""
+    images, labels = scored_pictures(record, config)
+    scores = score_maps(model, images, labels, alpha=config.setting("alpha"), epsilon=config.setting("epsilon"), seed=config.data_seed,
+                        batch=config.score_batch, steps=fmt_steps if config.variant == "fmt" else fmp_step,
+                        maps=block_sums if config.quirk("alias_sum") else feature_maps)  # fmt: skip
+    kept = {f"{name}/{what}": torch.from_numpy(values) for name, pair in scores.items()
+            for what, values in zip(("accuracy", "loss"), pair, strict=True)}  # fmt: skip
+    if config.variant == "fmt":
+        doomed = by_clusters(scores)
+    else:
+        orders = rankings(scores, config)
+        kept |= {f"{name}/rank": torch.from_numpy(np.argsort(order)) for name, order in orders.items()}
+        doomed = by_rank(orders, counts, config)
+    record.keep("scores.png", score_chart({name: (scores[name][0].mean(0), channels) for name, channels in doomed.items()}))
+    return doomed, kept
 
 
 def scored_pictures(record, config):
@@ -235,16 +241,18 @@ def fmt_steps(images, start, sign, *, alpha, epsilon):
     return [(images + (start + number * alpha * sign - images).clamp(-epsilon, epsilon)).clamp(0, 1) for number in (1, 2)]
 
 
-def by_rank(scores, counts, config):
-    """{convolution: sorted channels}: the first `counts` of every layer's ranking."""
-    layers = [name for name in counts if name in scores]
-    source = dict(zip(layers, scores if config.quirk("exec_order") else layers, strict=True))
-    doomed = {}
-    for name in layers:
-        accuracy, loss = (values[0] for values in scores[source[name]])
-        order = np.argsort(accuracy) if config.quirk("argsort") else ranking(accuracy, loss)
-        doomed[name] = sorted(channel for channel in order[: counts[name]].tolist() if channel < scores[name][0].shape[1])
-    return doomed
+def rankings(scores, config):
+    """{convolution: its channels in the order of pruning}, in the order in which the convolutions ran."""
+    return {name: np.argsort(accuracy[0]) if config.quirk("argsort") else ranking(accuracy[0], loss[0])
+            for name, (accuracy, loss) in scores.items()}  # fmt: skip
+
+
+def by_rank(orders, counts, config):
+    """{convolution: sorted channels}: the first `counts` of every layer's own order, which with exec_order is another's."""
+    layers = [name for name in counts if name in orders]
+    source = dict(zip(layers, orders if config.quirk("exec_order") else layers, strict=True))
+    return {name: sorted(channel for channel in orders[source[name]][: counts[name]].tolist() if channel < len(orders[name]))
+            for name in layers}  # fmt: skip
 
 
 def ranking(accuracy, loss):

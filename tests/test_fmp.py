@@ -235,17 +235,17 @@ def test_every_layer_is_pruned_by_its_own_ranks():
     scores = {name: (np.linspace(0, 1, 8)[None], np.zeros((1, 8))) for name in executed}
     scores[executed[1]] = (np.linspace(1, 0, 8)[None], np.zeros((1, 8)))
     counts = dict.fromkeys(registered, 2)
-    own = fmp.by_rank(scores, counts, options())
+    own = fmp.by_rank(fmp.rankings(scores, options()), counts, options())
     assert [own[name] for name in executed] == [[0, 1], [6, 7], [0, 1], [0, 1]]
-    other = fmp.by_rank(scores, counts, options(exec_order=True))
+    other = fmp.by_rank(fmp.rankings(scores, options()), counts, options(exec_order=True))
     assert other[registered[1]] == [6, 7] and registered[1] != executed[1] and other[executed[1]] == [0, 1]
 
 
 def test_small_layers_and_the_released_sort():
     scores = {"a": (np.array([[0.5, 0.2, 0.2]]), np.array([[0.0, 1.0, 2.0]]))}
-    assert fmp.by_rank(scores, {"a": 1}, options()) == {"a": [2]}
-    assert fmp.by_rank(scores, {"a": 1}, options(argsort=True)) in ({"a": [1]}, {"a": [2]})
-    assert fmp.by_rank(scores, {"a": 0}, options()) == {"a": []}
+    own, other = fmp.rankings(scores, options()), fmp.rankings(scores, options(argsort=True))
+    assert own["a"].tolist() == [2, 1, 0] and sorted(other["a"].tolist()[:2]) == [1, 2]
+    assert fmp.by_rank(own, {"a": 1}, options()) == {"a": [2]} and fmp.by_rank(own, {"a": 0}, options()) == {"a": []}
 
 
 def test_the_smaller_cluster_is_pruned():
@@ -336,6 +336,13 @@ def test_every_variant_on_one_set(variant, tmp_path):
         assert all(int(kept[f"{name}/pruned"].sum()) == layer.out_channels // 8 for name, layer in layers.items())
     assert (tmp_path / "kept" / "scores.png").is_file() == (variant != "random")
     if variant != "random":
+        assert variant == "fmt" or all(
+            sorted(kept[f"{name}/rank"].tolist()) == list(range(layer.out_channels)) for name, layer in layers.items()
+        )
+        if variant is None:  # by its own ranks, the worst first
+            assert all(
+                torch.equal(kept[f"{name}/rank"] < layer.out_channels // 8, kept[f"{name}/pruned"]) for name, layer in layers.items()
+            )
         assert all(kept[f"{name}/accuracy"].shape == (1 + (variant == "fmt"), layer.out_channels) for name, layer in layers.items())
 
 

@@ -194,6 +194,14 @@ def test_defense(name, places, run, small, digits):
     assert before == {path: path.read_bytes() for path in small.iterdir() if path.is_file()}, "the victim is untouched"
 
 
+def test_the_defense_works(places, run, victim):
+    """On the digits AWM removes what fine-tuning alone does not; FMP and Trap and Replace are measured in defense/README.md."""
+    run("defense/awm.py", *places, "--result_file", "victim", "--save_folder_name", "works")
+    run("defense/fmp.py", *places, "--result_file", "victim", "--save_folder_name", "control", "--variant", "no_pruning")
+    found, control = (results(victim / "defense" / name) for name in ("works", "control"))
+    assert float(found["asr"]) < 0.3 < 0.6 < float(control["asr"]) and float(found["acc"]) > 0.9
+
+
 @pytest.mark.parametrize(("name", "flags"), [("blended", []), ("wanet", ["--strength", 2, "--pratio", 0.2]), ("l2_inv", ["--steps", 100])])
 def test_the_attack_works(name, flags, places, run, tmp_path):
     """On the digits; badnet's own record is looked at in test_record.py."""
