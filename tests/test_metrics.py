@@ -28,6 +28,9 @@ def test_hand_made_case():
     )
     found = metrics.evaluate(Reader(), exam)
     assert found == {"acc": 0.75, "asr": 0.4, "ra": 0.4}
+    assert metrics.asr_of_all(found["asr"], Reader(), exam) is None
+    target = shown([0, 0, 4], [0] * 3, [0] * 3)  # the model sees two of three as what they are
+    assert metrics.asr_of_all(found["asr"], Reader(), exam._replace(target=target)) == pytest.approx((2 + 2) / (5 + 3))
 
 
 def test_nothing_to_trigger():

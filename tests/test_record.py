@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from defense.ft import Config
-from utils import files, record
+from utils import files, metrics, record
 from utils.errors import ConfigError, MissingError, RefusedError
 
 CPU = torch.device("cpu")
@@ -50,6 +50,8 @@ def test_round_trip(copy):
     assert 0 not in exam.backdoor.truth and (exam.backdoor.labels == 0).all() and len(exam.backdoor) == (exam.test.truth != 0).sum()
     assert torch.equal(exam.test.truth[saved["test_index"]], exam.backdoor.truth)
     assert (exam.backdoor.images[:, :, 29:, 29:] == 255).all()
+    assert torch.equal(exam.target.truth, exam.target.labels) and len(exam.target) == (exam.test.truth == 0).sum()
+    assert torch.equal(exam.test.truth[saved["target_index"]], exam.target.truth) and (exam.target.images[:, :, 29:, 29:] == 255).all()
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     info = json.loads((folder / "record.json").read_text())
@@ -255,3 +257,32 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_is_complete(copy):
     assert record.begin(folder, BadNet(**made | {"overwrite": True, "epochs": 2}), kind="attack")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     record.verify(folder, "attack")
+
+
+def test_a_defenses_own_files_belong_to_its_record(tmp_path):
+    """They are listed, survive an interruption, and go with the run that made them."""
+    folder, options = tmp_path / "run", Config(result_file="x")
+
+    def one_run(config, own):
+        assert record.begin(folder, config, kind="defense")
+        files.write(folder / "state/log.csv", "stage\n")
+        made = record.Record(*[None] * 6, folder / "state", None, None)
+        for name in own:
+            made.keep(name, {"values": torch.arange(3)} if name.endswith(".safetensors") else b"picture")
+        record.finish(folder, {record.WEIGHTS: b"", "results.csv": "a\n", **record.kept(folder / "state")}, {}, kind="defense")
+        assert set(record.verify(folder, "defense")["files"]) == {path.name for path in folder.iterdir()} - {"record.json"}
+        return {path.name for path in folder.iterdir()} - {"record.json", "config.yaml", "log.csv", "results.csv", record.WEIGHTS}
+
+    assert one_run(options, ["a.safetensors", "b.png"]) == {"a.safetensors", "b.png"}
+    assert record.tensors(folder / "a.safetensors")["values"].tolist() == [0, 1, 2] and (folder / "b.png").read_bytes() == b"picture"
+    assert one_run(Config(result_file="x", epochs=3, overwrite=True), ["c.png"]) == {"c.png"}, "no file of the run before is left"
+
+
+def test_an_older_record_has_no_pictures_of_the_target(copy):
+    folder, config = copy
+    held = safetensors.torch.load_file(folder / "poison.safetensors")
+    rewrite(
+        folder, "poison.safetensors", safetensors.torch.save({name: part for name, part in held.items() if not name.startswith("target")})
+    )
+    exam = record.load(folder, config, CPU)[2]
+    assert exam.target is None and metrics.asr_of_all(0.5, None, exam) is None

@@ -105,14 +105,25 @@ def kept(state):
 
 
 def _commit(folder):
-    """Rename the files that state/record.json lists into the folder; may be cut off and called again."""
+    """Rename the files that state/record.json lists into the folder, in place of the run before; may be cut off and called again."""
     state = folder / "state"
+    names, old = _listed(state), _listed(folder)
     (folder / "record.json").unlink(missing_ok=True)
-    for name in json.loads((state / "record.json").read_text())["files"]:
+    for name in old - names:  # what a run of other options has left
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
         if (state / name).exists():
             os.replace(state / name, folder / name)
     os.replace(state / "record.json", folder / "record.json")
     shutil.rmtree(state)
+
+
+def _listed(folder):
+    """The names of the files that record.json lists; none where it cannot be read."""
+    try:
+        return {Path(name).name for name in json.loads((folder / "record.json").read_text())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def verify(folder, kind):
