@@ -57,8 +57,9 @@ def choose(truth, ratio, seed, *, among=None, purpose="poison"):
 
 def stamp(images, trigger, index):
     """The images at positions `index`, triggered, as a new tensor."""
-    parts = [trigger(images[part], part) for part in index.split(CHUNK)]
-    return torch.cat(parts) if parts else images[:0]
+    if not len(index):  # not every trigger takes an empty batch
+        return images[:0]
+    return torch.cat([trigger(images[part], part) for part in index.split(CHUNK)])
 
 
 def poison(split, trigger, relabel, index):
