@@ -287,4 +287,4 @@ def test_what_is_rebuilt_is_not_normalised(record):
     found = tar.trap_loss(model, images, torch.tensor([0, 1]), None, reconstruction=1, smoothness=1) - F.cross_entropy(
         model(images), torch.tensor([0, 1])
     )
-    assert float(found) == pytest.approx(0.0625)
+    assert found.item() == pytest.approx(0.0625)
