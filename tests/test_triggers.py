@@ -22,7 +22,16 @@ from utils.errors import ConfigError, MissingError
 from utils.workshop import Workshop
 
 SPEC = Spec("cifar10", 10, 32, (0.5,) * 3, (0.25,) * 3, True, {})
-QUICK = {"steps": 20, "mask_epochs": 4, "generator_epochs": 5, "generator_lr": 0.01, "model": "resnet9", "width": 4, "batch_size": 32}
+QUICK = {
+    "steps": 20,
+    "mask_epochs": 2,
+    "density": 0.3,
+    "generator_epochs": 5,
+    "generator_lr": 0.01,
+    "model": "resnet9",
+    "width": 4,
+    "batch_size": 32,
+}
 ORIGINALS = ROOT.parent / "shared" / "data" / "triggers"
 
 
