@@ -57,10 +57,15 @@ def main():
     rows = collect(Path(options.record_path))
     print(table(rows))
     if options.save:
-        files.write(RESULTS, files.csv_text(rows, COLUMNS))
-        before, rest = PAGE.read_text().split(MARKS[0])
-        files.write(PAGE, f"{before}{MARKS[0]}\n\n{table(rows)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        publish(RESULTS, files.csv_text(rows, COLUMNS), PAGE, table(rows))
     sys.exit(f"error: these runs failed: {', '.join(failed)}" if failed else 0)
+
+
+def publish(results, rows, page, shown):
+    """Write the rows to a CSV file and what is shown of them between the marks of a page."""
+    files.write(results, rows)
+    before, rest = page.read_text().split(MARKS[0])
+    files.write(page, f"{before}{MARKS[0]}\n\n{shown}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 def plan(which):

@@ -15,7 +15,6 @@ median ratio of reference to ours.
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 import models
-from benchmarks.fit import append
+from benchmarks.fit import append, timed
 from defense import awm, fmp, trap_and_replace
 from models.split import split
 from utils import device as devices
@@ -67,14 +66,6 @@ def main():
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             if options.save:
                 append(Path(__file__).parent / "results" / "cost.csv", row)
-
-
-def timed(work, device):
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def pictures(count, device, seed=0):

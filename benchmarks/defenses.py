@@ -21,7 +21,7 @@ from benchmarks import attacks
 from utils import files
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE, MARKS = ROOT / "benchmarks/results/defenses.csv", ROOT / "defense/README.md", ("<!-- table -->", "<!-- end of table -->")
+RESULTS, PAGE = ROOT / "benchmarks/results/defenses.csv", ROOT / "defense/README.md"
 COLUMNS = ["plan", "attack", "row", "options", "model", "recipe", "precision", "defense", "variant", "stage", "clean_budget", "seed", "acc", "asr", "ra",
            "seconds", "device", "version"]  # fmt: skip
 VICTIMS = {
@@ -67,9 +67,7 @@ def main():
     rows = collect(Path(options.record_path))
     print(tables(rows))
     if options.save:
-        files.write(RESULTS, files.csv_text(rows, COLUMNS))
-        before, rest = PAGE.read_text().split(MARKS[0])
-        files.write(PAGE, f"{before}{MARKS[0]}\n\n{tables(rows)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        attacks.publish(RESULTS, files.csv_text(rows, COLUMNS), PAGE, tables(rows))
     sys.exit(f"error: these runs failed: {', '.join(failed)}" if failed else 0)
 
 
@@ -107,7 +105,7 @@ def run(command, late):
 
 
 def collect(records):
-    """A row for every complete victim and repaired model that a plan has made."""
+    """A row for every repaired model that a plan has made, and for every victim that has one."""
     rows = []
     for place in sorted([*records.glob("*/record.json"), *records.glob("*/defense/*/record.json")]):
         defended = place.parent.parent.name == "defense"
@@ -115,6 +113,8 @@ def collect(records):
         which, attack, _ = record.name.split("-")
         if attack not in VICTIMS.get(which, ()) or (defended and row not in ROWS):
             continue
+        if not defended and not any((record / "defense").glob("*/record.json")):
+            continue  # or `none` would be a mean over other victims than the rows below it
         (found,) = files.read_csv(place.parent / "results.csv")
         told = {"plan": which, "attack": attack, "row": row, "options": " ".join(words_of(which, row)) if defended else ""}
         rows.append({column: {**found, **told}[column] for column in COLUMNS})

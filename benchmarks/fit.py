@@ -62,7 +62,7 @@ def measure(options):
         with tempfile.TemporaryDirectory() as folder:
             train.fit(model, split, config, augment=augmentation(spec), checkpoint=Path(folder) / "state")
 
-    pairs = [(_timed(ours, device), _timed(lambda: bare_epoch(model, ready, config), device)) for _ in range(options.pairs + 1)][1:]
+    pairs = [(timed(ours, device), timed(lambda: bare_epoch(model, ready, config), device)) for _ in range(options.pairs + 1)][1:]
     return statistics.median(one / other for one, other in pairs), statistics.median(one for one, _ in pairs)
 
 
@@ -87,7 +87,7 @@ def append(path, row):
         table.writerow(row)
 
 
-def _timed(work, device):
+def timed(work, device):
     begin = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -82,8 +82,7 @@ class Config(Defense):
         batch = min(self.setting("batch_size"), count)
         return max(1, count // batch * self.inner), batch
 
-    def work(self, clean, _found):
-        """What will be computed, in words, for so many clean images."""
+    def work(self, clean, found):
         steps, batch = self.schedule(clean * (1 + COPIES) if self.variant == "one_shot" else clean)
         return f"a mask in {self.epochs} rounds of {steps} + {steps} steps of {batch} images"
 
@@ -139,11 +138,11 @@ def learn(model, images, labels, config, *, on_round=None, state=None):
     done = load_state(state / "mask.safetensors", holder, optimizer) if state else 0
     steps, batch = config.schedule(len(images))
     tau = config.setting("tau") * images[0].numel() / 3072
+    bake(kernels, theta, flat.split(sizes))
     with tqdm(total=config.epochs, initial=done, desc="masking", unit=" rounds", disable=None) as bar:
         for epoch in range(done, config.epochs):
             draw = torch.randint(len(images), (2, steps, batch), device=labels.device,
                                  generator=seeds.generator("awm", config.random_seed, epoch, device=labels.device))  # fmt: skip
-            bake(kernels, theta, flat.split(sizes))
             delta = perturbation(model, images, labels, draw[0], tau, config)
             optimizer.param_groups[0]["lr"] = rate = config.lr * config.lr_decay**epoch
             loss = train_mask(model, images, labels, draw[1], delta, theta, flat, optimizer, config)
@@ -164,11 +163,10 @@ def perturbation(model, images, labels, draws, tau, config):
     if config.inner_label == "predicted":  # of all pictures at once: in this half the model does not change
         with torch.no_grad():
             wanted = torch.cat([model(part).argmax(1) for part in images.split(1024)])
-    frozen = {name: kernel.detach() for name, kernel in model.named_parameters()}  # a gradient goes to delta alone
     delta = torch.zeros_like(images[:1], requires_grad=True)
     for index in draws:
         shown = images[index] + delta
-        loss = F.cross_entropy(functional_call(model, frozen, (shown.clamp(0, 1) if config.clamp == "both" else shown,)), wanted[index])
+        loss = F.cross_entropy(model(shown.clamp(0, 1) if config.clamp == "both" else shown), wanted[index])
         (gradient,) = torch.autograd.grad(loss, delta)
         with torch.no_grad():
             delta += config.perturbation_lr * gradient
@@ -182,7 +180,6 @@ def train_mask(model, images, labels, draws, delta, theta, flat, optimizer, conf
     Both losses come from one batch of clean and perturbed pictures, which in evaluation mode do not influence each
     other. The gradient reaches the effective kernels; that of the mask is its product with the kernels, plus gamma.
     """
-    rest = {name: parameter.detach() for name, parameter in model.named_parameters() if name not in theta}
     sizes, total, alpha = [kernel.numel() for kernel in theta.values()], 0, config.setting("alpha")
     beta = 1 - alpha if config.beta is None else config.beta
     long = torch.cat([kernel.flatten() for kernel in theta.values()])
@@ -191,7 +188,7 @@ def train_mask(model, images, labels, draws, delta, theta, flat, optimizer, conf
         clean, truth = images[index], labels[index]
         shown = clean + delta if config.clamp == "none" else (clean + delta).clamp(0, 1)
         effective = [part.view_as(kernel).requires_grad_() for part, kernel in zip((flat * long).split(sizes), theta.values(), strict=True)]
-        logits = functional_call(model, {**rest, **dict(zip(theta, effective, strict=True))}, (torch.cat([clean, shown]),))
+        logits = functional_call(model, dict(zip(theta, effective, strict=True)), (torch.cat([clean, shown]),))
         loss = alpha * F.cross_entropy(logits[: len(index)], truth) + beta * F.cross_entropy(logits[len(index) :], truth)
         gradients = torch.autograd.grad(loss, effective, materialize_grads=True)
         with torch.no_grad():

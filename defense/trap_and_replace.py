@@ -80,7 +80,6 @@ class Config(Defense):
         require(self.head_blocks >= 1, "head_blocks", "1 or more")
 
     def work(self, clean, found):
-        """What will be trained, in words."""
         last = f"a head for {self.head_epochs} epochs of {max(clean // self.head_batch_size, 1)} steps on {clean} pictures"
         if self.variant == "head_only":
             return last
@@ -144,7 +143,6 @@ class Replaced(nn.Module):
 
 def repair(model, record, config):
     name, width = (config.model, config.width) if config.model else (record.model, record.width)
-    split(name, models.build(name, record.spec, width), config.head_blocks)  # a network without a split is refused before any work
     if config.variant != "head_only":
         model = trapped(name, width, record, config)
         record.report("trapped", model)

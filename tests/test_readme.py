@@ -147,7 +147,7 @@ def test_benchmarks_of_defenses_run(bench):
 
 def test_the_table_of_defenses_is_the_measured_one():
     page, rows = defenses.PAGE.read_text(), files.read_csv(defenses.RESULTS)
-    assert f"{defenses.MARKS[0]}\n\n{defenses.tables(rows)}\n\n{defenses.MARKS[1]}" in page
+    assert f"{attacks.MARKS[0]}\n\n{defenses.tables(rows)}\n\n{attacks.MARKS[1]}" in page
     assert {row["row"] for row in rows if row["plan"] == "cifar10"} == {"none", *defenses.ROWS}, "a row was never measured"
 
 

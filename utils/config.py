@@ -168,6 +168,10 @@ class Defense(Common):
         asked = int(self.clean_ratio * count + 1e-9) if self.clean_count is None else self.clean_count
         return min(max(asked, classes), count)
 
+    def work(self, clean, found):
+        """For a dry run: in words what will be computed with so many clean pictures and a found training set of `found`."""
+        return "as the method says"
+
     @property
     def record(self):
         """Path of the record's folder; MissingError where there is none."""
