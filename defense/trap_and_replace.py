@@ -201,7 +201,7 @@ def fresh(name, width, record, purpose, config):
 def stage(config, **changes):
     """What `fit` asks for; the rate falls to 0 along a cosine."""
     same = {name: getattr(config, name) for name in ("weight_decay", "random_seed", "precision")}
-    return SimpleNamespace(lr_min=0.0, momentum=0.9, **same, **changes)
+    return SimpleNamespace(lr_min=0.0, schedule="cosine", momentum=0.9, nesterov=False, compile="none", **same, **changes)
 
 
 def key(name, width, record, config):
@@ -217,7 +217,7 @@ def poisoned_rest(record):
     keep = torch.ones(len(record.train), dtype=torch.bool, device=record.train.labels.device)
     keep[record.clean_index] = False
     print(f"stage 1 on {int(keep.sum())} of {len(keep)} pictures; the {len(record.clean)} clean ones are held out", file=sys.stderr)
-    return record.train[keep.nonzero().flatten()]
+    return record.train.view(keep.nonzero().flatten())
 
 
 def decoder_for(stem, size):

@@ -9,7 +9,7 @@ import yaml
 from attack.badnet import Config as BadNet
 from defense.fmp import Config as FMP
 from tests.conftest import ROOT, names
-from utils import config
+from utils import config, results
 from utils.errors import ConfigError
 
 
@@ -21,11 +21,60 @@ def test_flags_win_over_yaml_over_data_set_over_defaults(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("lr: 0.2\nepochs: 4\n")
     assert parse("--dataset", "cifar10").epochs == 100
-    digits = yaml.safe_load((ROOT / "config/dataset/digits.yaml").read_text())["attack"]
+    digits = yaml.safe_load((ROOT / "config/recipe/backdoorbench.yaml").read_text())["digits"]
     assert parse().epochs == digits["epochs"] != 100
     found = parse("--epochs", 7, "--yaml_path", file)  # the flag stands first and still wins
     assert (found.epochs, found.lr, found.batch_size) == (7, 0.2, digits["batch_size"])
     assert parse(f"--yaml_path={file}").epochs == 4
+
+
+def test_the_recipe_of_the_protocol_is_what_is_done_without_one():
+    recipe = yaml.safe_load((ROOT / "config/recipe/backdoorbench.yaml").read_text())
+    defaults = {field.name: field.default for field in dataclasses.fields(BadNet)}
+    assert defaults.items() >= {**recipe["all"], "recipe": "backdoorbench"}.items()
+    assert [parse("--dataset", name).epochs for name in ("cifar10", "gtsrb", "tiny")] == [100, 50, 200]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "config/recipe").glob("*.yaml")))
+def test_recipes(name, tmp_path):
+    recipe = yaml.safe_load((ROOT / f"config/recipe/{name}.yaml").read_text())
+    for dataset in ("cifar10", "digits"):
+        found = parse("--recipe", name, "--dataset", dataset)
+        assert vars(found).items() >= {**recipe["all"], **recipe.get(dataset, {}), "recipe": name}.items()
+        assert name in results.recipe(found) and f"lr {found.lr} epochs {found.epochs} batch {found.batch_size}" in results.recipe(found)
+    file = tmp_path / "a.yaml"
+    file.write_text(f"recipe: {name}\ndataset: cifar10\nlr: 0.7\n")
+    found = parse("--yaml_path", file, "--epochs", 3)
+    assert (found.recipe, found.lr, found.epochs, found.batch_size) == (name, 0.7, 3, recipe["all"]["batch_size"])
+
+
+def test_recipes_have_different_names_in_the_results():
+    plain = parse("--dataset", "cifar10")
+    changes = [{"lr_min": 0.001}, {"nesterov": True}, {"label_smoothing": 0.1}, {"pad": 2}, {"schedule": "one_cycle"},
+               {"momentum": 0.8}, {"recipe": "fast"}, {"epochs": 3}, {"batch_size": 5}, {"weight_decay": 0.1}]  # fmt: skip
+    texts = [results.recipe(dataclasses.replace(plain, **change)) for change in [{}, *changes]]
+    assert len(set(texts)) == len(texts)
+    assert texts[0] == "backdoorbench: sgd lr 0.01 epochs 100 batch 128 decay 0.0005"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "there is no recipe 'own': config/recipe has backdoorbench"),
+        ("epochs: 3", "must be YAML with a section"),
+        ("all: {epoch: 3}", "config/recipe/own.yaml names 'epoch', which is no option of an attack"),
+        ("all: {epochs: many}", "a value in the files of config/ has the wrong type"),
+        (":", "must be YAML"),
+    ],
+)
+def test_bad_recipes(text, sentence, tmp_path, monkeypatch):
+    (tmp_path / "config/recipe").mkdir(parents=True)
+    (tmp_path / "config/recipe/backdoorbench.yaml").touch()
+    if text:
+        (tmp_path / "config/recipe/own.yaml").write_text(text)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        parse("--recipe", "own")
 
 
 def test_yaml_may_name_the_data_set(tmp_path):
@@ -47,6 +96,13 @@ def test_yaml_may_name_the_data_set(tmp_path):
         (["--label_mode", "all2some"], "label_mode"),
         (["--attack_target", "-1"], "attack_target"),
         (["--lr", "0"], "lr must be positive"),
+        (["--warmup", "1.5"], "warmup must be a share"),
+        (["--nesterov", "true", "--momentum", "0"], "momentum must be above 0"),
+        (["--schedule", "linear"], "schedule"),
+        (["--label_smoothing", "1"], "label_smoothing must be"),
+        (["--pad", "-1"], "pad must be"),
+        (["--resident_gb", "-1"], "resident_gb must be"),
+        (["--compile", "true"], "compile"),
         (["--batch_size", "0"], "batch_size"),
         (["--save_folder_name", "../x"], "save_folder_name"),
         (["--patch_value", "300"], "patch_value"),

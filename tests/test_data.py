@@ -11,6 +11,7 @@ from PIL import Image
 
 from utils import data, sources
 from utils.errors import ConfigError, MissingError
+from utils.stored import Stored
 
 
 def folders(place, splits=("train", "test"), classes=("ant", "bee"), count=3, size=(20, 14)):
@@ -222,3 +223,22 @@ def test_all_of_cifar10_and_a_warm_start(cifar, tmp_path):
     names = sorted(os.listdir(cifar / "cifar10" / "train"))
     picture = np.asarray(Image.open(cifar / "cifar10" / "train" / names[9] / sorted(os.listdir(cifar / "cifar10/train" / names[9]))[-1]))
     np.testing.assert_array_equal(train.images[-1].permute(1, 2, 0), picture)
+
+
+def test_a_set_above_the_budget_stays_in_its_file(tmp_path):
+    options = {"cache": tmp_path}
+    spec, train, test = data.load("digits", "data", **options)
+    same, stored, exam = data.load("digits", "data", **options, resident_gb=0)
+    assert spec == same and isinstance(stored.images, Stored) and isinstance(exam.images, Stored)
+    assert torch.equal(stored.images[:], train.images) and torch.equal(exam.images[:], test.images)
+    assert torch.is_tensor(data.load("digits", "data", **options, resident_gb=1)[1].images)
+    size = (train.images.numel() + test.images.numel() + 256) / 1e9  # with the headers of the two files
+    assert torch.is_tensor(data.load("digits", "data", **options, resident_gb=size)[1].images)
+    assert not torch.is_tensor(data.load("digits", "data", **options, resident_gb=size - 1e-6)[1].images)
+
+
+def test_channel_statistics_are_counted_in_parts():
+    images = np.random.default_rng(0).integers(0, 256, (2500, 3, 5, 4), dtype=np.uint8)
+    found = data._statistics(images)
+    np.testing.assert_allclose(found["mean"], images.mean((0, 2, 3)) / 255)
+    np.testing.assert_allclose(found["std"], images.std((0, 2, 3)) / 255)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import attacks, defenses
+from benchmarks import attacks, defenses, speed
 from tests.conftest import ROOT, few, names
 from utils import files
 
@@ -78,7 +78,7 @@ def test_every_command_runs(bench):
         elif words[0].startswith("defense."):
             words += few(words[0])
         elif words[0].startswith("benchmarks."):
-            words = [word for word in words if word != "--save"] + ["--images", "256", "--pairs", "1"]
+            words = [word for word in words if word != "--save"] + ["--parts", "stamp", "--scale", "0.01"]
         environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
         done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
@@ -122,10 +122,9 @@ def test_the_table_of_attacks_is_the_measured_one():
 
 def test_benchmarks_of_attacks_run(bench):
     environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
-    for words in (["benchmarks.stamp", "--images", "64", "--repeats", "1"],
-                  ["benchmarks.attacks", "--plan", "digits", "--only", "badnet_grid", "--", "--epochs", "1", "--width", "8"]):  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0 and "badnet" in done.stdout, done.stderr
+    words = ["benchmarks.attacks", "--plan", "digits", "--only", "badnet_grid", "--", "--epochs", "1", "--width", "8"]
+    done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "badnet" in done.stdout, done.stderr
     assert "| `badnet_grid` | digits `--patch grid` | 10.0 % |" in done.stdout
 
 
@@ -134,15 +133,26 @@ def test_benchmarks_of_defenses_run(bench):
         environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
         return subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
 
-    done = start("benchmarks.cost", "--width", "4", "--scale", "0.005", "--tests", "0.005", "--scored", "2", "--pairs", "1")
-    assert done.returncode == 0 and re.findall(r"method (\w+)  reference (\w+)", done.stdout) == [
-        ("fmp", "as"), ("awm", "as"), ("trap_and_replace", "as"), ("trap_and_replace", "tensors")], done.stderr  # fmt: skip
     here = ["benchmarks.defenses", "--plan", "digits", "--attacks", "badnet", "--record_path", "record/defenses", "--rows"]
     done = start(*here, "fmp_random", "awm_one_shot", "--minutes", "0")
     assert done.returncode == 1 and "time is up before digits-badnet-0 victim; the same command goes on" in done.stderr
     done = start(*here, "fmp_random", "awm_one_shot", "--", "--epochs", "1")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\| `(\w+)`.*\| 1 \|$", done.stdout, re.M) == ["none", "fmp_random", "awm_one_shot"]
+
+
+def test_every_part_of_the_speed_benchmark_runs(bench):
+    words = ["benchmarks.speed", "--models", "resnet9_w4", "--scale", "0.02", "--pairs", "1", "--dataset", "digits", "--save"]
+    environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
+    results = bench / "benchmarks" / "results" / "speed.csv"
+    results.unlink()
+    done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = files.read_csv(results)
+    assert {row["part"] for row in rows} == set(speed.PARTS) and all(float(row["value"]) > 0 for row in rows)
+    assert len(rows) == len({tuple(row[key] for key in speed.KEY) for row in rows}) == done.stdout.count("part ")
+    again = subprocess.run([sys.executable, "-m", *words, "--parts", "fmp"], cwd=bench, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and len(files.read_csv(results)) == len(rows), "a measurement takes the place of the one before"
 
 
 def test_the_table_of_defenses_is_the_measured_one():

@@ -1,6 +1,7 @@
 """Records: what is written comes back, and everything that is damaged, foreign or unfinished is refused."""
 
 import csv
+import dataclasses
 import json
 import os
 import pickle
@@ -11,9 +12,11 @@ import safetensors.torch
 import torch
 import yaml
 
+from attack.badnet import Config as BadNet
 from defense.ft import Config
 from utils import files, metrics, record
 from utils.errors import ConfigError, MissingError, RefusedError
+from utils.stored import Stored
 
 CPU = torch.device("cpu")
 
@@ -286,3 +289,23 @@ def test_an_older_record_has_no_pictures_of_the_target(copy):
     )
     exam = record.load(folder, config, CPU)[2]
     assert exam.target is None and metrics.asr_of_all(0.5, None, exam) is None
+
+
+def test_a_record_from_before_an_option_existed_has_its_default(victim, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(victim, folder)
+    made = yaml.safe_load((folder / "config.yaml").read_text())
+    config = BadNet(**made)
+    rewrite(folder, "config.yaml", yaml.safe_dump({key: value for key, value in made.items() if key not in ("nesterov", "pad")}).encode())
+    assert not record.begin(folder, config, kind="attack")
+    with pytest.raises(ConfigError, match="pad"):
+        record.begin(folder, dataclasses.replace(config, pad=2), kind="attack")
+
+
+def test_a_set_above_the_budget_gives_the_same_record(copy):
+    folder, config = copy
+    _, found, exam, clean, _ = record.load(folder, config, CPU)
+    _, stored, same, plain, _ = record.load(folder, dataclasses.replace(config, resident_gb=0), CPU)
+    assert isinstance(stored.images, Stored) and isinstance(same.test.images, Stored)
+    assert torch.equal(stored.images[:], found.images) and torch.equal(plain.images[:], clean.images)
+    assert torch.equal(stored.labels, found.labels) and torch.equal(same.backdoor.images, exam.backdoor.images)

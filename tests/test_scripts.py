@@ -307,9 +307,37 @@ def test_a_killed_defense_resumes(words, rows, places, run, victim):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_pictures_that_stay_in_their_file_give_the_same_run(places, run, small, tmp_path):
+    run("attack/badnet.py", *places, *QUICK, "--width", "8", "--save_folder_name", "stored", "--resident_gb", "0")
+    for name in ("model.safetensors", "poison.safetensors"):
+        assert (small.parent / "stored" / name).read_bytes() == (small / name).read_bytes()
+    for name in ("ft", "trap_and_replace"):
+        words = [f"defense/{name}.py", *places, "--result_file", "stored", *few(f"defense.{name}")]
+        run(*words, "--save_folder_name", name)
+        shutil.rmtree(small.parent / "stored" / "defense" / ".shared", ignore_errors=True)
+        run(*words, "--save_folder_name", f"{name}_stored", "--resident_gb", "0")
+        one, other = (small.parent / "stored" / "defense" / folder / "model.safetensors" for folder in (name, f"{name}_stored"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_recipe_stands_in_the_record(places, run):
+    done = run("attack/badnet.py", *places, "--recipe", "fast", *QUICK, "--width", "8", "--save_folder_name", "recipe")
+    row = results(Path(places[1]) / "recipe")
+    assert row["recipe"].startswith("fast: ") and "one_cycle" in row["recipe"] and done.stdout.startswith("ACC")
+    assert json.loads((Path(places[1]) / "recipe" / "record.json").read_text())["recipe"] == row["recipe"]
+
+
 def test_dry_run_does_nothing(places, run, victim, tmp_path):
     done = run("attack/wanet.py", "--record_path", tmp_path / "r", "--cache_path", tmp_path / "c", "--dry_run")
-    for words in ("digits", "130 of 1297", "per class [12, 9,", "259 more", "15 epochs of 20 steps", "wanet_digits (new)"):
+    for words in (
+        "digits",
+        "130 of 1297",
+        "per class [12, 9,",
+        "259 more",
+        "15 epochs of 20 steps",
+        "backdoorbench: sgd lr 0.05",
+        "wanet_digits (new)",
+    ):
         assert words in done.stdout
     assert not list(tmp_path.iterdir())
     done = run("defense/fmp.py", *places, "--result_file", "victim", "--save_folder_name", "planned", "--dry_run")

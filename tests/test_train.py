@@ -1,5 +1,7 @@
 """Batches, augmentation and the training loop."""
 
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import models
 from utils import batch, poison, seeds, train
 from utils.data import Spec, Split
 from utils.errors import RefusedError, UserError
+from utils.stored import Stored, replaced
 
 SPEC = Spec("x", 4, 32, (0.5,) * 3, (0.25,) * 3, True, {})
 
@@ -25,7 +28,8 @@ def split(count=40):
 
 def options(**changes):
     recipe = {"epochs": 4, "batch_size": 16, "lr": 0.05, "lr_min": 0.0, "momentum": 0.9, "weight_decay": 5e-4}
-    return SimpleNamespace(**recipe | {"random_seed": 0, "precision": "fp32"} | changes)
+    usual = {"schedule": "cosine", "warmup": 0.2, "nesterov": False, "compile": "none", "random_seed": 0, "precision": "fp32"}
+    return SimpleNamespace(**recipe | usual | changes)
 
 
 def model():
@@ -110,6 +114,43 @@ def test_fit_equals_plain_sgd_in_float64():
     assert (weights(fast) - weights(model())).abs().max() > 0.01
 
 
+def test_one_cycle_with_nesterov_and_smoothing_equals_plain_steps_in_float64():
+    data, config = split(), options(schedule="one_cycle", warmup=0.3, lr_min=0.001, nesterov=True)
+    fast = train.fit(Double(model()), data, config, loss=partial(train.cross_entropy, label_smoothing=0.2))
+    slow = Double(model()).train()
+    speed, step = [torch.zeros_like(parameter) for parameter in slow.parameters()], 0
+    for epoch in range(config.epochs):
+        for index in torch.randperm(40, generator=seeds.generator("epoch", 0, epoch)).split(16):
+            done = step / (3 * config.epochs)  # 40 images in 3 batches
+            rate = 0.001 + (0.05 - 0.001) * (done / 0.3 if done < 0.3 else (1 - done) / 0.7)
+            logits = slow(data.images[index].float() / 255).log_softmax(1)
+            told = F.one_hot(data.labels[index], 4) * 0.8 + 0.2 / 4
+            gradients = torch.autograd.grad(-(told * logits).sum(1).mean(), list(slow.parameters()))
+            with torch.no_grad():
+                for parameter, gradient, v in zip(slow.parameters(), gradients, speed, strict=True):
+                    slope = gradient + config.weight_decay * parameter
+                    v.copy_(slope if step == 0 else 0.9 * v + slope)
+                    parameter -= rate * (slope + 0.9 * v)
+            step += 1
+    torch.testing.assert_close(weights(fast), weights(slow), rtol=0, atol=1e-6)
+    assert (weights(fast) - weights(model())).abs().max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore")  # torch reads attributes of every module that is loaded
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_ends_with_the_same_weights():
+    plain, compiled = (train.fit(model(), split(), options(epochs=2, compile=mode), drop_last=True) for mode in ("none", "default"))
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=0, atol=1e-3)
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+
+
+def test_stored_pictures_train_to_the_same_weights():
+    data, config = split(), options()
+    kept = Split(Stored(data.images, "cpu"), data.labels, data.truth)
+    one, other = (train.fit(model(), part, config, augment=batch.augmentation(SPEC)) for part in (data, kept))
+    assert torch.equal(weights(one), weights(other))
+
+
 class Killed(Exception):
     pass
 
@@ -173,5 +214,28 @@ def test_a_loss_that_is_no_number_stops_the_run():
 
 def test_the_rate_falls_along_a_cosine():
     config = options(epochs=10, lr=0.2, lr_min=0.01)
-    rates = [train.cosine(epoch, config) for epoch in range(10)]
+    rates = [train.cosine(epoch, 0.5, config) for epoch in range(10)]
     assert rates[0] == 0.2 and rates[5] == pytest.approx(0.105) and rates == sorted(rates, reverse=True) and rates[-1] > 0.01
+
+
+def test_stored_pictures_are_those_of_the_tensor():
+    images = split(30).images
+    stored, plain, generator = Stored(images, "cpu"), images, torch.Generator().manual_seed(0)
+    for count in (30, 20, 7):  # views of views, with pictures replaced in between
+        order = torch.randperm(len(plain), generator=generator)[:count]
+        stored, plain = stored.view(order), plain[order]
+        index = torch.randperm(count, generator=generator)[:5]
+        new = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        before = stored
+        stored, plain = replaced(stored, index, new), replaced(plain, index, new)
+        assert torch.equal(stored[:], plain) and not torch.equal(before[:], plain), "the argument is left alone"
+        assert stored.shape == plain.shape and len(stored) == len(plain) and torch.equal(stored[2:5], plain[2:5])
+        assert torch.equal(stored[plain[:, 0, 0, 0] > 99], plain[plain[:, 0, 0, 0] > 99])
+        parts = torch.randperm(count, generator=generator).split(3)
+        assert all(torch.equal(got, plain[part]) for got, part in zip(stored.ahead(parts), parts, strict=True))
+    assert torch.equal(images, split(30).images)
+
+
+def test_a_reader_that_fails_says_so():
+    with pytest.raises(IndexError):
+        list(Stored(split(4).images, "cpu").ahead([torch.tensor([0]), torch.tensor([9])]))

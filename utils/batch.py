@@ -3,21 +3,27 @@
 import torch
 import torch.nn.functional as F
 
+from utils.stored import Stored
+
 
 def batches(split, size, *, generator=None, augment=None, drop_last=False):
     """Yield (images float32 n,3,S,S in [0, 1], labels, positions) until every image was seen once.
 
     With a `generator` (on the split's device) the order is shuffled and `augment(images, generator)` is applied to
     the uint8 images. A last batch of one image joins the one before it, because batch normalisation cannot train on
-    it; `drop_last` leaves out every incomplete batch, unless it is the only one.
+    it; `drop_last` leaves out every incomplete batch, unless it is the only one. Pictures that are not in memory are
+    read ahead, by a thread of their own.
     """
     device, count = split.labels.device, len(split)
     order = torch.arange(count, device=device)
     if generator is not None:
         order = torch.randperm(count, generator=generator, device=device)
     parts = lengths(count, size, drop_last=drop_last)
-    for index in order[: sum(parts)].split(parts):
-        images = split.images.index_select(0, index)
+    order = order[: sum(parts)]
+    read = (split.images.index_select(0, index) for index in order.split(parts))
+    if isinstance(split.images, Stored):
+        read = split.images.ahead(order.cpu().split(parts))
+    for index, images in zip(order.split(parts), read, strict=True):
         if augment:
             images = augment(images, generator)
         yield to_unit(images), split.labels[index], index

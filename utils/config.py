@@ -1,4 +1,4 @@
-"""Typed options: a dataclass per script, filled from dataset YAML, then `--yaml_path`, then the flags.
+"""Typed options: a dataclass per script, filled from the recipe's YAML, the data set's, `--yaml_path`, and the flags.
 
 Nothing here imports torch, so that `--help` and every mistake in the options answer at once.
 """
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = frozenset({"random_seed", "poison_seed", "data_seed"})
 # What may change between two runs of the same experiment: where things lie and how the run is watched.
 NOT_IDENTITY = frozenset({"record_path", "save_folder_name", "result_file", "dataset_path", "cache_path", "download",
-                          "device", "eval_every", "score_batch", "overwrite", "debug", "dry_run"})  # fmt: skip
+                          "device", "compile", "resident_gb", "eval_every", "score_batch", "overwrite", "debug", "dry_run"})  # fmt: skip
 SWITCHES = {
     "overwrite": "replace a finished or different run of this name; an interrupted one with the same options goes on",
     "dry_run": "say what would be read, trained and written, and do nothing",
@@ -46,6 +46,9 @@ class Common:
     """name of this run's folder; by default made from the script's name"""
     cache_path: str = "data/cache"
     """folder of the decoded data sets"""
+    resident_gb: float | None = None
+    """GB of memory that a data set may take on the device; a larger one stays in its file and is read batch by batch. By default a third of
+    what is free"""
     download: bool = False
     """let torchvision download a data set that is not there"""
     eval_every: int = 0
@@ -56,6 +59,7 @@ class Common:
 
     def __post_init__(self):
         require(self.random_seed >= 0, "random_seed", "0 or more")
+        require(self.resident_gb is None or self.resident_gb >= 0, "resident_gb", "0 or more")
         require(self.eval_every >= 0, "eval_every", "0 or more epochs")
         name = self.save_folder_name
         require(name is None or (name not in {"", ".", ".."} and Path(name).name == name), "save_folder_name", "a plain folder name")
@@ -63,27 +67,37 @@ class Common:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """Options of stochastic gradient descent; the rate falls along a cosine, epoch by epoch."""
+    """Options of stochastic gradient descent."""
 
     epochs: int = 100
     """passes over the training set"""
     batch_size: int = 128
     """images per step"""
     lr: float = 0.01
-    """learning rate of the first epoch"""
+    """highest learning rate"""
     lr_min: float = 0.0
-    """learning rate that the cosine falls to"""
+    """learning rate that the schedule falls to"""
+    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    """cosine: down along half a cosine, epoch by epoch; one_cycle: up and down in straight lines, step by step"""
+    warmup: float = 0.2
+    """share of a one_cycle's steps in which the rate rises, 0..1"""
     momentum: float = 0.9
     """of SGD"""
+    nesterov: bool = False
+    """Nesterov's form of the momentum"""
     weight_decay: float = 5e-4
     """L2 penalty on all weights"""
+    compile: Literal["none", "default", "cuda_graphs"] = "none"
+    """have torch.compile make kernels for the network, which takes a while; cuda_graphs: and replay them as one, on a GPU"""
 
     def __post_init__(self):
         super().__post_init__()
         require(self.epochs >= 0, "epochs", "0 or more")
         require(self.batch_size >= 1, "batch_size", "1 or more images")
         require(self.lr > 0 and 0 <= self.lr_min <= self.lr, "lr", "positive and no less than lr_min (itself 0 or more)")
+        require(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1")
         require(0 <= self.momentum < 1, "momentum", "0 or more and below 1")
+        require(self.momentum > 0 or not self.nesterov, "momentum", "above 0 for --nesterov")
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
 
 
@@ -100,6 +114,12 @@ class Attack(Training, Common):
     """folder that holds <dataset>/; with --dataset folder, the one that holds train/ and test/ or val/"""
     image_size: int | None = None
     """side in pixels that pictures are resized to; by default the data set's own (required for folder)"""
+    recipe: str = "backdoorbench"
+    """how the victim is trained: a file of config/recipe, which single options override"""
+    label_smoothing: float = 0.0
+    """share of a training label that is spread over all classes (not where the attack brings a loss of its own), 0..1"""
+    pad: int = 4
+    """pixels by which a picture is padded before the random crop"""
     model: str = "preactresnet18"
     """architecture of the victim"""
     width: int | None = None
@@ -118,6 +138,8 @@ class Attack(Training, Common):
         require(0 <= self.pratio <= 1, "pratio", "a share from 0 to 1")
         why = self.why_all2one or self.clean_label and "only pictures of the one target class are poisoned"
         require(self.label_mode == "all2one" or not why, "label_mode", f"all2one here: {why}")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1")
+        require(self.pad >= 0, "pad", "0 or more pixels")
         require(self.attack_target >= 0, "attack_target", "a class number, 0 or more")
         require(self.image_size is None or self.image_size >= 8, "image_size", "8 pixels or more")
         require(self.poison_seed >= 0, "poison_seed", "0 or more")
@@ -195,12 +217,13 @@ def require(holds, option, what):
 
 
 def parse(Config, argv, description="", prog=None):
-    """The merged options as a `Config`: defaults < config/dataset/<dataset>.yaml < --yaml_path < flags.
+    """The merged options as a `Config`: defaults < config/recipe/<recipe>.yaml < config/dataset/<dataset>.yaml < --yaml_path
+    < flags.
 
     Raises ConfigError for an unknown option or YAML key and for a value of the wrong type or out of range.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("yaml_path", "dataset", "result_file", "record_path"):
+    for name in ("yaml_path", "dataset", "recipe", "result_file", "record_path"):
         first.add_argument(f"--{name}", action="append", default=[])
     early, _ = first.parse_known_args(argv)
     files = [item for path in early.yaml_path for item in ("--yaml_path", path)]
@@ -213,13 +236,16 @@ def parse(Config, argv, description="", prog=None):
     for path in early.yaml_path:
         given |= _mapping(Path(path))
     given |= {name: values[-1] for name, values in vars(early).items() if values}
-    parser.set_defaults(_dataset_options(Config, given))
+    parser.set_defaults({**_recipe_options(Config, given), **_dataset_options(Config, given)})
     try:
         options = parser.parse_args([*files, *flags])
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), parser, given, flags)) from error
     names = [field.name for field in dataclasses.fields(Config)]
-    return Config(**{name: options[name] for name in names})
+    try:
+        return Config(**{name: options[name] for name in names})
+    except TypeError as error:  # flags and --yaml_path were checked by the parser
+        raise ConfigError(f"a value in the files of config/ has the wrong type: {error}") from error
 
 
 def identity(config, *, seeds=True):
@@ -249,6 +275,23 @@ def _parser(Config, description, prog):
     for name, text in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     return parser
+
+
+def _recipe_options(Config, given):
+    """What config/recipe/<recipe>.yaml says: its section `all`, and over it the one named like the data set."""
+    if not issubclass(Config, Attack):
+        return {}
+    name, folder = str(given.get("recipe", Config.recipe)), ROOT / "config" / "recipe"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"there is no recipe {name!r}: config/recipe has {', '.join(known)}")
+    sections = _mapping(folder / f"{name}.yaml")
+    if not sections or not all(isinstance(part, dict) for part in sections.values()):
+        raise ConfigError(f"config/recipe/{name}.yaml must be YAML with a section `all`, and others named like data sets")
+    options = {**sections.get("all", {}), **sections.get(str(given.get("dataset", Config.dataset)), {})}
+    if wrong := options.keys() - {field.name for field in dataclasses.fields(Attack)}:
+        raise ConfigError(f"config/recipe/{name}.yaml names {sorted(wrong)[0]!r}, which is no option of an attack")
+    return options
 
 
 def _dataset_options(Config, given):

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from utils import files, seeds, sources
+from utils.device import free_memory
 from utils.errors import ConfigError, MissingError
+from utils.stored import Stored
 
 # mean and std of the training set in [0, 1] pixels and whether a mirrored picture keeps its class, as the field uses
 # them; sets that are not here are measured
@@ -42,9 +44,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Split:
-    """N pictures (images N,3,S,S uint8), the `labels` a model is told and the `truth` the pictures show (int64 N)."""
+    """N pictures (images N,3,S,S uint8), the `labels` a model is told and the `truth` the pictures show (int64 N).
 
-    images: torch.Tensor
+    `split[index]` has the pictures at `index` in memory; `split.view(index)` leaves stored ones where they are.
+    """
+
+    images: torch.Tensor | Stored
     labels: torch.Tensor
     truth: torch.Tensor
 
@@ -53,6 +58,10 @@ class Split:
 
     def __getitem__(self, index):
         return Split(self.images[index], self.labels[index], self.truth[index])
+
+    def view(self, index):
+        images = self.images.view(index) if isinstance(self.images, Stored) else self.images[index]
+        return Split(images, self.labels[index], self.truth[index])
 
 
 def side_of(name, image_size):
@@ -63,8 +72,9 @@ def side_of(name, image_size):
     return side
 
 
-def load(name, root, *, image_size=None, device="cpu", cache="data/cache", download=False):
-    """(Spec, training Split, test Split) of a data set, its pictures on `device`.
+def load(name, root, *, image_size=None, device="cpu", cache="data/cache", download=False, resident_gb=None):
+    """(Spec, training Split, test Split) of a data set, its pictures on `device`, or `Stored` where they take more than
+    `resident_gb` (by default a third of what is free there).
 
     Raises MissingError (exit 3) where the set is not below `root` or a picture is damaged.
     """
@@ -78,7 +88,9 @@ def load(name, root, *, image_size=None, device="cpu", cache="data/cache", downl
         meta = json.loads((folder / "meta.json").read_text())
         mean, std, flip = KNOWN.get(name, (meta["mean"], meta["std"], False))
         spec = Spec(name, meta["classes"], side, tuple(mean), tuple(std), flip, meta["fingerprint"])
-        return spec, *(_mapped(folder, split, device) for split in ("train", "test"))
+        budget = free_memory(device) / 3 if resident_gb is None else resident_gb * 1e9
+        stored = sum((folder / f"{split}.npy").stat().st_size for split in ("train", "test")) > budget
+        return spec, *(_mapped(folder, split, device, stored) for split in ("train", "test"))
     except (OSError, ValueError, KeyError) as error:
         raise MissingError(f"the cache {folder} is damaged: delete that folder and run again") from error
 
@@ -98,9 +110,10 @@ def balanced_subset(labels, count, seed):
     return torch.cat(members)[torch.cat(turns).argsort()[:total]].sort().values
 
 
-def _mapped(folder, split, device):
+def _mapped(folder, split, device, stored):
     # copy-on-write: tensors want writable memory, and nothing written may reach the file
-    images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c")).to(device)
+    images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))
+    images = Stored(images, device) if stored else images.to(device)
     labels = torch.from_numpy(np.load(folder / f"{split}_labels.npy")).to(device)
     return Split(images, labels, labels)
 
@@ -146,7 +159,10 @@ def _store(path, pictures, side):
 def _statistics(images):
     """Per-channel mean and standard deviation of uint8 images N,3,H,W, in [0, 1] pixels."""
     levels = np.arange(256) / 255
-    counts = [np.bincount(images[:, channel].ravel(), minlength=256) / images[:, channel].size for channel in range(3)]
+    counts = np.zeros((3, 256))
+    for part in np.array_split(images, max(len(images) // 1000, 1)):  # a whole set, counted at once, takes eight times its size
+        counts += [np.bincount(part[:, channel].ravel(), minlength=256) for channel in range(3)]
+    counts /= images[:, 0].size
     mean = [float(share @ levels) for share in counts]
     std = [max(float(share @ (levels - centre) ** 2) ** 0.5, 1e-3) for share, centre in zip(counts, mean, strict=True)]
     return {"mean": mean, "std": std}

@@ -5,6 +5,7 @@ import dataclasses
 import resource
 import sys
 
+import psutil
 import torch
 
 from utils.errors import ConfigError
@@ -31,6 +32,14 @@ def computes_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(test() for test in tests if test)
+
+
+def free_memory(device):
+    """Bytes that are free on the device, or for programs on this machine."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def exact():

@@ -39,7 +39,7 @@ class Judge:
 
     def measure(self, stage, model, *, epoch=None, **values):
         """Log a row, with ACC, ASR and RA where they are due; {acc, asr, ra} or {}."""
-        if self._exam.test.images.is_cuda:
+        if self._exam.test.labels.is_cuda:
             torch.cuda.synchronize()  # or the judge would be charged for work that is still under way
         with self.clock.paused():
             every = self._config.eval_every

@@ -58,6 +58,8 @@ def _explain(error):
         return text, error.code
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
         return "out of memory: lower --batch_size or choose a smaller --model", 1
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed, which needs a C++ compiler: {text[:200]}; --compile none does without", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or 'cannot write'}; make room and run the same command again", 1
     if isinstance(error, OSError) and error.filename:

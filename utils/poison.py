@@ -15,9 +15,10 @@ from PIL import Image
 from utils import seeds
 from utils.data import Split
 from utils.errors import ConfigError, MissingError
+from utils.stored import replaced
 
 POISON, COVER = 1, 2  # kinds in a record: poisoned; triggered or disturbed, but with its true label
-CHUNK = 1024  # images stamped at once: keeps the float copies small
+CHUNK = 2**20  # pixels stamped at once: keeps the float copies small
 
 
 def on_unit(function):
@@ -59,13 +60,13 @@ def stamp(images, trigger, index):
     """The images at positions `index`, triggered, as a new tensor."""
     if not len(index):  # not every trigger takes an empty batch
         return images[:0]
-    return torch.cat([trigger(images[part], part) for part in index.split(CHUNK)])
+    size = max(CHUNK // (images.shape[-1] * images.shape[-2]), 1)
+    return torch.cat([trigger(images[part], part) for part in index.split(size)])
 
 
 def poison(split, trigger, relabel, index):
     """`split` with the images at `index` triggered and given the attacker's labels (`relabel` of None: their own)."""
-    images, labels = split.images.clone(), split.labels.clone()
-    images[index] = stamp(split.images, trigger, index)
+    images, labels = replaced(split.images, index, stamp(split.images, trigger, index)), split.labels.clone()
     if relabel is not None:
         labels[index] = relabel(split.truth[index])
     return Split(images, labels, split.truth)

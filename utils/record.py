@@ -4,6 +4,7 @@ A run under way lives in `state/`; its results are renamed into the folder at th
 folder with a `record.json` is complete and a killed run has damaged nothing.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from utils import data, files
 from utils.errors import ConfigError, RefusedError
 from utils.metrics import Exam
 from utils.poison import COVER, POISON
+from utils.stored import replaced
 
 FORMAT = 1
 WEIGHTS, POISONED, TRIGGER = "model.safetensors", "poison.safetensors", "trigger.safetensors"
@@ -167,7 +169,7 @@ def load(folder, config, device):
     try:
         spec, clean, test = data.load(made["dataset"], config.dataset_path or made["dataset_path"],
                                       image_size=made["image_size"], device=device, cache=config.cache_path,
-                                      download=config.download)  # fmt: skip
+                                      download=config.download, resident_gb=config.resident_gb)  # fmt: skip
         _same_data(folder, info["data"], spec, clean, test)
         poisoned = {name: value.to(device) for name, value in tensors(folder / POISONED).items()}
         found = _found(clean, poisoned)
@@ -231,10 +233,11 @@ def plain(named):
 
 def _found(clean, poisoned):
     """The training set as it was trained on; its truth is only what it claims."""
-    images, labels, index = clean.images.clone(), clean.labels.clone(), poisoned["train_index"]
+    labels, index = clean.labels.clone(), poisoned["train_index"]
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(clean):
         raise IndexError(f"{POISONED} names images that the training set does not have")
-    images[index], labels[index] = poisoned["train_images"], poisoned["train_labels"]
+    images = replaced(clean.images, index, poisoned["train_images"])
+    labels[index] = poisoned["train_labels"]
     return data.Split(images, labels, labels)
 
 
@@ -266,8 +269,10 @@ def _text(path):
 
 
 def _same(saved, config):
-    hidden = options.NOT_IDENTITY
-    return {k: v for k, v in saved.items() if k not in hidden} == options.identity(config)
+    """Whether the options in a config.yaml are those of `config`; one that its version did not have yet counts as the default."""
+    known = {field.name: field.default for field in dataclasses.fields(config)} if saved else {}
+    hidden = options.NOT_IDENTITY | options.SWITCHES.keys()
+    return {k: v for k, v in {**known, **saved}.items() if k not in hidden} == options.identity(config)
 
 
 def _refuse_other(saved, config, folder):

@@ -57,7 +57,7 @@ def seal(row, config, device):
     facts = {
         "name": row["attack"] if row["defense"] == "none" else row["defense"], "antidote": VERSION,
         "seeds": {key: value for key, value in options.plain(config).items() if key in options.SEEDS},
-        **{key: row[key] for key in ("device", "seconds", "peak_mb", "config_hash")}, "git_commit": commit.stdout.strip() or None,
+        **{key: row[key] for key in ("recipe", "device", "seconds", "peak_mb", "config_hash")}, "git_commit": commit.stdout.strip() or None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "numpy")}},
     }  # fmt: skip
     return files.csv_text([row], COLUMNS), facts
@@ -65,7 +65,14 @@ def seal(row, config, device):
 
 def recipe(config):
     """How a victim was trained, in a few words: runs are only compared where it is the same."""
-    return f"sgd lr {config.lr} epochs {config.epochs} batch {config.batch_size} decay {config.weight_decay}"
+    text = f"{config.recipe}: sgd lr {config.lr} epochs {config.epochs} batch {config.batch_size} decay {config.weight_decay}"
+    if config.schedule == "one_cycle":
+        text += f" one_cycle {config.warmup}"
+    usual = {"lr_min": 0, "momentum": 0.9, "nesterov": False, "label_smoothing": 0, "pad": 4}
+    for key, value in usual.items():
+        if (own := getattr(config, key)) != value:
+            text += f" {key}" if own is True else f" {key} {own}"
+    return text
 
 
 def line(found, seconds):

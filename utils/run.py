@@ -51,9 +51,8 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
         return _already_done(folder)
 
     state = folder / "state"
-    spec, clean, test = data.load(
-        config.dataset, config.dataset_path, image_size=config.image_size, device=device, cache=config.cache_path, download=config.download
-    )
+    spec, clean, test = data.load(config.dataset, config.dataset_path, image_size=config.image_size, device=device,
+                                  cache=config.cache_path, download=config.download, resident_gb=config.resident_gb)  # fmt: skip
     index, cover = select(clean.truth, spec.classes)
     n_poison = len(index)
     relabel = poison.relabelling(config.label_mode, config.attack_target, spec.classes)
@@ -68,7 +67,7 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
     target_index, target = poison.backdoored(test, shown, relabel, own=True)
     exam = metrics.Exam(test, backdoor, target)
     judge = Judge(exam, config, state / "log.csv")
-    loss = train.cross_entropy
+    loss = partial(train.cross_entropy, label_smoothing=config.label_smoothing)
     if make_loss:
         loss, index = make_loss(config, make_trigger(config, spec, "train"), relabel), index[:0]
     found = poison.poison(clean, make_trigger(config, spec, "train"), relabel, index) if len(index) else clean
@@ -79,7 +78,7 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
     model = models.build(config.model, spec, config.width).to(device)
     if start := record.start_weights(parts):
         model.load_state_dict(start)
-    train.fit(model, found, config, loss=loss, augment=augmentation(spec), drop_last=True,
+    train.fit(model, found, config, loss=loss, augment=augmentation(spec, config.pad), drop_last=True,
               on_epoch=partial(judge.measure, "train"), checkpoint=state / "train.safetensors")  # fmt: skip
     seconds = judge.clock.seconds
     after = judge.measure("final", model)
@@ -205,6 +204,7 @@ def _plan_attack(config, folder, select, in_loop):
     if isinstance(config, CleanModel) and config.needs_clean_model:
         print(f"needs    a clean model: {config.clean_record or 'one is trained first where the cache has none'}")
     print(f"trains   {models.label(config.model, config.width)} for {config.epochs} epochs of {steps} steps in {config.precision}")
+    print(f"recipe   {results.recipe(config)}")
     print(f"writes   {folder} ({_state(folder)})")
 
 

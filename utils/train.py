@@ -1,4 +1,4 @@
-"""The one training loop: SGD or Adam, cosine schedule, mixed precision, a checkpoint after every epoch."""
+"""The one training loop: SGD or Adam, a schedule, mixed precision, a checkpoint after every epoch."""
 
 import math
 from pathlib import Path
@@ -14,14 +14,18 @@ from utils import files, seeds
 from utils.batch import batches, lengths, mixed_precision
 from utils.errors import RefusedError, UserError
 
+COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}  # our words for torch.compile's modes
 
-def cross_entropy(model, images, labels, index):
+
+def cross_entropy(model, images, labels, index, label_smoothing=0.0):
     """The ordinary loss of a batch: images n,3,S,S in [0, 1], labels n, and their positions in the split."""
-    return F.cross_entropy(model(images), labels)
+    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
 
 def sgd(parameters, config):
-    return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov, fused=True
+    )
 
 
 def adam(parameters, config):
@@ -33,7 +37,8 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
         checkpoint=None):  # fmt: skip
     """Train `model` in place on `split` and return it, in the mode it came in.
 
-    `config` gives epochs, batch_size, lr, lr_min, momentum, weight_decay, random_seed and precision (bf16 or fp32).
+    `config` gives epochs, batch_size, lr, lr_min, schedule, warmup, momentum, nesterov, weight_decay, compile, random_seed
+    and precision (bf16 or fp32).
     `loss(model, images, labels, index)` is what is minimised; where it is a module, its buffers belong to the
     checkpoint. `optimizer(parameters, config)` gets the parameters that need a gradient. `after_step()` runs after
     every optimiser step, `on_epoch(model, epoch=, loss=, lr=)` after every epoch with its mean loss. With a `checkpoint`
@@ -43,6 +48,7 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
     """
     device, training = split.labels.device, model.training
     model.to(memory_format=torch.channels_last)
+    network = model if config.compile == "none" else torch.compile(model, mode=COMPILE[config.compile])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer(parameters, config)
     memory = loss.to(device) if isinstance(loss, nn.Module) else nn.Module()
@@ -50,31 +56,44 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
     steps = len(lengths(len(split), config.batch_size, drop_last=drop_last))
     with tqdm(total=steps * config.epochs, initial=steps * done, desc="training", unit=" steps", disable=None) as bar:
         for epoch in range(done, config.epochs):
-            rate = cosine(epoch, config)
-            optimizer.param_groups[0]["lr"] = rate
+            rates = [SCHEDULES[config.schedule](epoch, step / steps, config) for step in range(steps)]
             order = batches(split, config.batch_size, generator=_seeded(config.random_seed, epoch, device),
                             augment=augment, drop_last=drop_last)  # fmt: skip
-            mean = _epoch(model, order, loss, optimizer, config.precision, after_step, bar)
+            mean = _epoch(network, order, rates, loss, optimizer, config.precision, after_step, bar)
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} after epoch {epoch + 1}: lower --lr, which is {config.lr}")
             bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
             if on_epoch:
-                on_epoch(model, epoch=epoch + 1, loss=round(mean, 6), lr=round(rate, 8))
+                on_epoch(model, epoch=epoch + 1, loss=round(mean, 6), lr=round(rates[-1], 8))
             if checkpoint:
                 save_state(checkpoint, model, optimizer, epoch + 1, memory)
     return model.train(training)
 
 
-def cosine(epoch, config):
+def cosine(epoch, share, config):
     """Learning rate of an epoch, counted from 0: from lr down to lr_min along half a cosine."""
     return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
 
 
-def _epoch(model, order, loss, optimizer, precision, after_step, bar):
-    """One pass; the mean loss, read from the device once at the end."""
+def one_cycle(epoch, share, config):
+    """Learning rate of the step before which the `share` of an epoch is done: up to lr in the warm-up, then down to lr_min.
+
+    Smith and Topin, "Super-Convergence", 2017 (arXiv 1708.07120), with straight lines and a rise from lr_min.
+    """
+    done = (epoch + share) / config.epochs
+    height = done / config.warmup if done < config.warmup else (1 - done) / (1 - config.warmup)
+    return config.lr_min + (config.lr - config.lr_min) * height
+
+
+SCHEDULES = {"cosine": cosine, "one_cycle": one_cycle}
+
+
+def _epoch(model, order, rates, loss, optimizer, precision, after_step, bar):
+    """One pass, a rate for every step; the mean loss, read from the device once at the end."""
     model.train()
     total, count = 0, 0
-    for images, labels, index in order:
+    for rate, (images, labels, index) in zip(rates, order, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
         with mixed_precision(labels.device, precision):
             value = loss(model, images, labels, index)
         optimizer.zero_grad(set_to_none=True)

@@ -1,19 +1,15 @@
-"""What do FMP, AWM and Trap and Replace cost here, and what would they cost as they were released?
+"""The work of a victim's epoch and of the published defenses, as it is written elsewhere: what benchmarks/speed.py compares with.
 
-    python -m benchmarks.cost --save
-    python -m benchmarks.cost --model preactresnet18 --save
+Written here from the operations that those codes carry out. An epoch: PIL pictures in a DataLoader, float32, contiguous layout, a
+clean and a triggered test pass after it. FMP: two forward passes and a backward pass of every map, and a forward pass to score it.
+AWM: labels predicted in every step, two forward passes in every mask step, gradients of everything, and both test sets after
+every round. Trap and Replace: PIL augmentation in a DataLoader, float32, an old head that nobody reads in stage 2, and both
+test sets after every epoch; `tensors` is the same without PIL, so that only operations differ. Sizes have the proportions of CIFAR-10.
 
-Each method's work is timed in turn with a plain reference of the same work, in one process and with the same memory settings.
-The references are written here from the operations that the authors' codes carry out: for FMP two forward passes and a
-backward pass of every map, and a forward pass to score it; for AWM, labels predicted in every step, two forward passes in
-every mask step, gradients of everything, and both test sets after every round; for Trap and Replace PIL augmentation in a
-DataLoader, float32, an old head that nobody reads in stage 2, and both test sets after every epoch. `tensors` is the last without
-PIL: batches cut from tensors, so that only operations differ. Sizes have the proportions of CIFAR-10. Prints the
-median ratio of reference to ours.
+Every function yields (name of the reference, ours, reference), the last two to be called.
 """
 
-import argparse
-import statistics
+import os
 import tempfile
 from pathlib import Path
 
@@ -25,47 +21,15 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 import models
-from benchmarks.fit import append, timed
 from defense import awm, fmp, trap_and_replace
 from models.split import split
-from utils import device as devices
 from utils.batch import augmentation, batches, to_unit
 from utils.channels import convolutions
 from utils.data import Spec, Split
 from utils.record import Record
 
 SPEC = Spec("random", 10, 32, (0.5,) * 3, (0.25,) * 3, True, {})
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet9")
-    parser.add_argument("--width", type=int, default=16, help="of resnet9")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--methods", nargs="+", default=["fmp", "awm", "trap_and_replace"], choices=["fmp", "awm", "trap_and_replace"])
-    parser.add_argument("--scale", type=float, default=0.1, help="of the numbers of pictures for Trap and Replace; 1 is CIFAR-10")
-    parser.add_argument(
-        "--tests", type=float, default=1.0, help="the same, of the test sets that are evaluated beside AWM's 500 clean pictures"
-    )
-    parser.add_argument("--scored", type=int, default=32, help="pictures that FMP scores on (released: 32)")
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--save", action="store_true")
-    options = parser.parse_args()
-    options.width = options.width if options.model == "resnet9" else None
-    config, device = devices.setup(fmp.Config(result_file="none", device=options.device))
-    for method in options.methods:
-        for kind, ours, plain in {"fmp": of_fmp, "awm": of_awm, "trap_and_replace": of_trap_and_replace}[method](options, config, device):
-            pairs = [(timed(ours, device), timed(plain, device)) for _ in range(options.pairs + 1)][1:]
-            row = {
-                "method": method, "reference": kind, "model": models.label(options.model, options.width),
-                "ours_seconds": round(statistics.median(one for one, _ in pairs), 2), "pairs": options.pairs,
-                "reference_seconds": round(statistics.median(other for _, other in pairs), 2),
-                "ratio": round(statistics.median(other / one for one, other in pairs), 2), "precision": config.precision,
-                "device": devices.name_and_peak(device)[0], "torch": torch.__version__,
-            }  # fmt: skip
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            if options.save:
-                append(Path(__file__).parent / "results" / "cost.csv", row)
+SCORED = 32  # pictures that FMP scores on, as released
 
 
 def pictures(count, device, seed=0):
@@ -74,9 +38,9 @@ def pictures(count, device, seed=0):
     return Split(torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device), labels, labels)
 
 
-def network(options, device):
+def network(parts, device):
     torch.manual_seed(0)
-    return models.build(options.model, SPEC, options.width).to(device)
+    return models.build(*parts).to(device)
 
 
 def test_sets(scale, device):
@@ -89,12 +53,13 @@ def count_hits(forward, sets):
         return sum(int((forward(images).argmax(1) == labels).sum()) for split in sets for images, labels, _ in batches(split, 250))
 
 
-def of_fmp(options, config, device):
-    model, split = network(options, device).eval(), pictures(options.scored, device)
+def of_fmp(parts, scale, config, device):
+    model, split = network(parts, device).eval(), pictures(max(int(SCORED * scale), 2), device)
+    batch = fmp.Config(result_file="none").score_batch
     images, labels = to_unit(split.images), split.truth
 
     def ours():
-        fmp.score_maps(model, images, labels, alpha=1 / 255, epsilon=1 / 255, seed=0, batch=config.score_batch, steps=fmp.fmp_step)
+        fmp.score_maps(model, images, labels, alpha=1 / 255, epsilon=1 / 255, seed=0, batch=batch, steps=fmp.fmp_step)
 
     def plain():
         signs = (torch.randint(0, 2, images.shape) * 2 - 1).to(images)
@@ -114,17 +79,18 @@ def of_fmp(options, config, device):
     yield "as released", ours, plain
 
 
-def of_awm(options, config, device):
-    split, sets, rounds = pictures(500, device), test_sets(options.tests, device), 2
+def of_awm(parts, scale, config, device):
+    count = max(int(500 * scale), 20)
+    split, sets, rounds = pictures(count, device), test_sets(scale, device), 2
     settings = awm.Config(result_file="none", epochs=rounds)
     images, labels = to_unit(split.images), split.truth
-    steps, batch = settings.schedule(500)
+    steps, batch = settings.schedule(count)
 
     def ours():
-        awm.learn(network(options, device).eval(), images, labels, settings)
+        awm.learn(network(parts, device).eval(), images, labels, settings)
 
     def plain():
-        model = network(options, device).eval()
+        model = network(parts, device).eval()
         theta = {f"{name}.weight": layer.weight for name, layer in convolutions(model).items()}
         mask = {name: torch.ones_like(kernel, requires_grad=True) for name, kernel in theta.items()}
         optimizer = torch.optim.Adam(mask.values(), 1e-2)
@@ -135,13 +101,13 @@ def of_awm(options, config, device):
         for _ in range(rounds):
             delta = torch.zeros_like(images[:1], requires_grad=True)
             for _ in range(steps):
-                shown = images[torch.randint(500, (batch,), device=device)]
+                shown = images[torch.randint(count, (batch,), device=device)]
                 loss = F.cross_entropy(net(shown + delta), net(shown).argmax(1))
                 loss.backward()
                 delta = (delta + 10 * delta.grad).detach().requires_grad_()
             delta = delta.detach() * min(1.0, 1000 / max(delta.abs().sum().item(), 1e-30))
             for _ in range(steps):
-                index = torch.randint(500, (batch,), device=device)
+                index = torch.randint(count, (batch,), device=device)
                 optimizer.zero_grad()
                 loss = 0.9 * F.cross_entropy(net(images[index]), labels[index])
                 loss = loss + 0.1 * F.cross_entropy(net((images[index] + delta).clamp(0, 1)), labels[index])
@@ -162,7 +128,8 @@ class Pictures(Dataset):
 
     change = transforms.Compose([transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
 
-    def __init__(self, split):
+    def __init__(self, split, plain=False):
+        self.change = transforms.ToTensor() if plain else self.change
         self.images, self.labels = [to_pil_image(image) for image in split.images.cpu()], split.labels.tolist()
 
     def __len__(self):
@@ -172,15 +139,15 @@ class Pictures(Dataset):
         return self.change(self.images[index]), self.labels[index]
 
 
-def of_trap_and_replace(options, config, device):
+def of_trap_and_replace(parts, scale, config, device):
     """Two epochs of stage 1 to one of stage 2, as in the published schedule."""
-    train, clean = (pictures(int(count * options.scale), device, 1) for count in (50_000, 2_500))
-    sets = test_sets(options.scale, device)
+    train, clean = (pictures(int(count * scale), device, 1) for count in (5_000, 250))
+    sets = test_sets(0.1 * scale, device)
     settings = trap_and_replace.Config(result_file="none", epochs=2, head_epochs=1, precision=config.precision)
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
-            record = Record(SPEC, train, clean, torch.arange(len(clean), device=device), options.model, options.width, Path(folder) / "state",
+            record = Record(SPEC, train, clean, torch.arange(len(clean), device=device), parts[0], parts[2], Path(folder) / "state",
                             Path(folder) / "shared", lambda *_, **__: None)  # fmt: skip
             trap_and_replace.repair(None, record, settings)
 
@@ -203,7 +170,7 @@ def of_trap_and_replace(options, config, device):
             unread(features)
             return read(features)
 
-        stem, old = split(options.model, network(options, device))
+        stem, old = split(parts[0], network(parts, device))
         decoder = trap_and_replace.decoder_for(stem, 32).to(device)
         trap = trap_and_replace.Trap(stem, old, decoder).train()
         optimizer = torch.optim.Adam(trap.parameters(), 1e-3, weight_decay=5e-4)
@@ -216,7 +183,7 @@ def of_trap_and_replace(options, config, device):
                 loss.item()
             trap.eval()
             count_hits(lambda images: both(images, decoder, old), sets)
-        _, head = split(options.model, network(options, device).train())
+        _, head = split(parts[0], network(parts, device).train())
         optimizer = torch.optim.Adam(head.parameters(), 0.03, weight_decay=5e-4)
         for parameter in trap.parameters():
             parameter.requires_grad_(False)
@@ -233,5 +200,31 @@ def of_trap_and_replace(options, config, device):
     yield "tensors", ours, lambda: plain(pil=False)
 
 
-if __name__ == "__main__":
-    main()
+def of_epoch(model, split, exam, config):
+    """An epoch of `model` (contiguous, float32) on `split`, then a pass over each split of `exam`; to be called."""
+    workers, device = min(4, os.cpu_count() or 1), split.labels.device
+    sets = [Pictures(split), *(Pictures(part, plain=True) for part in exam)]
+
+    def loader(data, training=False):
+        options = {"shuffle": training, "drop_last": training, "num_workers": workers, "pin_memory": device.type == "cuda"}
+        return DataLoader(data, config.batch_size, **options)
+
+    def epoch():
+        optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        model.train()
+        for images, labels in loader(sets[0], training=True):
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        model.eval()
+        with torch.no_grad():
+            for data in sets[1:]:
+                sum(int((model(images.to(device)).argmax(1).cpu() == labels).sum()) for images, labels in loader(data))
+
+    return epoch
+
+
+METHODS = {"fmp": of_fmp, "awm": of_awm, "trap_and_replace": of_trap_and_replace}
