@@ -12,8 +12,8 @@ field     an epoch as the field writes it (benchmarks/plain.py) over one of ours
 evaluate  ACC, ASR and RA over one bare forward pass of the same pictures
 stamp     seconds to put each trigger on 10,000 pictures of 32x32 pixels, for triggers that are no network
 fmp, awm, trap_and_replace   plain references of their work (benchmarks/plain.py) over ours; `tensors` is one without PIL
-start     seconds from `import torch` to the first training step, with an empty cache and with a filled one
-memory    peak of an attack on the data set of --dataset: the whole process on a CPU, allocated memory on a GPU
+start     seconds from `import torch` until the first batch is ready to be trained on, with an empty cache and with a filled one
+memory    peak of an attack on --dataset (20 steps, the test, saving): the whole process on a CPU, allocated memory on a GPU
 
 --save puts the rows in benchmarks/results/speed.csv, in place of older ones of the same part, device and version of torch.
 """
@@ -49,22 +49,23 @@ KEY = ("part", "what", "device", "torch")
 TIMES, FASTER = "times the reference's time", "times faster than the reference"
 NETWORKS = {"generator_epochs", "bits"}  # options of attacks whose trigger is a network
 
-# a process that measures one attack: it stops before a given optimiser step, or at the end, and says what it took
+# A process that measures one attack: it ends when the first batch lies ready, or trains for 20 steps, judges, saves, and says what
+# that took.
 PROBE = """
-import resource, sys, time
+import itertools, resource, sys, time
 import torch
-begin, steps = time.perf_counter(), 0
-def before_step(*_):
-    global steps
-    steps += 1
-    if steps == 1:
-        print("first", time.perf_counter() - begin, flush=True)
-    if steps == {stop}:
-        sys.exit(0)
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-register_optimizer_step_pre_hook(before_step)
+begin = time.perf_counter()
 from attack import badnet
-from utils import config
+from utils import config, train
+
+def epoch(network, order, rates, *rest):
+    if {start}:
+        next(order)
+        print("first", time.perf_counter() - begin, flush=True)
+        sys.exit(0)
+    return whole(network, itertools.islice(order, 20), rates[:20], *rest)
+
+whole, train._epoch = train._epoch, epoch
 badnet.main(config.parse(badnet.Config, sys.argv[1:]))
 allocated = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, allocated)
@@ -225,7 +226,7 @@ def defense(options, method):
 def start(options):
     with tempfile.TemporaryDirectory() as folder:
         for what in ("empty cache", "filled cache"):
-            found = probe(options, folder, options.models[-1], stop=1)
+            found = probe(options, folder, options.models[-1], start=True)
             yield {"what": f"{options.dataset}, {options.models[-1]}, {what}", "value": round(found["first"][0], 2), "unit": "seconds",
                    "target": "at most 3" if what == "filled cache" else "", "n": 1}  # fmt: skip
 
@@ -234,19 +235,19 @@ def memory(options):
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
             cpu = options.at.type == "cpu"
-            found = probe(options, folder, name, stop=0)
-            yield {"what": f"{options.dataset}, badnet, {name}, 1 epoch, batch 128", "value": round(found["peak"][0 if cpu else 1]), "unit": "MiB",
+            found = probe(options, folder, name, start=False)
+            yield {"what": f"{options.dataset}, badnet, {name}, batch 128", "value": round(found["peak"][0 if cpu else 1]), "unit": "MiB",
                    "target": "at most 1600" if cpu else "at most 2500", "n": 1}  # fmt: skip
 
 
-def probe(options, folder, name, stop):
+def probe(options, folder, name, *, start):
     """{what: numbers} that a run of BadNets in a process of its own reports."""
     model, _, width = parts(name, SPEC)
     words = ["--dataset", options.dataset, "--dataset_path", options.dataset_path, "--model", model, "--device", options.device,
              "--batch_size", "128", "--epochs", "1", "--cache_path", f"{folder}/cache", "--record_path", folder, "--overwrite",
              *(["--width", str(width)] if width else [])]  # fmt: skip
     place = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PROBE.format(stop=stop), *words], capture_output=True, text=True, env=place, check=False)
+    done = subprocess.run([sys.executable, "-c", PROBE.format(start=start), *words], capture_output=True, text=True, env=place, check=False)
     if done.returncode:
         raise SystemExit(f"error: the attack that was to be measured failed: {done.stderr.strip().splitlines()[-1]}")
     lines = [line.split() for line in done.stdout.splitlines()]

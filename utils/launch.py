@@ -59,7 +59,8 @@ def _explain(error):
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
         return "out of memory: lower --batch_size or choose a smaller --model", 1
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile failed, which needs a C++ compiler: {text[:200]}; --compile none does without", 1
+        why = text.split(" Set TORCH")[0][:200]  # what follows are hints for those who debug torch
+        return f"torch.compile failed, which needs a C++ compiler ({why}); --compile none does without", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error.filename or 'cannot write'}; make room and run the same command again", 1
     if isinstance(error, OSError) and error.filename:
