@@ -142,14 +142,14 @@ def test_benchmarks_of_defenses_run(bench):
 
 
 def test_every_part_of_the_speed_benchmark_runs(bench):
-    words = ["benchmarks.speed", "--models", "resnet9_w4", "--scale", "0.02", "--pairs", "1", "--dataset", "digits", "--save"]
+    words = ["benchmarks.speed", "--models", "resnet9_w4", "--scale", "0.005", "--pairs", "1", "--dataset", "digits", "--save"]
     environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
     results = bench / "benchmarks" / "results" / "speed.csv"
     results.unlink()
     done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = files.read_csv(results)
-    assert {row["part"] for row in rows} == set(speed.PARTS) and all(float(row["value"]) > 0 for row in rows)
+    assert {row["part"] for row in rows} == set(speed.PARTS) and all(float(row["value"]) > 0 for row in rows if row["part"] != "stamp")
     assert len(rows) == len({tuple(row[key] for key in speed.KEY) for row in rows}) == done.stdout.count("part ")
     again = subprocess.run([sys.executable, "-m", *words, "--parts", "fmp"], cwd=bench, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and len(files.read_csv(results)) == len(rows), "a measurement takes the place of the one before"
