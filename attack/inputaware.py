@@ -80,7 +80,7 @@ def _learn_patterns(pattern, victim, mask, workshop, config):
     Pictures are cropped and mirrored after they get their trigger, as those of a stored set will be: otherwise G puts
     triggers on the border, where a crop cuts them off.
     """
-    device, augment = workshop.train.images.device, augmentation(workshop.spec)
+    device, augment = workshop.train.images.device, augmentation(workshop.spec, config.pad)
     relabel = poison.relabelling(config.label_mode, config.attack_target, workshop.spec.classes)
     optimizer, schedule = _adam(pattern, config.generator_epochs)
     steps = torch.optim.SGD(victim.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)

@@ -68,7 +68,7 @@ def prepare(config, workshop):
     for epoch in tqdm(range(config.generator_epochs), desc="generator", disable=None):
         old = copy.deepcopy(drawing).eval().requires_grad_(False)
         order = batches(train, config.batch_size, generator=seeds.generator("lira", config.poison_seed, epoch, device=device),
-                        augment=augmentation(workshop.spec), drop_last=True)  # fmt: skip
+                        augment=augmentation(workshop.spec, config.pad), drop_last=True)  # fmt: skip
         for images, labels, _ in order:
             with mixed_precision(device, config.precision):
                 cost = F.cross_entropy(victim(changed(drawing, images, config.epsilon)), relabel(labels))

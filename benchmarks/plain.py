@@ -6,7 +6,7 @@ AWM: labels predicted in every step, two forward passes in every mask step, grad
 every round. Trap and Replace: PIL augmentation in a DataLoader, float32, an old head that nobody reads in stage 2, and both
 test sets after every epoch; `tensors` is the same without PIL, so that only operations differ. Sizes have the proportions of CIFAR-10.
 
-Every function yields (name of the reference, ours, reference), the last two to be called.
+`of_epoch` returns the reference, to be called; the others yield (name of the reference, ours, reference), the last two to be called.
 """
 
 import os
@@ -139,6 +139,12 @@ class Pictures(Dataset):
         return self.change(self.images[index]), self.labels[index]
 
 
+def loaded(data, batch, device, training=False):
+    """The DataLoader of a script of the field."""
+    options = {"shuffle": training, "drop_last": training, "pin_memory": device.type == "cuda"}
+    return DataLoader(data, batch, num_workers=min(4, os.cpu_count() or 1), **options)
+
+
 def of_trap_and_replace(parts, scale, config, device):
     """Two epochs of stage 1 to one of stage 2, as in the published schedule."""
     train, clean = (pictures(int(count * scale), device, 1) for count in (5_000, 250))
@@ -156,10 +162,7 @@ def of_trap_and_replace(parts, scale, config, device):
     def plain(pil):
         def order(data, source, batch):
             if pil:
-                yield from (
-                    (shown.to(device), told.to(device))
-                    for shown, told in DataLoader(data, batch, shuffle=True, num_workers=2, drop_last=True)
-                )
+                yield from ((shown.to(device), told.to(device)) for shown, told in loaded(data, batch, device, training=True))
             else:
                 generator = torch.Generator(device).manual_seed(0)
                 for shown, told, _ in batches(source, batch, generator=generator, augment=augmentation(SPEC), drop_last=True):
@@ -202,17 +205,12 @@ def of_trap_and_replace(parts, scale, config, device):
 
 def of_epoch(model, split, exam, config):
     """An epoch of `model` (contiguous, float32) on `split`, then a pass over each split of `exam`; to be called."""
-    workers, device = min(4, os.cpu_count() or 1), split.labels.device
-    sets = [Pictures(split), *(Pictures(part, plain=True) for part in exam)]
-
-    def loader(data, training=False):
-        options = {"shuffle": training, "drop_last": training, "num_workers": workers, "pin_memory": device.type == "cuda"}
-        return DataLoader(data, config.batch_size, **options)
+    device, shown, tests = split.labels.device, Pictures(split), [Pictures(part, plain=True) for part in exam]
 
     def epoch():
         optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         model.train()
-        for images, labels in loader(sets[0], training=True):
+        for images, labels in loaded(shown, config.batch_size, device, training=True):
             images, labels = images.to(device), labels.to(device)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
@@ -221,8 +219,9 @@ def of_epoch(model, split, exam, config):
             loss.item()
         model.eval()
         with torch.no_grad():
-            for data in sets[1:]:
-                sum(int((model(images.to(device)).argmax(1).cpu() == labels).sum()) for images, labels in loader(data))
+            for data in tests:
+                order = loaded(data, config.batch_size, device)
+                sum(int((model(images.to(device)).argmax(1).cpu() == labels).sum()) for images, labels in order)
 
     return epoch
 

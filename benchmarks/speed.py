@@ -110,22 +110,28 @@ def fit(options):
         count = scaled(options, 50_000 if options.at.type == "cuda" else 5120 if name == "resnet9_w16" else 512)
         config = dataclasses.replace(options.config, epochs=1, precision=precision, compile=compile)
         model, split = network(name, options), pictures(count, options.at)
-        row = compare(*epochs_of(model, split, config, SPEC), options)
+        row = compare(epoch_of_fit(model, split, config, SPEC), bare_epoch(model, split, config), options)
         compiled = "" if compile == "none" else f", compile {compile}"
         what = f"{name}, {precision}, batch {config.batch_size}{compiled}, {count} pictures"
         yield {"what": what, **row, "target": "at most " + ("1.10" if options.at.type == "cpu" else "1.15")}
 
 
-def epochs_of(model, split, config, spec):
-    """(an epoch of fit, one of a bare loop), as functions."""
-    ready = [(images.clone(), labels) for images, labels, _ in batches(split, config.batch_size)]
-    bare = model if config.compile == "none" else torch.compile(model, mode=train.COMPILE[config.compile])
+def epoch_of_fit(model, split, config, spec):
+    """One as users have it, with augmentation and checkpoint; to be called."""
 
-    def ours():
+    def epoch():
         with tempfile.TemporaryDirectory() as folder:
             train.fit(model, split, config, augment=augmentation(spec), checkpoint=Path(folder) / "state")
 
-    def reference():
+    return epoch
+
+
+def bare_epoch(model, split, config):
+    """One of forward, backward and step over batches that lie ready; to be called."""
+    ready = [(images.clone(), labels) for images, labels, _ in batches(split, config.batch_size)]
+    bare = model if config.compile == "none" else torch.compile(model, mode=train.COMPILE[config.compile])
+
+    def epoch():
         model.to(memory_format=torch.channels_last).train()
         optimizer = train.sgd(model.parameters(), config)
         for images, labels in ready:
@@ -135,7 +141,7 @@ def epochs_of(model, split, config, spec):
             loss.backward()
             optimizer.step()
 
-    return ours, reference
+    return epoch
 
 
 def stream(options):
@@ -150,22 +156,20 @@ def stream(options):
                 small = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8, generator=generator)
                 to_pil_image(small).resize((size, size)).save(place / f"{position}.jpg")
         spec, stored, _ = data.load("folder", folder, image_size=size, device=options.at, cache=Path(folder) / "cache", resident_gb=0)
-        row = compare(*epochs_of(models.build("resnet18", spec).to(options.at), stored, config, spec), options)
+        model = models.build("resnet18", spec).to(options.at)
+        row = compare(epoch_of_fit(model, stored, config, spec), bare_epoch(model, stored, config), options)
     what = f"resnet18, {config.precision}, batch {config.batch_size}, {count} pictures of {size} pixels"
     yield {"what": what, **row, "target": "at most 1.3"}
 
 
 def field(options):
-    names = [name for name in options.models if name != "resnet9"] if options.at.type == "cpu" else options.models
-    for name in names:
+    for name in small_enough(options):
         count = scaled(options, 50_000 if options.at.type == "cuda" else 5120 if name == "resnet9_w16" else 512)
         precision = options.precisions[-1]
         config = dataclasses.replace(options.config, epochs=1, precision=precision)
         split, exam = pictures(count, options.at), [pictures(max(count // 5 * share // 10, 1), options.at, share) for share in (10, 9)]
-        model = network(name, options)
-        other = models.build(*parts(name, SPEC)).to(options.at)  # contiguous
-        ours, _ = epochs_of(model, split, config, SPEC)
-        row = compare(ours, plain.of_epoch(other, split, exam, config), options, faster=True)
+        ours = epoch_of_fit(network(name, options), split, config, SPEC)
+        row = compare(ours, plain.of_epoch(network(name, options), split, exam, config), options, faster=True)
         target = "" if name != "preactresnet18" else "at least 3" if options.at.type == "cpu" else "at least 5"
         yield {"what": f"{name}, {precision} against fp32, batch {config.batch_size}", **row, "target": target}
 
@@ -217,7 +221,7 @@ def closed_form(name, split):
 
 
 def defense(options, method):
-    for name in [name for name in options.models if name != "resnet9"][: None if options.at.type == "cuda" else 1]:
+    for name in small_enough(options)[: 1 if options.at.type == "cpu" else None]:
         for kind, ours, reference in plain.METHODS[method](parts(name, SPEC), options.scale, options.config, options.at):
             row = compare(ours, reference, options, faster=True)
             yield {"what": f"{kind}, {name}, {options.config.precision}", **row, "target": "" if kind == "tensors" else TARGETS[method]}
@@ -278,8 +282,12 @@ def parts(label, spec):
 
 
 def network(label, options):
-    torch.manual_seed(0)
-    return models.build(*parts(label, SPEC)).to(options.at)
+    return plain.network(parts(label, SPEC), options.at)
+
+
+def small_enough(options):
+    """The networks whose references end within minutes: on a CPU all but the wide resnet9."""
+    return [name for name in options.models if options.at.type == "cuda" or name != "resnet9"]
 
 
 def scaled(options, count):

@@ -150,6 +150,9 @@ def test_every_part_of_the_speed_benchmark_runs(bench):
     assert done.returncode == 0, done.stderr
     rows = files.read_csv(results)
     assert {row["part"] for row in rows} == set(speed.PARTS) and all(float(row["value"]) > 0 for row in rows if row["part"] != "stamp")
+    assert [(row["part"], row["what"].split(",")[0]) for row in rows if row["part"] in speed.TARGETS] == [
+        ("fmp", "as released"), ("awm", "as released"), ("trap_and_replace", "as released"), ("trap_and_replace", "tensors")]  # fmt: skip
+    assert "badnet" in {row["what"] for row in rows if row["part"] == "stamp"}
     assert len(rows) == len({tuple(row[key] for key in speed.KEY) for row in rows}) == done.stdout.count("part ")
     again = subprocess.run([sys.executable, "-m", *words, "--parts", "fmp"], cwd=bench, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and len(files.read_csv(results)) == len(rows), "a measurement takes the place of the one before"

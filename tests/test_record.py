@@ -298,7 +298,7 @@ def test_a_record_from_before_an_option_existed_has_its_default(victim, tmp_path
     config = BadNet(**made)
     rewrite(folder, "config.yaml", yaml.safe_dump({key: value for key, value in made.items() if key not in ("nesterov", "pad")}).encode())
     assert not record.begin(folder, config, kind="attack")
-    with pytest.raises(ConfigError, match="pad"):
+    with pytest.raises(ConfigError, match=r"configuration \(pad 4 there and 2 here\);"):
         record.begin(folder, dataclasses.replace(config, pad=2), kind="attack")
 
 

@@ -1,5 +1,6 @@
 """Batches, augmentation and the training loop."""
 
+import re
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 import models
-from utils import batch, poison, seeds, train
+from utils import batch, launch, poison, seeds, train
 from utils.data import Spec, Split
 from utils.errors import RefusedError, UserError
 from utils.stored import Stored, replaced
@@ -142,6 +144,12 @@ def test_compiled_training_ends_with_the_same_weights():
     plain, compiled = (train.fit(model(), split(), options(epochs=2, compile=mode), drop_last=True) for mode in ("none", "default"))
     torch.testing.assert_close(weights(compiled), weights(plain), rtol=0, atol=1e-3)
     assert plain.state_dict().keys() == compiled.state_dict().keys()
+
+
+def test_a_compiler_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/bin/false"))
+    text, code = launch._explain(InvalidCxxCompiler())
+    assert code == 1 and re.fullmatch(r"torch.compile failed, .*/bin/false.*; --compile none does without", text)
 
 
 def test_stored_pictures_train_to_the_same_weights():

@@ -18,12 +18,13 @@ def batches(split, size, *, generator=None, augment=None, drop_last=False):
     order = torch.arange(count, device=device)
     if generator is not None:
         order = torch.randperm(count, generator=generator, device=device)
-    parts = lengths(count, size, drop_last=drop_last)
-    order = order[: sum(parts)]
-    read = (split.images.index_select(0, index) for index in order.split(parts))
+    sizes = lengths(count, size, drop_last=drop_last)
+    parts = order[: sum(sizes)].split(sizes)
     if isinstance(split.images, Stored):
-        read = split.images.ahead(order.cpu().split(parts))
-    for index, images in zip(order.split(parts), read, strict=True):
+        read = split.images.ahead(parts)
+    else:
+        read = (split.images.index_select(0, index) for index in parts)
+    for index, images in zip(parts, read, strict=True):
         if augment:
             images = augment(images, generator)
         yield to_unit(images), split.labels[index], index

@@ -269,16 +269,20 @@ def _text(path):
 
 
 def _same(saved, config):
-    """Whether the options in a config.yaml are those of `config`; one that its version did not have yet counts as the default."""
-    known = {field.name: field.default for field in dataclasses.fields(config)} if saved else {}
+    return _identity(saved, config) == options.identity(config)
+
+
+def _identity(saved, config):
+    """The options in a config.yaml that make up the experiment; one that its version did not have yet has its default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)} if saved else {}
     hidden = options.NOT_IDENTITY | options.SWITCHES.keys()
-    return {k: v for k, v in {**known, **saved}.items() if k not in hidden} == options.identity(config)
+    return {key: value for key, value in {**defaults, **saved}.items() if key not in hidden}
 
 
 def _refuse_other(saved, config, folder):
-    if _same(saved, config):
+    there, here = _identity(saved, config), options.identity(config)
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if not keys:
         return
-    here = options.identity(config)
-    keys = [k for k in {**saved, **here} if k not in options.NOT_IDENTITY and saved.get(k) != here.get(k)]
-    difference = ", ".join(f"{key} {saved.get(key)} there and {here.get(key)} here" for key in keys)
+    difference = ", ".join(f"{key} {there.get(key)} there and {here.get(key)} here" for key in keys)
     raise ConfigError(f"{folder} holds another configuration ({difference}); --overwrite starts again, --save_folder_name goes elsewhere")

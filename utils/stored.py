@@ -15,8 +15,6 @@ class Stored:
     of the N pictures (by default all), and `changed` the pictures 3,S,S that stand in for the rows of the map `place`.
     """
 
-    dtype = torch.uint8
-
     def __init__(self, base, device, rows=None, changed=None, place=None):
         self.base, self.device = base, torch.device(device)
         self._rows = torch.arange(len(base)) if rows is None else rows
@@ -47,8 +45,8 @@ class Stored:
         return Stored(self.base, self.device, self._rows, changed, place)
 
     def ahead(self, parts):
-        """Yield the pictures of each of `parts` (positions on the CPU), while a thread reads the next ones."""
-        waiting = deque()
+        """Yield the pictures of each of `parts` (positions), while a thread reads the next ones."""
+        parts, waiting = torch.cat(parts).cpu().split([len(part) for part in parts]), deque()  # to the CPU once
         with ThreadPoolExecutor(1) as reader:
             for part in parts:
                 waiting.append(reader.submit(self._pinned, part))
