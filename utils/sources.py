@@ -73,9 +73,10 @@ def _map(function, chunks):
     # fork: the workers need no second import of torch; they touch neither it nor the GPU
     start = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context(start)) as pool:
-        tasks = [pool.submit(function, chunk) for chunk in chunks]
         try:
-            yield from (task.result() for task in concurrent.futures.as_completed(tasks))
+            # no list of the tasks is kept: it would hold every picture until the last is decoded
+            for task in concurrent.futures.as_completed([pool.submit(function, chunk) for chunk in chunks]):
+                yield task.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
