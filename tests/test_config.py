@@ -85,6 +85,11 @@ def test_yaml_may_name_the_data_set(tmp_path):
     assert parse("--yaml_path", file).width is None
 
 
+def test_a_width_belongs_to_its_model():
+    assert (parse().model, parse().width, parse("--model", "resnet9").width) == ("resnet9", 16, 16)
+    assert parse("--model", "preactresnet18").width is None and parse("--model", "resnet9", "--width", "8").width == 8
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

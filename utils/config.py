@@ -223,7 +223,7 @@ def parse(Config, argv, description="", prog=None):
     Raises ConfigError for an unknown option or YAML key and for a value of the wrong type or out of range.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("yaml_path", "dataset", "recipe", "result_file", "record_path"):
+    for name in ("yaml_path", "dataset", "model", "recipe", "result_file", "record_path"):
         first.add_argument(f"--{name}", action="append", default=[])
     early, _ = first.parse_known_args(argv)
     files = [item for path in early.yaml_path for item in ("--yaml_path", path)]
@@ -304,6 +304,8 @@ def _dataset_options(Config, given):
         section, dataset = "attack", given.get("dataset", Config.dataset)
     options = _mapping(ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml").get(section) or {}
     known = {field.name for field in dataclasses.fields(Config)}
+    if given.get("model", options.get("model")) != options.get("model"):
+        known -= {"width"}  # it is that of the model which the file names
     return {key: value for key, value in options.items() if key in known}
 
 

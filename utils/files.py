@@ -35,12 +35,13 @@ def write(path, content):
 
 @contextmanager
 def locked(path):
-    """Hold the file `path` for this process alone; another one waits, and a killed one lets go."""
+    """Hold the file `path` for this process alone; another one waits, and a killed one lets go. Yields the open file: a child that
+    inherits it holds it too."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
 
 
 def write_yaml(path, mapping):

@@ -34,10 +34,15 @@ class Source:
     read: Callable
 
 
-def find(name, root, *, download=False):
-    """{'train': Source, 'test': Source} of data set `name` below `root`; MissingError says where it was looked for."""
+def check(name):
+    """ConfigError where there is no data set of that name."""
     if name not in NAMES:
         raise ConfigError(f"unknown data set {name!r}; there are {', '.join(NAMES)}")
+
+
+def find(name, root, *, download=False):
+    """{'train': Source, 'test': Source} of data set `name` below `root`; MissingError says where it was looked for."""
+    check(name)
     if name == "digits":
         return {split: Source("scikit-learn digits, 32 pixels, 1", partial(_digits, split)) for split in ("train", "test")}
     place = Path(root) if name == "folder" else Path(root) / name
