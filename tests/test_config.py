@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 
 import pytest
 import yaml
@@ -137,6 +138,29 @@ def test_what_is_written_runs_again(tmp_path):
     file, first = tmp_path / "config.yaml", parse("--lr", "1e-3", "--patch_row", "-4", "--random_seed", 5)
     file.write_text(yaml.safe_dump(config.plain(first)))
     assert parse("--yaml_path", file) == first
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--dataset", "cifar10"], ["--recipe", "fast", "--dataset", "cifar10", "--lr", "1e-3", "--nesterov", "true"],
+    ["--width", "null", "--recipe", "fast", "--nesterov", "false", "--random_seed", 5], ["--patch_row", "-4", "--pratio", "0.05"],
+    ["--dataset", "folder", "--dataset_path", "my 'own' signs; $x", "--trigger_path", "-a b.png", "--image_size", 48],
+])  # fmt: skip
+def test_the_command_makes_the_same_options_again(words):
+    first = parse(*(f"--trigger_path={word}" if word == "-a b.png" else word for word in words if word != "--trigger_path"))
+    python, script, *again = shlex.split(config.command("attack/badnet.py", first))
+    assert (python, script) == ("python", "attack/badnet.py") and parse(*again) == first
+    assert bool(again) == bool(words), "what the recipe and the data set say is not repeated"
+
+
+@pytest.mark.parametrize("name", names("defense"))
+def test_the_command_of_a_defense_makes_the_same_options_again(name, tmp_path):
+    (tmp_path / "a victim").mkdir()
+    (tmp_path / "a victim" / "config.yaml").write_text("dataset: digits\n")
+    Config = __import__(f"defense.{name}", fromlist=["Config"]).Config
+    places = ["--result_file", "a victim", "--record_path", tmp_path]
+    for words in ([], ["--yaml_path", ROOT / f"config/defense/{name}.yaml"], ["--clean_count", 7, "--device", "cpu", "--data_seed", 3]):
+        first = parse(*places, *words, of=Config)
+        assert parse(*shlex.split(config.command("x.py", first))[2:], of=Config) == first
 
 
 def test_identity_ignores_places_and_keeps_the_rest():

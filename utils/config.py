@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -262,6 +263,19 @@ def digest(options):
 def plain(config):
     """A dataclass of options as the dict that config.yaml holds."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in SWITCHES}
+
+
+def command(script, config):
+    """The command line that `parse` makes `config` of: the options that differ from the defaults of its recipe and data set."""
+    given = plain(config)
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    usual |= {**_recipe_options(type(config), given), **_dataset_options(type(config), given)}
+    words = ["python", script]
+    for name, value in given.items():
+        if value != usual[name]:
+            text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    return shlex.join(words)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):

@@ -54,8 +54,9 @@ def seal(row, config, device):
     """(the bytes of results.csv, what record.json says of origin and cost) for a finished run."""
     row["device"], row["peak_mb"] = devices.name_and_peak(device)
     commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=options.ROOT, capture_output=True, text=True, check=False)
+    kind = "attack" if row["defense"] == "none" else "defense"
     facts = {
-        "name": row["attack"] if row["defense"] == "none" else row["defense"], "antidote": VERSION,
+        "name": row[kind], "command": options.command(f"{kind}/{row[kind]}.py", config), "antidote": VERSION,
         "seeds": {key: value for key, value in options.plain(config).items() if key in options.SEEDS},
         **{key: row[key] for key in ("recipe", "device", "seconds", "peak_mb", "config_hash")}, "git_commit": commit.stdout.strip() or None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "numpy")}},
