@@ -1,0 +1,168 @@
+"""Finished runs: found in their folders, and read with every checksum compared."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from utils.config import NOT_IDENTITY, SEEDS
+from utils.errors import RefusedError
+
+METRICS = ("acc", "asr", "ra")
+TABLE = ("dataset", "model", "recipe", "precision")
+# Results that keep runs apart as options do; a label shows them only where the options do not suffice.
+OF_ATTACK, OF_DEFENSE = ("label_mode", "n_test"), ("stage", "selection", "prior", "clean_budget", "recipe")
+NEEDED = {*TABLE, *METRICS, *OF_ATTACK, *OF_DEFENSE, "attack", "defense", "variant", "seconds"}
+NONE = ("none", ())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run; `victim` is the attack run that a defense repaired, None for an attack."""
+
+    path: Path
+    row: dict  # results.csv: column -> text
+    numbers: dict  # acc, asr, ra (fractions) and seconds; None: not applicable
+    config: dict  # option -> text
+    record: dict  # record.json
+    victim: "Run | None"
+
+    @property
+    def attack(self):
+        return self.victim or self
+
+    @property
+    def weights(self):
+        return self.record["files"].get("model.safetensors")
+
+
+def find_runs(folders):
+    """Every folder that holds a run, finished or not, at or below `folders`; each once, links followed."""
+    seen, runs = set(), []
+
+    def unreadable(error):
+        runs.append(Path(error.filename))
+
+    for top in folders:
+        for path, inside, files in os.walk(top, followlinks=True, onerror=unreadable):
+            new = (real := os.path.realpath(path)) not in seen
+            if new and ("state" in inside or {"results.csv", "record.json"} & set(files)):
+                runs.append(Path(path))
+            inside[:] = sorted(set(inside) - {"state"}) if new else []
+            seen.add(real)
+    return runs
+
+
+def read_run(path):
+    """The run in a folder; RefusedError says what is wrong with it."""
+    record = load(path, "record.json", json.loads)
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        raise RefusedError("record.json lists no files")
+    if record.get("format") != 1 or record.get("kind") not in ("attack", "defense"):
+        raise RefusedError(f"record.json is of format {record.get('format')!r}, kind {record.get('kind')!r}")
+    config = load(path, "config.yaml", parse_config, record)
+    row, numbers = load(path, "results.csv", parse_results, record)
+    victim = read_victim(path, record.get("victim_sha256")) if record["kind"] == "defense" else None
+    return Run(path, row, numbers, config, record, victim)
+
+
+def read_victim(path, weights):
+    """The attack run that the defense run in `path` lies in, which must be the one it was made for."""
+    try:
+        attack = read_run(Path(os.path.abspath(path)).parent.parent)
+    except RefusedError as error:
+        raise RefusedError(f"its attack run cannot be used: {error}") from error
+    if attack.victim or weights is None or attack.weights != weights:
+        raise RefusedError("made for another victim than the one it lies with")
+    return attack
+
+
+def load(path, name, parse, record=None):
+    """parse(text) of the file `name`, whose sha256 must be the one in `record`."""
+    try:
+        return parse(content(path, name, record).decode())
+    except (ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
+        raise RefusedError(f"{name} is unusable: {printable(error)}") from error
+
+
+def content(path, name, record=None):
+    """The bytes of the file `name`, whose sha256 must be the one in `record`."""
+    try:
+        if not (path / name).is_file():  # a pipe would be waited for without end
+            raise RefusedError(f"no {name}" if record else f"no {name}: unfinished")
+        found = (path / name).read_bytes()
+    except OSError as error:
+        raise RefusedError(f"{name} is unusable: {printable(error)}") from error
+    if record and hashlib.sha256(found).hexdigest() != record["files"].get(name):
+        raise RefusedError(f"{name} was changed after it was written")
+    return found
+
+
+def parse_config(text):
+    """{option: value as text}."""
+    config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if not isinstance(config, dict):
+        raise ValueError("it holds no options")
+    return {printable(name): printable(value) for name, value in config.items() if value is not None}
+
+
+def parse_results(text):
+    """(column -> text, measure -> number or None) of the one row in a results.csv."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    if len(rows) != 1:
+        raise ValueError(f"{len(rows)} rows instead of 1")
+    if missing := sorted(name for name in NEEDED if rows[0].get(name) is None):
+        raise ValueError(f"no value for {', '.join(missing)}")
+    row = {name: printable(value) for name, value in rows[0].items()}
+    numbers = {name: float(row[name]) if row[name] else None for name in (*METRICS, "seconds")}
+    for name, number in numbers.items():
+        if number is not None and not 0 <= number <= (math.inf if name == "seconds" else 1):
+            raise ValueError(f"{name} is {number}")
+    if (total := (numbers["asr"] or 0) + (numbers["ra"] or 0)) > 1 + 2e-6:  # either may be rounded to 6 digits
+        raise ValueError(f"ASR + RA is {total:.6g}, more than 1")
+    return row, numbers
+
+
+def printable(value):
+    """Text of one line and without control characters: records may come from strangers."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(value)).split())
+
+
+def read_all(paths):
+    """(runs, [(path, why it is left out)]); of runs with the same options and seeds only the first counts."""
+    runs, left_out = {}, []
+    for path in paths:
+        try:
+            run = read_run(path)
+        except RefusedError as error:
+            left_out.append((path, error))
+            continue
+        seeds = tuple(part.config.get(seed) for part in (run, run.attack) for seed in sorted(SEEDS))
+        first = runs.setdefault((keys(run), seeds), run)
+        if first is not run:
+            left_out.append((path, f"same run as {first.path}"))
+    return list(runs.values()), left_out
+
+
+def keys(run):
+    """(table, column, row) that a run belongs to; a column or row is (name, settings)."""
+    table = tuple(run.attack.row[name] for name in TABLE)
+    column = run.attack.row["attack"], settings(run.attack, OF_ATTACK)
+    if run.victim is None:
+        return table, column, NONE
+    same_precision = run.row["precision"] == run.victim.row["precision"]
+    name = "-".join(filter(None, (run.row["defense"], run.row["variant"])))
+    return table, column, (name, settings(run, OF_DEFENSE if same_precision else (*OF_DEFENSE, "precision")))
+
+
+def settings(run, results):
+    """The options and the columns `results` that describe an experiment, as sorted pairs without the empty ones."""
+    options = {name: value for name, value in run.config.items() if name not in {*NOT_IDENTITY, *SEEDS, *TABLE}}
+    options |= {name: run.row[name] for name in results}
+    return tuple(sorted((name, value) for name, value in options.items() if value))

@@ -1,0 +1,561 @@
+"use strict";
+// Texts of records reach the page through text nodes and attribute values only; nothing is parsed as HTML.
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const METRICS = ["acc", "asr", "ra"];
+const PANELS = 6, CURVES = 12; // shown at once
+const SVG = new Set(["svg", "path", "line", "circle", "text", "g"]);
+const byId = (id) => document.getElementById(id);
+const chosen = { dataset: "", model: "", recipe: "", attack: "", defense: "" };
+const state = { sort: null, descending: false, heat: "asr", curve: "loss", curves: CURVES, open: new Set() };
+const tips = new WeakMap();
+
+DATA.cells.forEach((cell, order) => {
+  const table = DATA.tables[cell.table];
+  Object.assign(cell, { order, dataset: table.dataset, model: table.model, recipe: `${table.recipe}, ${table.precision}` });
+  cell.want = cell.runs.length;
+});
+const cellAt = new Map(DATA.cells.map((cell) => [`${cell.table}\n${cell.attack}\n${cell.defense}`, cell]));
+for (const [table, attack, defense, have, want] of DATA.missing) {
+  const cell = cellAt.get(`${table}\n${attack}\n${defense}`);
+  if (cell) Object.assign(cell, { have, want, few: true });
+}
+const manyRecipes = new Set(DATA.cells.map((cell) => cell.recipe)).size > 1;
+const defenses = [...new Set(DATA.cells.filter((cell) => !cell.victim).map((cell) => cell.names[1]))].sort();
+
+function el(tag, attributes = {}, ...children) {
+  const node = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) if (value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+const percent = (value, digits = 1) => (value === null ? "–" : (100 * value).toFixed(digits));
+const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(100 * value).toFixed(1));
+const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const seconds = (value) => (value === null ? "–" : value < 10 ? value.toFixed(1) : String(Math.round(value)));
+const label = (cell, which) => (which === "attack" ? cell.attack + cell.marks[0] : cell.defense + cell.marks[1]);
+const measured = (cell, name) => cell.runs.filter((run) => run[name] !== null).length;
+const spreadText = (cell, name) => (cell[name][1] === null ? "" : ` ± ${percent(cell[name][1])} (${measured(cell, name)})`);
+const shownText = (cell, name) => percent(cell[name][0]) + spreadText(cell, name);
+const difference = (cell, name) => (cell.published?.[name] == null || cell[name][0] === null ? null : cell[name][0] - cell.published[name]);
+const DOUBT = { yes: "", care: "(?)", no: "(!)" };
+
+/* ---------- tooltips: by pointing, by focus, by a tap ---------- */
+
+function tipped(node, lines) {
+  tips.set(node, lines);
+  node.dataset.tip = "";
+  return node;
+}
+
+function seedLines(cell, name) {
+  const show = name === "seconds" ? seconds : percent;
+  const head = name === "seconds" ? `seconds ${seconds(cell.seconds[0])}` : `${name.toUpperCase()} ${shownText(cell, name)}`;
+  return [head, ...cell.runs.map((run) => `${show(run[name])}   ${run.seeds}`)];
+}
+
+function seedTable(cell) {
+  return [`${label(cell, "defense")} on ${label(cell, "attack")}: ACC / ASR / RA`,
+    ...cell.runs.map((run) => `${METRICS.map((name) => percent(run[name])).join(" / ")}   ${run.seeds}`)];
+}
+
+function showTip(node) {
+  const tip = byId("tip"), lines = tips.get(node)();
+  const shown = lines.length > 13 ? [...lines.slice(0, 12), `and ${lines.length - 12} more`] : lines;
+  tip.replaceChildren(...shown.map((line) => el("div", {}, line)));
+  tip.hidden = false;
+  const box = node.getBoundingClientRect(), own = tip.getBoundingClientRect();
+  const left = Math.min(Math.max(8, box.left + box.width / 2 - own.width / 2), window.innerWidth - own.width - 8);
+  const top = box.top > own.height + 12 ? box.top - own.height - 8 : Math.min(box.bottom + 8, window.innerHeight - own.height - 4);
+  tip.style.left = `${left}px`;
+  tip.style.top = `${top}px`;
+}
+
+function startTips() {
+  const over = (event) => {
+    const node = event.target.closest?.("[data-tip]");
+    if (node) showTip(node);
+    else byId("tip").hidden = true;
+  };
+  for (const kind of ["pointerover", "focusin", "click"]) document.addEventListener(kind, over);
+  document.addEventListener("focusout", () => (byId("tip").hidden = true));
+  document.addEventListener("scroll", () => (byId("tip").hidden = true), { capture: true, passive: true });
+  document.addEventListener("keydown", (event) => event.key === "Escape" && (byId("tip").hidden = true));
+}
+
+// One stop of the Tab key for a whole chart; the arrow keys go on inside it.
+function roving(box, nodes, columns = 1) {
+  nodes.forEach((node, place) => node.setAttribute("tabindex", place ? "-1" : "0"));
+  box.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
+    const next = step && nodes[nodes.indexOf(event.target) + step];
+    if (!next || !nodes.includes(event.target)) return;
+    event.preventDefault();
+    event.target.setAttribute("tabindex", "-1");
+    next.setAttribute("tabindex", "0");
+    next.focus();
+  });
+}
+
+/* ---------- what is chosen ---------- */
+
+function startFilters() {
+  const titles = { dataset: "Data set", model: "Model", recipe: "Recipe", attack: "Attack", defense: "Defense" };
+  const value = { attack: (cell) => cell.names[0], defense: (cell) => cell.names[1] };
+  for (const [name, title] of Object.entries(titles)) {
+    if (name === "recipe" && !manyRecipes) continue;
+    const values = [...new Set(DATA.cells.map(value[name] ?? ((cell) => cell[name])))].sort();
+    const select = el("select", { id: `filter-${name}` }, el("option", { value: "" }, "all"), ...values.map((each) => el("option", { value: each }, each)));
+    select.addEventListener("change", () => { chosen[name] = select.value; state.curves = CURVES; draw(); });
+    byId("filters").append(el("label", { for: `filter-${name}` }, title, select));
+  }
+  const reset = el("button", { type: "button", id: "reset" }, "Reset");
+  reset.addEventListener("click", () => {
+    for (const name of Object.keys(chosen)) {
+      chosen[name] = "";
+      if (byId(`filter-${name}`)) byId(`filter-${name}`).value = "";
+    }
+    draw();
+  });
+  byId("filters").append(reset);
+  byId("filters").addEventListener("submit", (event) => event.preventDefault());
+}
+
+function wanted(facts, names = Object.keys(chosen)) {
+  return names.every((name) => !chosen[name] || facts[name] === undefined || facts[name] === chosen[name]);
+}
+
+const facts = (cell) => ({ dataset: cell.dataset, model: cell.model, recipe: cell.recipe, attack: cell.names[0], defense: cell.names[1] });
+const visible = () => DATA.cells.filter((cell) => wanted(facts(cell)));
+
+/* ---------- leaderboard ---------- */
+
+function columns() {
+  const text = (id, title, show) => ({ id, title, text: show, value: show });
+  const metric = (id) => ({ id, title: id.toUpperCase(), number: true, metric: true, text: (cell) => shownText(cell, id), value: (cell) => cell[id][0] });
+  const published = (id) => ({
+    id: `${id}-published`, title: `${id.toUpperCase()} publ.`, number: true, published: id, value: (cell) => cell.published?.[id] ?? null,
+    text: (cell) => (cell.published?.[id] == null ? "–" : `${percent(cell.published[id])}${DOUBT[cell.published.usable]} (${signed(difference(cell, id))})`),
+  });
+  return [
+    { ...text("dataset", "Data set", (cell) => cell.dataset), elsewhere: true },
+    { ...text("model", "Model", (cell) => cell.model), elsewhere: true },
+    ...(manyRecipes ? [{ ...text("recipe", "Recipe", (cell) => cell.recipe), elsewhere: true, name: true }] : []),
+    { ...text("attack", "Attack", (cell) => label(cell, "attack")), name: true },
+    { ...text("defense", "Defense", (cell) => label(cell, "defense")), name: true },
+    ...METRICS.map(metric), ...(DATA.published ? METRICS.map(published) : []),
+    { id: "seconds", title: "Seconds", number: true, text: (cell) => seconds(cell.seconds[0]), value: (cell) => cell.seconds[0] },
+    { id: "n", title: "n", number: true, text: (cell) => (cell.few ? `${cell.runs.length}, ${cell.have} of ${cell.want} victims` : String(cell.runs.length)), value: (cell) => cell.runs.length },
+  ];
+}
+
+function sorted(cells) {
+  const column = columns().find((each) => each.id === state.sort);
+  const way = state.descending ? -1 : 1;
+  const compare = (a, b) => {
+    const [one, other] = [column.value(a), column.value(b)];
+    if (one === null || other === null) return (one === null) - (other === null);
+    return way * (column.number ? one - other : one.localeCompare(other, "en", { numeric: true })) || a.order - b.order;
+  };
+  // figures that were chosen with test data never stand among the others
+  return column ? [...cells].sort((a, b) => a.oracle - b.oracle || compare(a, b)) : [...cells].sort((a, b) => a.oracle - b.oracle);
+}
+
+function drawBoard() {
+  const shown = columns(), cells = sorted(visible());
+  const head = el("tr", {}, ...shown.map((column) => {
+    const button = el("button", { type: "button" }, column.title);
+    button.addEventListener("click", () => {
+      const again = state.sort === column.id;
+      state.descending = again ? !state.descending : false;
+      state.sort = column.id;
+      drawBoard();
+      byId("board").querySelector(`[data-column="${column.id}"] button`).focus();
+    });
+    const way = state.sort === column.id ? (state.descending ? "descending" : "ascending") : "none";
+    return el("th", { scope: "col", "data-column": column.id, "aria-sort": way, class: classes(column) }, button);
+  }));
+  const bodies = [];
+  for (const apart of [false, true]) {
+    const rows = cells.filter((cell) => cell.oracle === apart);
+    if (!rows.length) continue;
+    const divider = el("tr", { class: "divider" }, el("th", { colspan: shown.length, scope: "rowgroup" }, `‡ ${DATA.footnotes["‡"]}`));
+    bodies.push(el("tbody", {}, ...(apart ? [divider] : []), ...rows.flatMap((cell) => boardRow(cell, shown))));
+  }
+  if (!cells.length) bodies.push(el("tbody", {}, el("tr", {}, el("td", { colspan: shown.length, class: "soft" }, "No run is of this choice; Reset shows all."))));
+  byId("board").replaceChildren(el("thead", {}, head), ...bodies);
+  byId("notes").replaceChildren(...footnotes(cells).map((note) => el("p", {}, note)));
+}
+
+const classes = (column) => [column.number && "number", column.name && "name", column.elsewhere && "elsewhere", column.metric && `metric ${column.id}`].filter(Boolean).join(" ");
+
+function boardRow(cell, shown) {
+  const row = el("tr", { class: `cell${cell.oracle ? " oracle" : ""}${cell.weak ? " weak-row" : ""}` });
+  const open = state.open.has(cell.order);
+  for (const column of shown) {
+    const node = el("td", { class: classes(column) });
+    if (column.metric) {
+      node.append(percent(cell[column.id][0]), el("span", { class: "spread" }, spreadText(cell, column.id)));
+      node.style.setProperty("--part", `${percent(cell[column.id][0] ?? 0)}%`);
+    } else node.append(column.text(cell));
+    if (column.metric || column.id === "seconds") tipped(node, () => seedLines(cell, column.id));
+    if (column.published && cell.published) {
+      tipped(node, () => publishedLines(cell));
+      if (cell.published.usable !== "yes") node.classList.add("doubtful");
+    }
+    if (column.id === "n" && cell.few) node.classList.add("few");
+    if (column.id === "attack") {
+      const button = tipped(el("button", { type: "button", class: "open", "aria-expanded": String(open), "aria-label": `Runs of ${cell.defense} on ${cell.attack}` }, open ? "▾" : "▸"), () => seedTable(cell));
+      node.prepend(button);
+      node.append(el("small", { class: "where" }, `${cell.dataset}, ${cell.model}`));
+    }
+    row.append(node);
+  }
+  row.addEventListener("click", (event) => {
+    const touched = event.pointerType === "touch" && event.target.closest("td[data-tip]"); // there a tap shows the seeds
+    if (!touched && !String(window.getSelection())) toggle(cell, row, shown.length);
+  });
+  return open ? [row, detailsRow(cell, shown.length)] : [row];
+}
+
+function toggle(cell, row, width) {
+  const open = !state.open.has(cell.order), button = row.querySelector(".open");
+  if (open) {
+    state.open.add(cell.order);
+    row.after(detailsRow(cell, width));
+  } else {
+    state.open.delete(cell.order);
+    row.nextSibling.remove();
+  }
+  button.setAttribute("aria-expanded", String(open));
+  button.textContent = open ? "▾" : "▸";
+}
+
+const publishedLines = (cell) => [
+  `published: ${METRICS.map((name) => percent(cell.published[name])).join(" / ")}`,
+  cell.published.source,
+  { yes: "no fault known", care: "read with care", no: "do not compare" }[cell.published.usable] + (cell.published.note && `: ${cell.published.note}`),
+  "one seed; its recipe may differ",
+];
+
+function detailsRow(cell, width) {
+  const box = el("div", {}, el("h3", {}, `${label(cell, "defense")} on ${label(cell, "attack")}`),
+    el("p", { class: "soft" }, `${cell.dataset}, ${cell.model}; recipe ${cell.recipe}`),
+    cell.published && el("p", { class: "soft" }, publishedLines(cell).join("; ")));
+  if (cell.runs.some((run) => run.curve)) {
+    const kinds = ["loss", ...(cell.runs.some((run) => run.curve?.measured.length) ? ["measured"] : [])];
+    box.append(el("div", { class: "panels small" }, ...kinds.map((kind) => curveChart(cell, kind, kind === "loss" ? "Training loss" : "ACC, ASR, RA"))));
+  }
+  box.append(el("div", { class: "runs" }, ...cell.runs.map((run) => {
+    const copy = el("button", { type: "button" }, "Copy");
+    copy.addEventListener("click", () => copyText(run.command, copy));
+    const list = Object.entries({ folder: run.path, ...run.facts, seconds: seconds(run.seconds) });
+    return el("article", {}, el("div", {}, `ACC ${percent(run.acc)}  ASR ${percent(run.asr)}  RA ${percent(run.ra)}  `, el("span", { class: "soft" }, `seeds: ${run.seeds}`)),
+      el("div", { class: "command" }, el("code", {}, run.command), copy),
+      el("dl", {}, ...list.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
+  })));
+  return el("tr", { class: "details" }, el("td", { class: "details", colspan: width }, box));
+}
+
+function footnotes(cells) {
+  const marks = cells.map((cell) => cell.marks.join("")).join("");
+  const notes = Object.entries(DATA.footnotes).filter(([mark]) => marks.includes(mark)).map(([mark, text]) => `${mark} ${text}`);
+  const found = cells.map((cell) => cell.published).filter(Boolean);
+  for (const source of new Set(found.map((figure) => figure.source)))
+    notes.push(`publ. (and what ours has more): ${source}; one seed, and the recipe may differ: point at a figure for what is known of it`);
+  for (const [mark, text] of Object.entries(DATA.published ?? {})) if (found.some((figure) => DOUBT[figure.usable] === mark)) notes.push(`${mark} ${text}`);
+  return notes;
+}
+
+/* ---------- copying ---------- */
+
+function asMarkdown(shown, cells) {
+  const escape = (text) => text.replace(/[\\`*|<]/g, "\\$&");
+  const lines = [shown.map((column) => column.title), shown.map((column) => (column.number ? "---:" : "---")),
+    ...cells.map((cell) => shown.map((column) => escape(column.text(cell))))];
+  return [lines.map((line) => `| ${line.join(" | ")} |`).join("\n"), ...footnotes(cells).map(escape)].join("\n\n") + "\n";
+}
+
+function asLatex(shown, cells) {
+  const signs = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "±": "$\\pm$",
+    "–": "--", "−": "$-$", "†": "$^\\dagger$", "‡": "$^\\ddagger$" };
+  const escape = (text) => text.replace(/[\\~^<>±–−†‡&%$#_{}]/g, (sign) => signs[sign] ?? `\\${sign}`);
+  const line = (words) => `${words.map(escape).join(" & ")} \\\\`;
+  return ["\\begin{table}", "\\centering", `\\begin{tabular}{${shown.map((column) => (column.number ? "r" : "l")).join("")}}`, "\\toprule",
+    line(shown.map((column) => column.title)), "\\midrule", ...cells.map((cell) => line(shown.map((column) => column.text(cell)))), "\\bottomrule",
+    "\\end{tabular}", ...footnotes(cells).map((note) => `\\par\\footnotesize ${escape(note)}`), "\\end{table}"].join("\n") + "\n";
+}
+
+async function copyText(text, button) {
+  const old = button.dataset.label ?? button.textContent;
+  button.dataset.label = old;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    byId("copy").value = text; // where the browser keeps the clipboard to itself
+    byId("copy").hidden = false;
+    byId("copy").select();
+    button.textContent = "Marked: copy it";
+  }
+  byId("copied").textContent = button.textContent;
+  setTimeout(() => { button.textContent = old; byId("copied").textContent = ""; }, 1500);
+}
+
+function startCopying() {
+  for (const button of document.querySelectorAll("[data-copy]"))
+    button.addEventListener("click", () => copyText({ latex: asLatex, markdown: asMarkdown }[button.dataset.copy](columns(), sorted(visible())), button));
+}
+
+/* ---------- heat maps ---------- */
+
+function switcher(box, titles, key, redraw) {
+  for (const [value, title] of Object.entries(titles)) {
+    const button = el("button", { type: "button", "data-value": value, "aria-pressed": String(state[key] === value) }, title);
+    button.addEventListener("click", () => {
+      state[key] = value;
+      for (const each of box.children) each.setAttribute("aria-pressed", String(each === button));
+      redraw();
+    });
+    box.append(button);
+  }
+}
+
+function groups(cells) {
+  const found = new Map();
+  for (const cell of cells) found.set(cell.table, [...(found.get(cell.table) ?? []), cell]);
+  return [...found];
+}
+
+function titleOf(number) {
+  const table = DATA.tables[number];
+  return `${table.dataset}, ${table.model}` + (manyRecipes ? `, ${table.recipe}, ${table.precision}` : "");
+}
+
+function further(count, what) {
+  return count > 0 ? [el("p", { class: "hint" }, `${plural(count, `more ${what}`)}: choose a data set or a model above.`)] : [];
+}
+
+function floorOf(cells) {
+  const low = Math.min(1, ...cells.flatMap((cell) => [cell.acc[0], cell.before?.acc ?? null]).filter((value) => value !== null));
+  return Math.max(0, Math.floor(low * 10 - 1e-9) / 10);
+}
+
+function drawHeat() {
+  const all = groups(visible()), cells = all.slice(0, PANELS).flatMap(([, some]) => some);
+  const low = state.heat === "acc" ? Math.min(floorOf(cells), 0.9) : 0;
+  const ends = state.heat === "asr" ? ["100", "0"] : [percent(low, 0), "100"];
+  byId("heat-scale").replaceChildren(`${state.heat.toUpperCase()} ${ends[0]}`, el("i", { "aria-hidden": "true" }), `${ends[1]} %, the better end`);
+  byId("heat-maps").replaceChildren(...all.slice(0, PANELS).map(([number, some]) => heatMap(number, some, low)), ...further(all.length - PANELS, "table"));
+}
+
+function heatMap(number, cells, low) {
+  const table = DATA.tables[number];
+  const attacks = table.attacks.filter((name) => cells.some((cell) => cell.attack === name));
+  const rows = table.defenses.filter((name) => cells.some((cell) => cell.defense === name));
+  const first = (key, name) => cells.find((cell) => cell[key] === name);
+  const oracle = (name) => first("defense", name).oracle;
+  rows.sort((a, b) => oracle(a) - oracle(b));
+  const nodes = [];
+  const body = rows.map((defense, place) => el("tr", { class: oracle(defense) && place && !oracle(rows[place - 1]) ? "apart" : "" },
+    el("th", { scope: "row" }, label(first("defense", defense), "defense")),
+    ...attacks.map((attack) => {
+      const cell = cellAt.get(`${number}\n${attack}\n${defense}`);
+      nodes.push(cell ? heatCell(cell, low) : tipped(el("td", { class: "empty" }, "–"), () => [`${defense} on ${attack}`, "no run"]));
+      return nodes.at(-1);
+    })));
+  const head = el("tr", {}, el("td", { class: "soft" }), ...attacks.map((attack) => el("th", { scope: "col" }, label(first("attack", attack), "attack"))));
+  head.firstChild.style.background = "none";
+  const grid = el("table", {}, el("thead", {}, head), el("tbody", {}, ...body));
+  roving(grid, nodes, attacks.length);
+  return el("div", { class: "map" }, el("h3", {}, titleOf(number)), el("div", { class: "scroll" }, grid));
+}
+
+function heatCell(cell, low) {
+  const value = cell[state.heat][0];
+  const node = tipped(el("td", {}, percent(value)), () => [`${label(cell, "defense")} on ${label(cell, "attack")}`, ...seedLines(cell, state.heat)]);
+  if (value === null) node.className = "empty";
+  else if (cell.oracle) node.className = "oracle";
+  else {
+    const good = state.heat === "asr" ? 1 - value : (value - low) / (1 - low);
+    node.className = `${good < 0.5 ? "low" : ""}${cell.weak ? " weak" : ""}`;
+    node.style.setProperty("--high", `${Math.round(200 * Math.abs(good - 0.5))}%`);
+  }
+  return node;
+}
+
+/* ---------- ACC against ASR ---------- */
+
+const SHAPES = ["M-5 0A5 5 0 1 0 5 0A5 5 0 1 0-5 0Z", "M-4.6-4.6H4.6V4.6H-4.6Z", "M0-6 5.6 4.4H-5.6Z", "M0-6.4 6.4 0 0 6.4-6.4 0Z", "M-5.6-4.4H5.6L0 6Z"];
+
+function markOf(defense) {
+  const place = Math.max(0, defenses.indexOf(defense));
+  return { hue: `h${place % 7}`, shape: SHAPES[place % SHAPES.length] };
+}
+
+function drawTrade() {
+  const cells = visible().filter((cell) => cell.acc[0] !== null && cell.asr[0] !== null);
+  const all = groups(cells.filter((cell) => !cell.victim));
+  const shown = all.slice(0, PANELS), used = defenses.filter((name) => shown.some(([, some]) => some.some((cell) => cell.names[1] === name)));
+  byId("trade-charts").replaceChildren(...shown.map(([number, some]) => tradeChart(number, some)), ...further(all.length - PANELS, "chart"));
+  if (!all.length) byId("trade-charts").append(el("p", { class: "soft" }, "No defense with an ASR is among these runs."));
+  byId("trade-key").replaceChildren(...used.map((name) => {
+    const { hue, shape } = markOf(name);
+    const item = el("span", {}, el("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" }, el("path", { d: shape, class: hue })), name);
+    item.addEventListener("pointerenter", () => dim((node) => node.dataset.defense !== name));
+    item.addEventListener("pointerleave", () => dim(() => false));
+    return item;
+  }));
+}
+
+function dim(hidden) {
+  for (const node of byId("trade-charts").querySelectorAll("g[data-defense]")) node.classList.toggle("dim", hidden(node));
+}
+
+function tradeChart(number, cells) {
+  const width = 420, height = 300, left = 38, right = 12, top = 12, bottom = 34, low = Math.min(floorOf(cells), 0.9);
+  const x = (asr) => left + asr * (width - left - right), y = (acc) => height - bottom - ((acc - low) / (1 - low)) * (height - top - bottom);
+  const chart = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `ACC against ASR, ${titleOf(number)}` });
+  for (let step = 0; step <= 4; step++) {
+    const asr = step / 4, acc = low + (step / 4) * (1 - low);
+    chart.append(el("line", { x1: x(asr), x2: x(asr), y1: top, y2: height - bottom, class: "grid" }), el("text", { x: x(asr), y: height - bottom + 15, "text-anchor": "middle" }, percent(asr, 0)),
+      el("line", { x1: left, x2: width - right, y1: y(acc), y2: y(acc), class: "grid" }), el("text", { x: left - 6, y: y(acc) + 4, "text-anchor": "end" }, String(Math.round(1000 * acc) / 10)));
+  }
+  chart.append(el("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "ASR, %"), el("text", { x: 4, y: top - 2 }, "ACC, %"));
+  const nodes = cells.map((cell) => {
+    const { hue, shape } = markOf(cell.names[1]), at = [x(cell.asr[0]), y(cell.acc[0])], node = el("g", { "data-defense": cell.names[1], role: "img", "aria-label": `${cell.defense} on ${cell.attack}` });
+    if (cell.before?.acc != null && cell.before.asr !== null) {
+      const from = [x(cell.before.asr), y(cell.before.acc)];
+      node.append(el("path", { d: arrow(from, at), class: `arrow ${cell.oracle ? "hollow" : hue}` }), el("circle", { cx: from[0], cy: from[1], r: 3.5, class: "hollow" }));
+    }
+    node.append(el("path", { d: shape, transform: `translate(${at.map((value) => value.toFixed(1)).join(" ")})`, class: `mark ${hue}${cell.oracle ? " oracle-mark" : ""}` }));
+    if (cell.weak) node.setAttribute("opacity", "0.5");
+    return tipped(node, () => [`${label(cell, "defense")} on ${label(cell, "attack")}`,
+      ...(cell.before ? [`before: ACC ${percent(cell.before.acc)}, ASR ${percent(cell.before.asr)}`] : []), ...METRICS.map((name) => `${name.toUpperCase()} ${shownText(cell, name)}`)]);
+  });
+  chart.append(...nodes);
+  roving(chart, nodes);
+  return el("figure", {}, el("figcaption", {}, titleOf(number)), chart);
+}
+
+function arrow([fromX, fromY], [toX, toY]) {
+  const length = Math.hypot(toX - fromX, toY - fromY);
+  if (length < 14) return "";
+  const [unitX, unitY] = [(toX - fromX) / length, (toY - fromY) / length], endX = toX - 8 * unitX, endY = toY - 8 * unitY;
+  const side = (sign) => `${(endX - 6 * unitX + sign * 3.5 * unitY).toFixed(1)} ${(endY - 6 * unitY - sign * 3.5 * unitX).toFixed(1)}`;
+  return `M${(fromX + 4 * unitX).toFixed(1)} ${(fromY + 4 * unitY).toFixed(1)}L${endX.toFixed(1)} ${endY.toFixed(1)}M${side(1)}L${endX.toFixed(1)} ${endY.toFixed(1)}L${side(-1)}`;
+}
+
+/* ---------- curves ---------- */
+
+function drawCurves() {
+  const kind = state.curve, has = (run) => run.curve && (kind === "measured" ? run.curve.measured.length : run.curve.loss.some((value) => value !== null));
+  const cells = visible().filter((cell) => cell.runs.some(has));
+  byId("curve-charts").replaceChildren(...cells.slice(0, state.curves).map((cell) => curveChart(cell, kind, `${label(cell, "defense")} on ${label(cell, "attack")}`)));
+  if (!cells.length) byId("curve-charts").append(el("p", { class: "soft" }, kind === "measured" ? "No run of this choice was measured between its epochs (--eval_every does it)." : "No run of this choice has a log of its epochs."));
+  byId("more-curves").hidden = cells.length <= state.curves;
+  byId("more-curves").textContent = `Show ${Math.min(CURVES, cells.length - state.curves)} more of ${cells.length - state.curves}`;
+  const names = kind === "measured" ? METRICS : ["loss"];
+  byId("curve-key").replaceChildren(...names.map((name) => el("span", {}, el("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, el("line", { x1: 0, x2: 16, y1: 8, y2: 8, class: `line ${name}` })), name === "loss" ? "training loss" : `${name.toUpperCase()}, %`)), el("span", { class: "soft" }, "a line per seed; dashes part the stages"));
+}
+
+function seriesOf(curve, kind) {
+  if (kind === "loss") return [["loss", curve.loss.map((value, place) => [place, value])]];
+  return METRICS.map((name, which) => [name, curve.measured.map((row) => [row[0], row[1 + which]])]);
+}
+
+function curveChart(cell, kind, title) {
+  const width = 280, height = 150, left = 34, right = 8, top = 10, bottom = 22;
+  const curves = cell.runs.map((run) => run.curve).filter(Boolean);
+  const series = curves.flatMap((curve) => seriesOf(curve, kind)).map(([name, points]) => [name, points.filter(([, value]) => value !== null)]);
+  const last = Math.max(1, ...curves.map((curve) => curve.epoch.length - 1));
+  const highest = kind === "loss" ? Math.max(1e-9, ...series.flatMap(([, points]) => points.map(([, value]) => value))) : 1;
+  const x = (place) => left + (place / last) * (width - left - right), y = (value) => height - bottom - (value / highest) * (height - top - bottom);
+  const tick = (value) => (kind === "loss" ? String(Number(value.toPrecision(2))) : percent(value, 0));
+  const chart = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${kind === "loss" ? "training loss" : "ACC, ASR and RA"} by epoch: ${title}` });
+  for (const part of [0, 0.5, 1]) {
+    chart.append(el("line", { x1: left, x2: width - right, y1: y(part * highest), y2: y(part * highest), class: "grid" }),
+      el("text", { x: left - 5, y: y(part * highest) + 4, "text-anchor": "end" }, tick(part * highest)));
+  }
+  let at = 0;
+  for (const [name, count] of curves.find((curve) => curve.epoch.length - 1 === last)?.stages ?? []) {
+    if (at) chart.append(el("line", { x1: x(at - 0.5), x2: x(at - 0.5), y1: top, y2: height - bottom, class: "border" }));
+    chart.append(el("text", { x: x(at) + 2, y: height - bottom + 14 }, name.slice(0, 14)));
+    at += count;
+  }
+  for (const [name, points] of series) {
+    chart.append(el("path", { class: `line ${name}`, d: points.map(([place, value], number) => `${number ? "L" : "M"}${x(place).toFixed(1)} ${y(value).toFixed(1)}`).join("") }));
+    if (points.length < 12) chart.append(...points.map(([place, value]) => el("circle", { cx: x(place), cy: y(value), r: 2.2, class: name })));
+  }
+  const epochs = Math.max(...curves.map((curve) => curve.epoch.at(-1)));
+  chart.append(el("text", { x: width - right, y: height - bottom + 14, "text-anchor": "end" }, `epoch ${epochs}`));
+  return el("figure", {}, el("figcaption", {}, title, " ", el("small", {}, `${cell.dataset}, ${cell.model}`)), chart);
+}
+
+/* ---------- pictures, failures, the rest ---------- */
+
+function drawPictures(box, pictures) {
+  const shown = pictures.filter((picture) => wanted(picture, ["dataset", "model", "attack", "defense"]));
+  byId(box).replaceChildren(...shown.map((picture) => el("figure", {}, el("figcaption", {}, picture.caption, " ", el("small", {}, picture.path)),
+    el("img", { src: picture.source, width: picture.size[0], height: picture.size[1], alt: picture.caption, loading: "lazy", decoding: "async" }))));
+  if (!shown.length) byId(box).append(el("p", { class: "soft" }, "None of this choice."));
+}
+
+function list(title, lines) {
+  const shown = lines.slice(0, 300);
+  if (lines.length > shown.length) shown.push(`and ${lines.length - shown.length} more`);
+  return lines.length ? [el("h3", {}, title), el("ul", {}, ...shown.map((line) => el("li", {}, line)))] : [];
+}
+
+function drawFailures() {
+  const gaps = DATA.missing.filter(([number, attack, defense]) => {
+    const table = DATA.tables[number], cell = (key, name) => DATA.cells.find((each) => each.table === number && each[key] === name);
+    return wanted({ dataset: table.dataset, model: table.model, recipe: `${table.recipe}, ${table.precision}`, attack: attackNames.get(`${number}\n${attack}`), defense: defenseNames.get(`${number}\n${defense}`) });
+  });
+  const lines = gaps.map(([number, attack, defense, have, want]) => `${titleOf(number)}: ${defense} on ${attack}, ${have ? `${have} of ${plural(want, "victim")}` : "no run"}`);
+  byId("left-out").replaceChildren(...list(`Left out: ${DATA.left_out.length}`, DATA.left_out.map(([path, why]) => `${path}: ${why}`)), ...list(`Missing cells: ${gaps.length}`, lines));
+  if (DATA.unshown) byId("left-out").append(el("p", { class: "soft" }, `${plural(DATA.unshown, "picture")} found no room on this page.`));
+  if (!byId("left-out").childElementCount) byId("left-out").append(el("p", { class: "soft" }, "Nothing: every run found is above, and no combination is missing."));
+}
+const attackNames = new Map(DATA.cells.map((cell) => [`${cell.table}\n${cell.attack}`, cell.names[0]]));
+const defenseNames = new Map(DATA.cells.map((cell) => [`${cell.table}\n${cell.defense}`, cell.names[1]]));
+
+function startTheme() {
+  const dark = () => (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  const name = () => (byId("theme").textContent = dark() ? "Light" : "Dark");
+  byId("theme").addEventListener("click", () => {
+    document.documentElement.dataset.theme = dark() ? "light" : "dark";
+    name();
+  });
+  name();
+}
+
+function startPage() {
+  const { runs, victims, repairs, seeds, missing, left_out: leftOut } = DATA.summary;
+  const which = seeds.length <= 6 ? ` (${seeds.join(", ")})` : "";
+  byId("summary").textContent = `${plural(runs, "run")}: ${plural(victims, "victim")}, ${plural(repairs, "repair")}; ${plural(seeds.length, "seed")}${which}; ${plural(missing, "missing cell")}; ${leftOut} left out`;
+  if (!DATA.scores.length) byId("scores").remove();
+  if (!DATA.triggers.length) byId("triggers").remove();
+  for (const section of document.querySelectorAll("main section"))
+    byId("sections").append(el("a", { href: `#${section.id}` }, section.querySelector("h2").textContent));
+  switcher(byId("heat-metric"), { acc: "ACC", asr: "ASR", ra: "RA" }, "heat", drawHeat);
+  switcher(byId("curve-kind"), { loss: "Loss", measured: "ACC, ASR, RA" }, "curve", () => { state.curves = CURVES; drawCurves(); });
+  byId("more-curves").addEventListener("click", () => { state.curves += CURVES; drawCurves(); });
+}
+
+function draw() {
+  drawBoard();
+  drawHeat();
+  drawTrade();
+  drawCurves();
+  if (byId("triggers")) drawPictures("trigger-pictures", DATA.triggers);
+  if (byId("scores")) drawPictures("score-pictures", DATA.scores);
+  drawFailures();
+}
+
+startTheme();
+startTips();
+startFilters();
+startCopying();
+startPage();
+draw();
