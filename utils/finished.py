@@ -59,8 +59,8 @@ def find_runs(folders):
     return runs
 
 
-def read_run(path):
-    """The run in a folder; RefusedError says what is wrong with it."""
+def read_run(path, known):
+    """The run in a folder; RefusedError says what is wrong with it. `known` holds the runs read before: {absolute path: run}."""
     record = load(path, "record.json", json.loads)
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
         raise RefusedError("record.json lists no files")
@@ -68,14 +68,15 @@ def read_run(path):
         raise RefusedError(f"record.json is of format {record.get('format')!r}, kind {record.get('kind')!r}")
     config = load(path, "config.yaml", parse_config, record)
     row, numbers = load(path, "results.csv", parse_results, record)
-    victim = read_victim(path, record.get("victim_sha256")) if record["kind"] == "defense" else None
+    victim = read_victim(path, record.get("victim_sha256"), known) if record["kind"] == "defense" else None
     return Run(path, row, numbers, config, record, victim)
 
 
-def read_victim(path, weights):
+def read_victim(path, weights, known):
     """The attack run that the defense run in `path` lies in, which must be the one it was made for."""
+    folder = Path(os.path.abspath(path)).parent.parent
     try:
-        attack = read_run(Path(os.path.abspath(path)).parent.parent)
+        attack = known.get(str(folder)) or read_run(folder, known)
     except RefusedError as error:
         raise RefusedError(f"its attack run cannot be used: {error}") from error
     if attack.victim or weights is None or attack.weights != weights:
@@ -121,6 +122,8 @@ def parse_results(text):
         raise ValueError(f"no value for {', '.join(missing)}")
     row = {name: printable(value) for name, value in rows[0].items()}
     numbers = {name: float(row[name]) if row[name] else None for name in (*METRICS, "seconds")}
+    for name in ("pratio", "pratio_effective"):
+        float(row.get(name) or 0)
     for name, number in numbers.items():
         if number is not None and not 0 <= number <= (math.inf if name == "seconds" else 1):
             raise ValueError(f"{name} is {number}")
@@ -131,15 +134,16 @@ def parse_results(text):
 
 def printable(value):
     """Text of one line and without control characters: records may come from strangers."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(value)).split())
+    text = str(value)
+    return " ".join((text if text.isprintable() else "".join(letter if letter.isprintable() else " " for letter in text)).split())
 
 
 def read_all(paths):
     """(runs, [(path, why it is left out)]); of runs with the same options and seeds only the first counts."""
-    runs, left_out = {}, []
+    runs, left_out, known = {}, [], {}
     for path in paths:
         try:
-            run = read_run(path)
+            run = known[os.path.abspath(path)] = read_run(path, known)
         except RefusedError as error:
             left_out.append((path, error))
             continue

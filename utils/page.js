@@ -2,11 +2,11 @@
 // Texts of records reach the page through text nodes and attribute values only; nothing is parsed as HTML.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const METRICS = ["acc", "asr", "ra"];
-const PANELS = 6, CURVES = 12; // shown at once
+const ROWS = 250, PANELS = 6, CURVES = window.innerWidth < 640 ? 4 : 12; // shown at once
 const SVG = new Set(["svg", "path", "line", "circle", "text", "g"]);
 const byId = (id) => document.getElementById(id);
 const chosen = { dataset: "", model: "", recipe: "", attack: "", defense: "" };
-const state = { sort: null, descending: false, heat: "asr", curve: "loss", curves: CURVES, open: new Set() };
+const state = { sort: null, descending: false, heat: "asr", curve: "loss", rows: ROWS, curves: CURVES, open: new Set(), tipped: null };
 const tips = new WeakMap();
 
 DATA.cells.forEach((cell, order) => {
@@ -34,6 +34,7 @@ const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + 
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const seconds = (value) => (value === null ? "–" : value < 10 ? value.toFixed(1) : String(Math.round(value)));
 const label = (cell, which) => (which === "attack" ? cell.attack + cell.marks[0] : cell.defense + cell.marks[1]);
+const nameOf = (cell) => `${label(cell, "defense")} on ${label(cell, "attack")}`;
 const measured = (cell, name) => cell.runs.filter((run) => run[name] !== null).length;
 const spreadText = (cell, name) => (cell[name][1] === null ? "" : ` ± ${percent(cell[name][1])} (${measured(cell, name)})`);
 const shownText = (cell, name) => percent(cell[name][0]) + spreadText(cell, name);
@@ -51,21 +52,32 @@ function tipped(node, lines) {
 function seedLines(cell, name) {
   const show = name === "seconds" ? seconds : percent;
   const head = name === "seconds" ? `seconds ${seconds(cell.seconds[0])}` : `${name.toUpperCase()} ${shownText(cell, name)}`;
-  return [head, ...cell.runs.map((run) => `${show(run[name])}   ${run.seeds}`)];
+  return [head, ...cell.runs.map((run) => `${show(run[name])}  (${run.seeds})`)];
 }
 
 function seedTable(cell) {
-  return [`${label(cell, "defense")} on ${label(cell, "attack")}: ACC / ASR / RA`,
-    ...cell.runs.map((run) => `${METRICS.map((name) => percent(run[name])).join(" / ")}   ${run.seeds}`)];
+  return [`${nameOf(cell)}: ACC / ASR / RA`,
+    ...cell.runs.map((run) => `${METRICS.map((name) => percent(run[name])).join(" / ")}  (${run.seeds})`)];
 }
 
 function showTip(node) {
-  const tip = byId("tip"), lines = tips.get(node)();
+  const lines = tips.get(node)();
   const shown = lines.length > 13 ? [...lines.slice(0, 12), `and ${lines.length - 12} more`] : lines;
-  tip.replaceChildren(...shown.map((line) => el("div", {}, line)));
-  tip.hidden = false;
-  const box = node.getBoundingClientRect(), own = tip.getBoundingClientRect();
-  const left = Math.min(Math.max(8, box.left + box.width / 2 - own.width / 2), window.innerWidth - own.width - 8);
+  byId("tip").replaceChildren(...shown.map((line) => el("div", {}, line)));
+  byId("tip").hidden = false;
+  state.tipped = node;
+  placeTip();
+}
+
+function hideTip() {
+  byId("tip").hidden = true;
+  state.tipped = null;
+}
+
+function placeTip() {
+  if (!state.tipped?.isConnected) return hideTip();
+  const tip = byId("tip"), box = state.tipped.getBoundingClientRect(), own = tip.getBoundingClientRect();
+  const left = Math.min(Math.max(8, box.left + box.width / 2 - own.width / 2), document.documentElement.clientWidth - own.width - 8);
   const top = box.top > own.height + 12 ? box.top - own.height - 8 : Math.min(box.bottom + 8, window.innerHeight - own.height - 4);
   tip.style.left = `${left}px`;
   tip.style.top = `${top}px`;
@@ -73,14 +85,15 @@ function showTip(node) {
 
 function startTips() {
   const over = (event) => {
-    const node = event.target.closest?.("[data-tip]");
-    if (node) showTip(node);
-    else byId("tip").hidden = true;
+    const node = event.target.closest?.("[data-tip]"), button = node?.matches("button");
+    const asked = event.type === "focusin" ? node?.matches(":focus-visible") : !button; // a button shows its seeds to the keyboard only
+    if (node && asked) showTip(node);
+    else hideTip();
   };
   for (const kind of ["pointerover", "focusin", "click"]) document.addEventListener(kind, over);
-  document.addEventListener("focusout", () => (byId("tip").hidden = true));
-  document.addEventListener("scroll", () => (byId("tip").hidden = true), { capture: true, passive: true });
-  document.addEventListener("keydown", (event) => event.key === "Escape" && (byId("tip").hidden = true));
+  document.addEventListener("focusout", hideTip);
+  document.addEventListener("scroll", placeTip, { capture: true, passive: true });
+  document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
 }
 
 // One stop of the Tab key for a whole chart; the arrow keys go on inside it.
@@ -106,7 +119,7 @@ function startFilters() {
     if (name === "recipe" && !manyRecipes) continue;
     const values = [...new Set(DATA.cells.map(value[name] ?? ((cell) => cell[name])))].sort();
     const select = el("select", { id: `filter-${name}` }, el("option", { value: "" }, "all"), ...values.map((each) => el("option", { value: each }, each)));
-    select.addEventListener("change", () => { chosen[name] = select.value; state.curves = CURVES; draw(); });
+    select.addEventListener("change", () => { chosen[name] = select.value; Object.assign(state, { rows: ROWS, curves: CURVES }); draw(); });
     byId("filters").append(el("label", { for: `filter-${name}` }, title, select));
   }
   const reset = el("button", { type: "button", id: "reset" }, "Reset");
@@ -143,9 +156,9 @@ function columns() {
     ...(manyRecipes ? [{ ...text("recipe", "Recipe", (cell) => cell.recipe), elsewhere: true, name: true }] : []),
     { ...text("attack", "Attack", (cell) => label(cell, "attack")), name: true },
     { ...text("defense", "Defense", (cell) => label(cell, "defense")), name: true },
-    ...METRICS.map(metric), ...(DATA.published ? METRICS.map(published) : []),
+    ...METRICS.map(metric), ...(DATA.cells.some((cell) => cell.published) ? METRICS.map(published) : []),
     { id: "seconds", title: "Seconds", number: true, text: (cell) => seconds(cell.seconds[0]), value: (cell) => cell.seconds[0] },
-    { id: "n", title: "n", number: true, text: (cell) => (cell.few ? `${cell.runs.length}, ${cell.have} of ${cell.want} victims` : String(cell.runs.length)), value: (cell) => cell.runs.length },
+    { id: "n", title: "n", number: true, text: (cell) => (cell.few ? `${cell.runs.length} (${cell.have} of ${cell.want} victims)` : String(cell.runs.length)), value: (cell) => cell.runs.length },
   ];
 }
 
@@ -175,15 +188,17 @@ function drawBoard() {
     const way = state.sort === column.id ? (state.descending ? "descending" : "ascending") : "none";
     return el("th", { scope: "col", "data-column": column.id, "aria-sort": way, class: classes(column) }, button);
   }));
-  const bodies = [];
+  const bodies = [], drawn = cells.slice(0, state.rows);
   for (const apart of [false, true]) {
-    const rows = cells.filter((cell) => cell.oracle === apart);
+    const rows = drawn.filter((cell) => cell.oracle === apart);
     if (!rows.length) continue;
     const divider = el("tr", { class: "divider" }, el("th", { colspan: shown.length, scope: "rowgroup" }, `‡ ${DATA.footnotes["‡"]}`));
     bodies.push(el("tbody", {}, ...(apart ? [divider] : []), ...rows.flatMap((cell) => boardRow(cell, shown))));
   }
   if (!cells.length) bodies.push(el("tbody", {}, el("tr", {}, el("td", { colspan: shown.length, class: "soft" }, "No run is of this choice; Reset shows all."))));
   byId("board").replaceChildren(el("thead", {}, head), ...bodies);
+  byId("more-rows").hidden = cells.length <= state.rows;
+  byId("more-rows").textContent = `Show ${Math.min(ROWS, cells.length - state.rows)} more of ${cells.length - state.rows}`;
   byId("notes").replaceChildren(...footnotes(cells).map((note) => el("p", {}, note)));
 }
 
@@ -239,12 +254,12 @@ const publishedLines = (cell) => [
 ];
 
 function detailsRow(cell, width) {
-  const box = el("div", {}, el("h3", {}, `${label(cell, "defense")} on ${label(cell, "attack")}`),
+  const box = el("div", {}, el("h3", {}, nameOf(cell)),
     el("p", { class: "soft" }, `${cell.dataset}, ${cell.model}; recipe ${cell.recipe}`),
     cell.published && el("p", { class: "soft" }, publishedLines(cell).join("; ")));
   if (cell.runs.some((run) => run.curve)) {
     const kinds = ["loss", ...(cell.runs.some((run) => run.curve?.measured.length) ? ["measured"] : [])];
-    box.append(el("div", { class: "panels small" }, ...kinds.map((kind) => curveChart(cell, kind, kind === "loss" ? "Training loss" : "ACC, ASR, RA"))));
+    box.append(el("div", { class: "panels small" }, ...kinds.map((kind) => curveChart(cell, kind, el("span", { class: "key" }, ...curveKey(kind))))));
   }
   box.append(el("div", { class: "runs" }, ...cell.runs.map((run) => {
     const copy = el("button", { type: "button" }, "Copy");
@@ -373,7 +388,7 @@ function heatMap(number, cells, low) {
 
 function heatCell(cell, low) {
   const value = cell[state.heat][0];
-  const node = tipped(el("td", {}, percent(value)), () => [`${label(cell, "defense")} on ${label(cell, "attack")}`, ...seedLines(cell, state.heat)]);
+  const node = tipped(el("td", {}, percent(value)), () => [nameOf(cell), ...seedLines(cell, state.heat)]);
   if (value === null) node.className = "empty";
   else if (cell.oracle) node.className = "oracle";
   else {
@@ -413,7 +428,7 @@ function dim(hidden) {
 }
 
 function tradeChart(number, cells) {
-  const width = 420, height = 300, left = 38, right = 12, top = 12, bottom = 34, low = Math.min(floorOf(cells), 0.9);
+  const width = 420, height = 300, left = 38, right = 12, top = 20, bottom = 34, low = Math.min(floorOf(cells), 0.9);
   const x = (asr) => left + asr * (width - left - right), y = (acc) => height - bottom - ((acc - low) / (1 - low)) * (height - top - bottom);
   const chart = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `ACC against ASR, ${titleOf(number)}` });
   for (let step = 0; step <= 4; step++) {
@@ -421,7 +436,7 @@ function tradeChart(number, cells) {
     chart.append(el("line", { x1: x(asr), x2: x(asr), y1: top, y2: height - bottom, class: "grid" }), el("text", { x: x(asr), y: height - bottom + 15, "text-anchor": "middle" }, percent(asr, 0)),
       el("line", { x1: left, x2: width - right, y1: y(acc), y2: y(acc), class: "grid" }), el("text", { x: left - 6, y: y(acc) + 4, "text-anchor": "end" }, String(Math.round(1000 * acc) / 10)));
   }
-  chart.append(el("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "ASR, %"), el("text", { x: 4, y: top - 2 }, "ACC, %"));
+  chart.append(el("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "ASR, %"), el("text", { x: left, y: top - 4 }, "ACC, %"));
   const nodes = cells.map((cell) => {
     const { hue, shape } = markOf(cell.names[1]), at = [x(cell.asr[0]), y(cell.acc[0])], node = el("g", { "data-defense": cell.names[1], role: "img", "aria-label": `${cell.defense} on ${cell.attack}` });
     if (cell.before?.acc != null && cell.before.asr !== null) {
@@ -430,7 +445,7 @@ function tradeChart(number, cells) {
     }
     node.append(el("path", { d: shape, transform: `translate(${at.map((value) => value.toFixed(1)).join(" ")})`, class: `mark ${hue}${cell.oracle ? " oracle-mark" : ""}` }));
     if (cell.weak) node.setAttribute("opacity", "0.5");
-    return tipped(node, () => [`${label(cell, "defense")} on ${label(cell, "attack")}`,
+    return tipped(node, () => [nameOf(cell),
       ...(cell.before ? [`before: ACC ${percent(cell.before.acc)}, ASR ${percent(cell.before.asr)}`] : []), ...METRICS.map((name) => `${name.toUpperCase()} ${shownText(cell, name)}`)]);
   });
   chart.append(...nodes);
@@ -451,12 +466,17 @@ function arrow([fromX, fromY], [toX, toY]) {
 function drawCurves() {
   const kind = state.curve, has = (run) => run.curve && (kind === "measured" ? run.curve.measured.length : run.curve.loss.some((value) => value !== null));
   const cells = visible().filter((cell) => cell.runs.some(has));
-  byId("curve-charts").replaceChildren(...cells.slice(0, state.curves).map((cell) => curveChart(cell, kind, `${label(cell, "defense")} on ${label(cell, "attack")}`)));
+  byId("curve-charts").replaceChildren(...cells.slice(0, state.curves).map((cell) => curveChart(cell, kind, `${nameOf(cell)} `, el("small", {}, `${cell.dataset}, ${cell.model}`))));
   if (!cells.length) byId("curve-charts").append(el("p", { class: "soft" }, kind === "measured" ? "No run of this choice was measured between its epochs (--eval_every does it)." : "No run of this choice has a log of its epochs."));
   byId("more-curves").hidden = cells.length <= state.curves;
   byId("more-curves").textContent = `Show ${Math.min(CURVES, cells.length - state.curves)} more of ${cells.length - state.curves}`;
+  byId("curve-key").replaceChildren(...curveKey(kind), el("span", { class: "soft" }, "a line per seed; dashes part the stages"));
+}
+
+function curveKey(kind) {
   const names = kind === "measured" ? METRICS : ["loss"];
-  byId("curve-key").replaceChildren(...names.map((name) => el("span", {}, el("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, el("line", { x1: 0, x2: 16, y1: 8, y2: 8, class: `line ${name}` })), name === "loss" ? "training loss" : `${name.toUpperCase()}, %`)), el("span", { class: "soft" }, "a line per seed; dashes part the stages"));
+  return names.map((name) => el("span", {}, el("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, el("line", { x1: 0, x2: 16, y1: 8, y2: 8, class: `line ${name}` })),
+    name === "loss" ? "training loss" : `${name.toUpperCase()}, %`));
 }
 
 function seriesOf(curve, kind) {
@@ -464,15 +484,15 @@ function seriesOf(curve, kind) {
   return METRICS.map((name, which) => [name, curve.measured.map((row) => [row[0], row[1 + which]])]);
 }
 
-function curveChart(cell, kind, title) {
-  const width = 280, height = 150, left = 34, right = 8, top = 10, bottom = 22;
+function curveChart(cell, kind, ...title) {
+  const width = 280, height = 150, left = 42, right = 8, top = 10, bottom = 22;
   const curves = cell.runs.map((run) => run.curve).filter(Boolean);
   const series = curves.flatMap((curve) => seriesOf(curve, kind)).map(([name, points]) => [name, points.filter(([, value]) => value !== null)]);
   const last = Math.max(1, ...curves.map((curve) => curve.epoch.length - 1));
   const highest = kind === "loss" ? Math.max(1e-9, ...series.flatMap(([, points]) => points.map(([, value]) => value))) : 1;
   const x = (place) => left + (place / last) * (width - left - right), y = (value) => height - bottom - (value / highest) * (height - top - bottom);
   const tick = (value) => (kind === "loss" ? String(Number(value.toPrecision(2))) : percent(value, 0));
-  const chart = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${kind === "loss" ? "training loss" : "ACC, ASR and RA"} by epoch: ${title}` });
+  const chart = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${kind === "loss" ? "training loss" : "ACC, ASR and RA"} by epoch: ${nameOf(cell)}` });
   for (const part of [0, 0.5, 1]) {
     chart.append(el("line", { x1: left, x2: width - right, y1: y(part * highest), y2: y(part * highest), class: "grid" }),
       el("text", { x: left - 5, y: y(part * highest) + 4, "text-anchor": "end" }, tick(part * highest)));
@@ -489,7 +509,7 @@ function curveChart(cell, kind, title) {
   }
   const epochs = Math.max(...curves.map((curve) => curve.epoch.at(-1)));
   chart.append(el("text", { x: width - right, y: height - bottom + 14, "text-anchor": "end" }, `epoch ${epochs}`));
-  return el("figure", {}, el("figcaption", {}, title, " ", el("small", {}, `${cell.dataset}, ${cell.model}`)), chart);
+  return el("figure", {}, el("figcaption", {}, ...title), chart);
 }
 
 /* ---------- pictures, failures, the rest ---------- */
@@ -509,12 +529,12 @@ function list(title, lines) {
 
 function drawFailures() {
   const gaps = DATA.missing.filter(([number, attack, defense]) => {
-    const table = DATA.tables[number], cell = (key, name) => DATA.cells.find((each) => each.table === number && each[key] === name);
+    const table = DATA.tables[number];
     return wanted({ dataset: table.dataset, model: table.model, recipe: `${table.recipe}, ${table.precision}`, attack: attackNames.get(`${number}\n${attack}`), defense: defenseNames.get(`${number}\n${defense}`) });
   });
   const lines = gaps.map(([number, attack, defense, have, want]) => `${titleOf(number)}: ${defense} on ${attack}, ${have ? `${have} of ${plural(want, "victim")}` : "no run"}`);
   byId("left-out").replaceChildren(...list(`Left out: ${DATA.left_out.length}`, DATA.left_out.map(([path, why]) => `${path}: ${why}`)), ...list(`Missing cells: ${gaps.length}`, lines));
-  if (DATA.unshown) byId("left-out").append(el("p", { class: "soft" }, `${plural(DATA.unshown, "picture")} found no room on this page.`));
+  if (DATA.unshown) byId("left-out").append(el("p", { class: "soft" }, `Pictures not shown, for want of room or because the file is unusable: ${DATA.unshown}`));
   if (!byId("left-out").childElementCount) byId("left-out").append(el("p", { class: "soft" }, "Nothing: every run found is above, and no combination is missing."));
 }
 const attackNames = new Map(DATA.cells.map((cell) => [`${cell.table}\n${cell.attack}`, cell.names[0]]));
@@ -540,6 +560,7 @@ function startPage() {
     byId("sections").append(el("a", { href: `#${section.id}` }, section.querySelector("h2").textContent));
   switcher(byId("heat-metric"), { acc: "ACC", asr: "ASR", ra: "RA" }, "heat", drawHeat);
   switcher(byId("curve-kind"), { loss: "Loss", measured: "ACC, ASR, RA" }, "curve", () => { state.curves = CURVES; drawCurves(); });
+  byId("more-rows").addEventListener("click", () => { state.rows += ROWS; drawBoard(); });
   byId("more-curves").addEventListener("click", () => { state.curves += CURVES; drawCurves(); });
 }
 

@@ -12,15 +12,15 @@ from utils.finished import TABLE, content, printable
 from utils.tables import name_all
 
 LARGEST_FILE, LARGEST_PICTURE = 2**24, 2**23  # bytes, pixels
-WIDEST = 1200  # pixels on the page
-ROOM = 2**22  # characters for the pictures of one kind
+WIDEST, FEW = 1200, 24  # pixels on the page; half as many where there are more than a few pictures
+MOST, ROOM = 60, 3 * 2**20  # pictures of one kind, and characters for them: the page stays below 10 MB
 LOOKS_THE_SAME = {field.name for field in dataclasses.fields(Training)} | {"recipe", "label_smoothing", "pad", "n_test", "model", "width"}
 
 
 class Album:
     """`triggers`: one picture per data set and trigger; `scores`: one per cell of a defense that has made one.
 
-    `unshown` counts the pictures for which there is no room; `refused` says which files are unusable: [(path, why)].
+    `unshown` counts the pictures that are not on the page; `refused` says which files are unusable: [(path, why)].
     """
 
     def __init__(self, tables):
@@ -29,24 +29,25 @@ class Album:
         self.scores = self._embed("scores.png", scores(tables))
 
     def _embed(self, name, wanted):
-        """[{dataset, attack, defense, model, caption, source, size}] for (facts, runs), the first run with a sound picture counting."""
+        """The facts of [(facts, runs)] with {path, source, size}: the first sound picture `name` among the runs."""
+        wanted = [(facts, [run for run in runs if name in run.record["files"]]) for facts, runs in wanted]
+        wanted = [(facts, runs) for facts, runs in wanted if runs]
         shown, room = [], ROOM
-        for facts, runs in wanted:
-            for run in runs:
-                if name not in run.record["files"]:
-                    continue
-                try:
-                    picture = redraw(run, name)
-                except RefusedError as error:
-                    self.refused.append((run.path / name, error))
-                    continue
+        for facts, runs in wanted[:MOST]:
+            picture = self._first(name, runs, WIDEST if len(wanted) <= FEW else WIDEST // 2) if room > 0 else None
+            if picture:
                 room -= len(picture["source"])
-                if room < 0:
-                    self.unshown += 1
-                else:
-                    shown.append({**facts, **picture, "path": printable(run.path)})
-                break
+                shown.append({**facts, **picture})
+        self.unshown += len(wanted) - len(shown)
         return shown
+
+    def _first(self, name, runs, widest):
+        for run in runs:
+            try:
+                return {"path": printable(run.path), **redraw(run, name, widest)}
+            except RefusedError as error:
+                self.refused.append((run.path / name, error))
+        return None
 
 
 def triggers(tables):
@@ -76,7 +77,7 @@ def scores(tables):
     return wanted
 
 
-def redraw(run, name):
+def redraw(run, name, widest):
     """{source: a data URI, size} of a PNG file of a run; RefusedError where it is none, or too large."""
     try:
         from PIL import Image
@@ -91,7 +92,7 @@ def redraw(run, name):
         picture = picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise RefusedError(f"{name} is no sound PNG file: not shown ({printable(error)})") from error
-    picture.thumbnail((WIDEST, WIDEST))
+    picture.thumbnail((widest, widest))
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=80, method=2)
     return {"source": "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(), "size": picture.size}
