@@ -88,7 +88,7 @@ def test_a_cell_is_a_row_with_every_seed(report):
     shown = data(report)
     assert shown["summary"] == {"runs": 15, "victims": 7, "repairs": 8, "missing": 4, "left_out": 1, "seeds": ["0", "1", "2"]}
     ft = next(cell for cell in shown["cells"] if cell["names"] == ["badnet", "ft"] and len(cell["runs"]) == 3)
-    assert ft["acc"] == [0.91, 0.036056] and ft["asr"] == [0.03, round(0.0007**0.5, 6)] and ft["before"]["acc"] == 0.93
+    assert ft["acc"] == [0.91, 0.0360555] and ft["asr"] == [0.03, 0.0264575] and ft["before"]["acc"] == 0.93
     assert [run["acc"] for run in ft["runs"]] == [0.88, 0.9, 0.95] and ft["runs"][2]["seeds"] == "random 2, data 0, victim 2"
     assert {tuple(gap[1:]) for gap in shown["missing"] if gap[1] == "badnet"} == {("badnet", "fmp", 1, 3), ("badnet", "anp-best", 1, 3)}
     assert {tuple(gap[1:]) for gap in shown["missing"] if gap[1] == "wanet"} == {("wanet", "fmp", 0, 1), ("wanet", "anp-best", 0, 1)}
@@ -404,10 +404,13 @@ def test_seeds_show_by_pointing_focus_and_tap(report, visit):
     assert view.locator("#tip").is_hidden()
     view.focus("th[data-column=n] button")
     view.keyboard.press("Tab")
-    assert view.inner_text("#tip").startswith("none on badnet: ACC / ASR / RA\n")
-    view.focus(".map td[tabindex='0']")
+    assert view.inner_text("#tip").splitlines() == ["none on badnet: ACC / ASR / RA", "92.0 / 96.0 / 3.0 (random 0, poison 0)"]
+    grid = view.locator(".map", has_text="digits, resnet9_w16, sgd")
+    grid.locator("td[tabindex='0']").focus()
     view.keyboard.press("ArrowDown")
-    assert view.inner_text("#tip").startswith("ft on badnet\n") or "on badnet" in view.inner_text("#tip")
+    assert view.inner_text("#tip").splitlines()[:2] == ["fmp on badnet", "ASR 10.0"]
+    view.locator("#trade-charts g[tabindex='0']").first.focus()
+    assert "before: ACC 92.0, ASR 96.0" in view.inner_text("#tip").splitlines()
     small = visit(report, 390, has_touch=True)
     small.locator("#board tr.cell").first.locator("td.acc").tap()
     assert small.inner_text("#tip").startswith("ACC") and small.locator("tr.details").count() == 0

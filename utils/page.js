@@ -87,10 +87,11 @@ function startTips() {
   const over = (event) => {
     const node = event.target.closest?.("[data-tip]"), button = node?.matches("button");
     const asked = event.type === "focusin" ? node?.matches(":focus-visible") : !button; // a button shows its seeds to the keyboard only
-    if (node && asked) showTip(node);
-    else hideTip();
+    if (!node || !asked) hideTip();
+    else if (node !== state.tipped) showTip(node);
   };
-  for (const kind of ["pointerover", "focusin", "click"]) document.addEventListener(kind, over);
+  for (const kind of ["pointermove", "focusin", "click"]) // pointerover comes by itself when the page scrolls below a resting mouse
+    document.addEventListener(kind, over);
   document.addEventListener("focusout", hideTip);
   document.addEventListener("scroll", placeTip, { capture: true, passive: true });
   document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
