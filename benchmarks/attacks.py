@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import files
+from utils import files, published
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE, MARKS = ROOT / "benchmarks/results/attacks.csv", ROOT / "attack/README.md", ("<!-- table -->", "<!-- end of table -->")
@@ -31,12 +31,6 @@ DIGITS = {
 CIFAR10 = {
     **{name: "" for name in ("badnet", "blended", "wanet", "ctrl", "clean")},
     "sig": "--pratio 0.05", "ftrojan": "--magnitude 60",
-}  # fmt: skip
-# PreAct-ResNet18 on CIFAR-10, 10 % poisoned, one seed: BackdoorBench's leaderboard of 2025-06-04, ACC / ASR / RA in percent
-PUBLISHED = {
-    "badnet": "91.3 / 95.0 / 4.7", "blended": "93.5 / 99.9 / 0.1", "sig": "84.5 / 98.3 / 1.7", "lf": "93.2 / 99.3 / 0.7",
-    "lc": "84.6 / 99.9 / 0.1", "ssba": "92.9 / 97.9 / 2.0", "wanet": "91.2 / 89.7 / 9.8", "inputaware": "90.7 / 98.3 / 1.7",
-    "trojannn": "93.4 / 100.0 / 0.0", "blind": "83.3 / 99.9 / 0.1", "lira": "62.5 / 67.8 / 28.6",
 }  # fmt: skip
 
 
@@ -106,13 +100,15 @@ def table(rows):
     """Markdown: a line for every attack of every plan; mean and sample standard deviation over the seeds, in percent."""
     lines = ["| attack | run | poisoned | ACC | ASR | RA | training s | trigger s | n | published |",
              "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    figures = published.read()
     for name, which in sorted({(row["attack"], row["plan"]) for row in rows}, key=lambda pair: (pair[0], -len(pair[1]))):
         same = [row for row in rows if (row["attack"], row["plan"]) == (name, which)]
         flags = same[0]["options"].removeprefix(" ".join(SMALL)).strip()
         shown = [spread([100 * float(row[key]) for row in same]) for key in ("acc", "asr", "ra")]
         cost = [spread([float(row[key]) for row in same if row[key]], digits=0) for key in ("seconds", "trigger_seconds")]
+        figure = figures.get(("cifar10", "preactresnet18", name, 0.1, "none"))
         cells = [f"`{name}`", f"{which} `{flags}`" if flags else which, f"{100 * float(same[0]['pratio_effective']):.1f} %", *shown, *cost,
-                 str(len(same)), PUBLISHED.get(name, "–")]  # fmt: skip
+                 str(len(same)), " / ".join(f"{100 * figure[key]:.1f}" for key in ("acc", "asr", "ra")) if figure else "–"]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -88,10 +88,11 @@ def test_a_cell_is_a_row_with_every_seed(report):
     shown = data(report)
     assert shown["summary"] == {"runs": 15, "victims": 7, "repairs": 8, "missing": 4, "left_out": 1, "seeds": ["0", "1", "2"]}
     ft = next(cell for cell in shown["cells"] if cell["names"] == ["badnet", "ft"] and len(cell["runs"]) == 3)
+    assert next(cell["lacks"] for cell in shown["cells"] if cell["defense"] == "fmp") == [1, 3] and ft["lacks"] is None
     assert ft["acc"] == [0.91, 0.0360555] and ft["asr"] == [0.03, 0.0264575] and ft["before"]["acc"] == 0.93
     assert [run["acc"] for run in ft["runs"]] == [0.88, 0.9, 0.95] and ft["runs"][2]["seeds"] == "random 2, data 0, victim 2"
-    assert {tuple(gap[1:]) for gap in shown["missing"] if gap[1] == "badnet"} == {("badnet", "fmp", 1, 3), ("badnet", "anp-best", 1, 3)}
-    assert {tuple(gap[1:]) for gap in shown["missing"] if gap[1] == "wanet"} == {("wanet", "fmp", 0, 1), ("wanet", "anp-best", 0, 1)}
+    assert {tuple(gap[3:]) for gap in shown["missing"] if gap[1] == "badnet"} == {("badnet", "fmp", 1, 3), ("badnet", "anp-best", 1, 3)}
+    assert {tuple(gap[3:]) for gap in shown["missing"] if gap[1] == "wanet"} == {("wanet", "fmp", 0, 1), ("wanet", "anp-best", 0, 1)}
     oracle = [cell["defense"] for cell in shown["cells"] if cell["oracle"]]
     assert oracle == ["anp-best"] and [cell["attack"] for cell in shown["cells"] if cell["weak"]] == ["wanet", "wanet"]
     assert shown["left_out"] == [[str(report.parent / "record" / "cut"), "no record.json: unfinished"]]
@@ -100,7 +101,12 @@ def test_a_cell_is_a_row_with_every_seed(report):
 def test_where_a_figure_comes_from(report):
     run = next(cell for cell in data(report)["cells"] if cell["names"] == ["badnet", "none"] and len(cell["runs"]) == 3)["runs"][0]
     assert run["command"] == COMMAND and run["path"].endswith("badnet_0") and run["seeds"] == "random 0, poison 0"
-    assert run["facts"] == {"device": "cpu, 2 threads", "git commit": "c0ffee", "peak memory, MB": "812", "versions": "python 3.12, torch 2.9"}
+    assert run["facts"] == {
+        "device": "cpu, 2 threads",
+        "git commit": "c0ffee",
+        "peak memory, MB": "812",
+        "versions": "python 3.12, torch 2.9",
+    }
     assert run["curve"]["stages"] == [["train", 15]] and run["curve"]["loss"][:2] == [2, 1] and len(run["curve"]["epoch"]) == 15
     assert run["curve"]["measured"] == [[4, 0.8, 0.7, 0.2], [9, 0.8, 0.7, 0.2], [14, 0.8, 0.7, 0.2]]
 
@@ -169,7 +175,9 @@ def test_the_recipe_does_not_change_what_a_trigger_looks_like(tmp_path):
     assert [picture["caption"] for picture in found] == ["badnet, digits", "badnet (patch_size 5), digits"]
 
 
-@pytest.mark.parametrize("text", [b"", b"stage\n", b"\xff", b"stage,epoch,loss\ntrain,1e9,2\n", b"epoch\n\x00\n", b"stage,epoch,loss\ntrain,1,x\n"])
+@pytest.mark.parametrize(
+    "text", [b"", b"stage\n", b"\xff", b"stage,epoch,loss\ntrain,1e9,2\n", b"epoch\n\x00\n", b"stage,epoch,loss\ntrain,1,x\n"]
+)
 def test_a_log_that_cannot_be_read_draws_no_curve(tmp_path, text):
     add(attack(tmp_path / "record" / "a"), {"log.csv": text})
     assert data(built(tmp_path / "record"))["cells"][0]["runs"][0]["curve"] is None
@@ -271,7 +279,9 @@ def test_published_figures_in_every_format(tmp_path, capsys):
     assert ["ft,", "published", "90.0", "1.5", "89.4", "92.4(?)", "6.0(?)", "77.3(?)"] in lines
     assert ["ft,", "difference", "-2.0", "+0.5", "-4.4", "-4.4", "-4.0", "+7.7"] in lines
     assert "published: BackdoorBench leaderboard, commit b98eab4, 2025-06-04; one seed, and the recipe may differ" in shown()
-    assert r"ft, difference & -2.0 & +0.5 & -4.4" in shown("--format", "latex") and "| ft, published | 90.0 |" in shown("--format", "markdown")
+    assert r"ft, difference & -2.0 & +0.5 & -4.4" in shown("--format", "latex") and "| ft, published | 90.0 |" in shown(
+        "--format", "markdown"
+    )
     csv = shown("--format", "csv").splitlines()
     assert csv[0].endswith("acc_published,acc_difference,asr_published,asr_difference,ra_published,ra_difference,usable,source,note")
     assert any(",ft,repair,fixed,1,0.88,,0.02,,0.85,,2.5,0.8996,-0.0196,0.0148,0.0052,0.8939,-0.0439,yes," in line for line in csv)
@@ -390,7 +400,9 @@ def test_the_heat_map_has_three_metrics(report, visit):
     view.click("#heat-metric [data-value=ra]")
     assert cells()[:2] == ["4.0", "40.0"] and cells().count("–") == 2
     assert view.locator(".map td.oracle").count() == 1 and view.locator(".map tr.apart").count() == 1
-    colours = view.locator(".map td:not(.soft):not(.empty)").evaluate_all("(cells) => cells.map((cell) => getComputedStyle(cell).backgroundColor)")
+    colours = view.locator(".map td:not(.soft):not(.empty)").evaluate_all(
+        "(cells) => cells.map((cell) => getComputedStyle(cell).backgroundColor)"
+    )
     assert len(set(colours)) > 4
 
 
@@ -439,7 +451,10 @@ def test_copies_what_is_seen(report, visit):
     view.wait_for_function("document.getElementById('copied').textContent === 'Copied'")
     copied = view.evaluate("navigator.clipboard.readText()")
     assert copied.splitlines()[0].startswith("| Data set | Model | Recipe | Attack | Defense | ACC | ASR | RA | ACC publ.")
-    assert "| badnet | ft | 88.0 | 2.0 | 85.0 | 90.0 (−2.0) |" in copied and len([line for line in copied.splitlines() if line[0:1] == "|"]) == 4
+    assert (
+        "| badnet | ft | 88.0 | 2.0 | 85.0 | 90.0 (−2.0) |" in copied
+        and len([line for line in copied.splitlines() if line[0:1] == "|"]) == 4
+    )
     view.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('kept')); }")
     view.click("[data-copy=latex]")
     view.wait_for_selector("#copy:visible")
@@ -454,7 +469,10 @@ def test_nothing_overflows(report, visit, width):
     for button in view.locator("#board .open").all():
         button.click()
     view.click("#curve-kind [data-value=measured]")
-    assert view.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [width, width - 0 if width < 1344 else 1344]
+    assert view.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [
+        width,
+        width - 0 if width < 1344 else 1344,
+    ]
     wide = view.evaluate("""() => [...document.querySelectorAll("body *")].filter((node) => !node.closest(".scroll, svg, [hidden]")
         && node.getBoundingClientRect().right > innerWidth + 1).map((node) => node.outerHTML.slice(0, 80))""")
     assert wide == []

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -51,7 +52,10 @@ def examine(folder, name, mode, truth):
     if options.clean_label:
         wanted = min(wanted, int((truth == 0).sum()))
     assert int(row["n_poison"]) == wanted and float(row["pratio_effective"]) == pytest.approx(wanted / len(truth))
-    assert json.loads((folder / "record.json").read_text())["training_set"] == ("none" if in_loop else "stored")
+    info = json.loads((folder / "record.json").read_text())
+    assert info["training_set"] == ("none" if in_loop else "stored")
+    python, file, *words = shlex.split(info["command"])
+    assert (python, file) == ("python", f"attack/{name}.py") and config.parse(script.Config, words) == options
     poisoned, covers = held["train_index"][held["train_kind"] == 1], held["train_index"][held["train_kind"] == 2]
     assert len(poisoned) == (0 if in_loop else wanted) and len(held["train_index"].unique()) == len(poisoned) + len(covers)
     told = dict(zip(held["train_index"].tolist(), held["train_labels"].tolist(), strict=True))

@@ -2,7 +2,7 @@
 // Texts of records reach the page through text nodes and attribute values only; nothing is parsed as HTML.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const METRICS = ["acc", "asr", "ra"];
-const ROWS = 250, PANELS = 6, CURVES = window.innerWidth < 640 ? 4 : 12; // shown at once
+const ROWS = 250, PANELS = 6, SIDE = 60, CURVES = window.innerWidth < 640 ? 4 : 12; // shown at once
 const SVG = new Set(["svg", "path", "line", "circle", "text", "g"]);
 const byId = (id) => document.getElementById(id);
 const chosen = { dataset: "", model: "", recipe: "", attack: "", defense: "" };
@@ -12,13 +12,8 @@ const tips = new WeakMap();
 DATA.cells.forEach((cell, order) => {
   const table = DATA.tables[cell.table];
   Object.assign(cell, { order, dataset: table.dataset, model: table.model, recipe: `${table.recipe}, ${table.precision}` });
-  cell.want = cell.runs.length;
 });
 const cellAt = new Map(DATA.cells.map((cell) => [`${cell.table}\n${cell.attack}\n${cell.defense}`, cell]));
-for (const [table, attack, defense, have, want] of DATA.missing) {
-  const cell = cellAt.get(`${table}\n${attack}\n${defense}`);
-  if (cell) Object.assign(cell, { have, want, few: true });
-}
 const manyRecipes = new Set(DATA.cells.map((cell) => cell.recipe)).size > 1;
 const defenses = [...new Set(DATA.cells.filter((cell) => !cell.victim).map((cell) => cell.names[1]))].sort();
 
@@ -32,6 +27,7 @@ function el(tag, attributes = {}, ...children) {
 const percent = (value, digits = 1) => (value === null ? "–" : (100 * value).toFixed(digits));
 const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(100 * value).toFixed(1));
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const showMore = (step, left) => (left > step ? `Show ${step} more of ${left}` : `Show ${left} more`);
 const seconds = (value) => (value === null ? "–" : value < 10 ? value.toFixed(1) : String(Math.round(value)));
 const label = (cell, which) => (which === "attack" ? cell.attack + cell.marks[0] : cell.defense + cell.marks[1]);
 const nameOf = (cell) => `${label(cell, "defense")} on ${label(cell, "attack")}`;
@@ -159,7 +155,7 @@ function columns() {
     { ...text("defense", "Defense", (cell) => label(cell, "defense")), name: true },
     ...METRICS.map(metric), ...(DATA.cells.some((cell) => cell.published) ? METRICS.map(published) : []),
     { id: "seconds", title: "Seconds", number: true, text: (cell) => seconds(cell.seconds[0]), value: (cell) => cell.seconds[0] },
-    { id: "n", title: "n", number: true, text: (cell) => (cell.few ? `${cell.runs.length} (${cell.have} of ${cell.want} victims)` : String(cell.runs.length)), value: (cell) => cell.runs.length },
+    { id: "n", title: "n", number: true, text: (cell) => (cell.lacks ? `${cell.runs.length} (${cell.lacks.join(" of ")} victims)` : String(cell.runs.length)), value: (cell) => cell.runs.length },
   ];
 }
 
@@ -198,12 +194,13 @@ function drawBoard() {
   }
   if (!cells.length) bodies.push(el("tbody", {}, el("tr", {}, el("td", { colspan: shown.length, class: "soft" }, "No run is of this choice; Reset shows all."))));
   byId("board").replaceChildren(el("thead", {}, head), ...bodies);
+  byId("board").classList.toggle("wide", shown.length > 10);
   byId("more-rows").hidden = cells.length <= state.rows;
-  byId("more-rows").textContent = `Show ${Math.min(ROWS, cells.length - state.rows)} more of ${cells.length - state.rows}`;
+  byId("more-rows").textContent = showMore(ROWS, cells.length - state.rows);
   byId("notes").replaceChildren(...footnotes(cells).map((note) => el("p", {}, note)));
 }
 
-const classes = (column) => [column.number && "number", column.name && "name", column.elsewhere && "elsewhere", column.metric && `metric ${column.id}`].filter(Boolean).join(" ");
+const classes = (column) => [column.number && "number", column.name && "name", column.elsewhere && "elsewhere", column.metric ? `metric ${column.id}` : column.id].filter(Boolean).join(" ");
 
 function boardRow(cell, shown) {
   const row = el("tr", { class: `cell${cell.oracle ? " oracle" : ""}${cell.weak ? " weak-row" : ""}` });
@@ -219,11 +216,10 @@ function boardRow(cell, shown) {
       tipped(node, () => publishedLines(cell));
       if (cell.published.usable !== "yes") node.classList.add("doubtful");
     }
-    if (column.id === "n" && cell.few) node.classList.add("few");
+    if (column.id === "n" && cell.lacks) node.classList.add("few");
     if (column.id === "attack") {
       const button = tipped(el("button", { type: "button", class: "open", "aria-expanded": String(open), "aria-label": `Runs of ${cell.defense} on ${cell.attack}` }, open ? "▾" : "▸"), () => seedTable(cell));
-      node.prepend(button);
-      node.append(el("small", { class: "where" }, `${cell.dataset}, ${cell.model}`));
+      node.replaceChildren(el("div", {}, button, el("div", {}, label(cell, "attack"), el("small", { class: "where" }, `${cell.dataset}, ${cell.model}`))));
     }
     row.append(node);
   }
@@ -367,24 +363,25 @@ function drawHeat() {
 
 function heatMap(number, cells, low) {
   const table = DATA.tables[number];
-  const attacks = table.attacks.filter((name) => cells.some((cell) => cell.attack === name));
-  const rows = table.defenses.filter((name) => cells.some((cell) => cell.defense === name));
-  const first = (key, name) => cells.find((cell) => cell[key] === name);
-  const oracle = (name) => first("defense", name).oracle;
-  rows.sort((a, b) => oracle(a) - oracle(b));
+  const firsts = { attack: new Map(), defense: new Map() };
+  for (const key of ["attack", "defense"]) for (const cell of [...cells].reverse()) firsts[key].set(cell[key], cell);
+  const oracle = (name) => firsts.defense.get(name).oracle;
+  const attacks = table.attacks.filter((name) => firsts.attack.has(name)), rows = table.defenses.filter((name) => firsts.defense.has(name));
+  const cut = attacks.splice(SIDE).length + rows.sort((a, b) => oracle(a) - oracle(b)).splice(SIDE).length;
   const nodes = [];
   const body = rows.map((defense, place) => el("tr", { class: oracle(defense) && place && !oracle(rows[place - 1]) ? "apart" : "" },
-    el("th", { scope: "row" }, label(first("defense", defense), "defense")),
+    el("th", { scope: "row" }, label(firsts.defense.get(defense), "defense")),
     ...attacks.map((attack) => {
       const cell = cellAt.get(`${number}\n${attack}\n${defense}`);
       nodes.push(cell ? heatCell(cell, low) : tipped(el("td", { class: "empty" }, "–"), () => [`${defense} on ${attack}`, "no run"]));
       return nodes.at(-1);
     })));
-  const head = el("tr", {}, el("td", { class: "soft" }), ...attacks.map((attack) => el("th", { scope: "col" }, label(first("attack", attack), "attack"))));
+  const head = el("tr", {}, el("td", { class: "soft" }), ...attacks.map((attack) => el("th", { scope: "col" }, label(firsts.attack.get(attack), "attack"))));
   head.firstChild.style.background = "none";
   const grid = el("table", {}, el("thead", {}, head), el("tbody", {}, ...body));
   roving(grid, nodes, attacks.length);
-  return el("div", { class: "map" }, el("h3", {}, titleOf(number)), el("div", { class: "scroll" }, grid));
+  return el("div", { class: "map" }, el("h3", {}, titleOf(number)), el("div", { class: "scroll" }, grid),
+    cut ? el("p", { class: "hint" }, `${cut} more rows and columns: choose an attack or a defense above.`) : null);
 }
 
 function heatCell(cell, low) {
@@ -470,7 +467,7 @@ function drawCurves() {
   byId("curve-charts").replaceChildren(...cells.slice(0, state.curves).map((cell) => curveChart(cell, kind, `${nameOf(cell)} `, el("small", {}, `${cell.dataset}, ${cell.model}`))));
   if (!cells.length) byId("curve-charts").append(el("p", { class: "soft" }, kind === "measured" ? "No run of this choice was measured between its epochs (--eval_every does it)." : "No run of this choice has a log of its epochs."));
   byId("more-curves").hidden = cells.length <= state.curves;
-  byId("more-curves").textContent = `Show ${Math.min(CURVES, cells.length - state.curves)} more of ${cells.length - state.curves}`;
+  byId("more-curves").textContent = showMore(CURVES, cells.length - state.curves);
   byId("curve-key").replaceChildren(...curveKey(kind), el("span", { class: "soft" }, "a line per seed; dashes part the stages"));
 }
 
@@ -486,7 +483,7 @@ function seriesOf(curve, kind) {
 }
 
 function curveChart(cell, kind, ...title) {
-  const width = 280, height = 150, left = 42, right = 8, top = 10, bottom = 22;
+  const width = 280, height = 150, left = 46, right = 8, top = 10, bottom = 22;
   const curves = cell.runs.map((run) => run.curve).filter(Boolean);
   const series = curves.flatMap((curve) => seriesOf(curve, kind)).map(([name, points]) => [name, points.filter(([, value]) => value !== null)]);
   const last = Math.max(1, ...curves.map((curve) => curve.epoch.length - 1));
@@ -518,7 +515,7 @@ function curveChart(cell, kind, ...title) {
 function drawPictures(box, pictures) {
   const shown = pictures.filter((picture) => wanted(picture, ["dataset", "model", "attack", "defense"]));
   byId(box).replaceChildren(...shown.map((picture) => el("figure", {}, el("figcaption", {}, picture.caption, " ", el("small", {}, picture.path)),
-    el("img", { src: picture.source, width: picture.size[0], height: picture.size[1], alt: picture.caption, loading: "lazy", decoding: "async" }))));
+    el("img", { src: picture.source, width: picture.size[0], height: picture.size[1], alt: picture.caption, loading: "lazy" }))));
   if (!shown.length) byId(box).append(el("p", { class: "soft" }, "None of this choice."));
 }
 
@@ -531,15 +528,15 @@ function list(title, lines) {
 function drawFailures() {
   const gaps = DATA.missing.filter(([number, attack, defense]) => {
     const table = DATA.tables[number];
-    return wanted({ dataset: table.dataset, model: table.model, recipe: `${table.recipe}, ${table.precision}`, attack: attackNames.get(`${number}\n${attack}`), defense: defenseNames.get(`${number}\n${defense}`) });
+    return wanted({ dataset: table.dataset, model: table.model, recipe: `${table.recipe}, ${table.precision}`, attack, defense });
   });
-  const lines = gaps.map(([number, attack, defense, have, want]) => `${titleOf(number)}: ${defense} on ${attack}, ${have ? `${have} of ${plural(want, "victim")}` : "no run"}`);
-  byId("left-out").replaceChildren(...list(`Left out: ${DATA.left_out.length}`, DATA.left_out.map(([path, why]) => `${path}: ${why}`)), ...list(`Missing cells: ${gaps.length}`, lines));
+  const lines = gaps.map(([number, , , attack, defense, have, want]) => `${titleOf(number)}: ${defense} on ${attack}, ${have ? `${have} of ${plural(want, "victim")}` : "no run"}`);
+  const more = DATA.summary.missing - DATA.missing.length;
+  byId("left-out").replaceChildren(...list(`Left out: ${DATA.left_out.length}`, DATA.left_out.map(([path, why]) => `${path}: ${why}`)),
+    ...list(`Missing cells: ${gaps.length}`, lines), ...(more ? [el("p", { class: "soft" }, `${more} more missing cells are not named here.`)] : []));
   if (DATA.unshown) byId("left-out").append(el("p", { class: "soft" }, `Pictures not shown, for want of room or because the file is unusable: ${DATA.unshown}`));
   if (!byId("left-out").childElementCount) byId("left-out").append(el("p", { class: "soft" }, "Nothing: every run found is above, and no combination is missing."));
 }
-const attackNames = new Map(DATA.cells.map((cell) => [`${cell.table}\n${cell.attack}`, cell.names[0]]));
-const defenseNames = new Map(DATA.cells.map((cell) => [`${cell.table}\n${cell.defense}`, cell.names[1]]));
 
 function startTheme() {
   const dark = () => (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";

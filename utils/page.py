@@ -21,6 +21,7 @@ from utils.tables import FOOTNOTES, ORACLE, WEAK, missing, spread
 
 HERE = Path(__file__).parent
 POINTS, ALL_POINTS = 200, 60_000  # of one run's curve, and of all
+GAPS = 300  # missing cells that are named
 LONGEST = 300  # letters of a fact from record.json
 FACTS = {
     "device": "device",
@@ -37,12 +38,18 @@ def build(tables, left_out, figures):
         import jinja2
     except ImportError as error:
         raise UserError(f"--html needs the package {error.name}: pip install -r requirements.txt brings it") from error
-    script, style = ((HERE / name).read_text() for name in ("page.js", "page.css"))
-    template = jinja2.Environment(autoescape=True).from_string((HERE / "page.html").read_text())
-    return template.render(
-        script=jinja2.utils.markupsafe.Markup(script), style=jinja2.utils.markupsafe.Markup(style), script_hash=digest(script),
-        style_hash=digest(style), data=jinja2.utils.markupsafe.Markup(escaped(everything(tables, left_out, figures))),
-    )  # fmt: skip
+    script, style, template = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
+    return (
+        jinja2.Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            script=script,
+            style=style,
+            script_hash=digest(script),
+            style_hash=digest(style),
+            data=escaped(everything(tables, left_out, figures)),
+        )
+    )
 
 
 def digest(text):
@@ -61,9 +68,11 @@ def everything(tables, left_out, figures):
     runs = [run for table in tables for cell in table.cells.values() for run in cell]
     album = Album(tables)
     points = min(POINTS, max(ALL_POINTS // len(runs), 2))
-    cells = [as_cell(table, number, key, figures, points) for number, table in enumerate(tables) for key in ordered(table)]
-    gaps = [[number, table.columns[column], table.rows[row], have, want]
-            for number, table in enumerate(tables) for column, row, have, want in missing(table)]  # fmt: skip
+    cells, gaps = [], []
+    for number, table in enumerate(tables):
+        lacking = {(column, row): (have, want) for column, row, have, want in missing(table)}
+        cells += [as_cell(table, number, key, figures, points) | {"lacks": lacking.get(key)} for key in ordered(table)]
+        gaps += [[number, *key, table.columns[key[0]], table.rows[key[1]], *lacking[key]] for key in lacking]
     victims = sum(run.victim is None for run in runs)
     return {
         "summary": {"runs": len(runs), "victims": victims, "repairs": len(runs) - victims, "missing": len(gaps), "left_out": len(left_out),
@@ -71,7 +80,7 @@ def everything(tables, left_out, figures):
         "footnotes": FOOTNOTES, "published": published.FOOTNOTES if figures else None,
         "tables": [{**{name: table.about[name] or "–" for name in TABLE}, "attacks": [*table.columns.values()],
                     "defenses": [*table.rows.values()]} for table in tables],
-        "cells": cells, "missing": gaps, "triggers": album.triggers, "scores": album.scores, "unshown": album.unshown,
+        "cells": cells, "missing": [[number, column[0], row[0], *rest] for number, column, row, *rest in gaps[:GAPS]], "triggers": album.triggers, "scores": album.scores, "unshown": album.unshown,
         "left_out": [[printable(path), printable(why)] for path, why in [*left_out, *album.refused]],
     }  # fmt: skip
 
