@@ -131,6 +131,8 @@ def test_commands_of_strangers_are_no_traps(tmp_path):
         return page.command(run)
 
     fallback = f"python attack/badnet.py --yaml_path '{tmp_path}/a b/config.yaml'"
+    clean = finished.Run(tmp_path, {"attack": "clean_badnet"}, {}, {}, {"files": {}}, None)
+    assert page.command(clean).startswith("python attack/clean.py --yaml_path ")
     assert command("python attack/badnet.py --lr 0.1") == "python attack/badnet.py --lr 0.1" and command(COMMAND) == COMMAND
     for told in (None, 3, "", "rm -rf .", "python attack/badnet.py; reboot", "python attack/badnet.py $(reboot)", "python attack/badnet.py 'open",
                  "python attack/badnet.py\n--lr 0.1", "python attack/badnet.py --lr 1 | sh", "python attack/other.py --lr 1"):  # fmt: skip

@@ -265,6 +265,12 @@ def plain(config):
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in SWITCHES}
 
 
+def script(kind, name):
+    """The file behind runs called `name`: attack/clean.py adds the name of the trigger to its own, clean_badnet say."""
+    own = name.startswith("clean_") and not (ROOT / kind / f"{name}.py").is_file()
+    return f"{kind}/{'clean' if own else name}.py"
+
+
 def command(script, config):
     """The command line that `parse` makes `config` of: the options that differ from the defaults of its recipe and data set."""
     given = plain(config)

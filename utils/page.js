@@ -155,7 +155,7 @@ function columns() {
     { ...text("defense", "Defense", (cell) => label(cell, "defense")), name: true },
     ...METRICS.map(metric), ...(DATA.cells.some((cell) => cell.published) ? METRICS.map(published) : []),
     { id: "seconds", title: "Seconds", number: true, text: (cell) => seconds(cell.seconds[0]), value: (cell) => cell.seconds[0] },
-    { id: "n", title: "n", number: true, text: (cell) => (cell.lacks ? `${cell.runs.length} (${cell.lacks.join(" of ")} victims)` : String(cell.runs.length)), value: (cell) => cell.runs.length },
+    { id: "n", title: "n", number: true, text: (cell) => (cell.lacks ? `${cell.runs.length} of ${cell.lacks[1]}` : String(cell.runs.length)), value: (cell) => cell.runs.length },
   ];
 }
 
@@ -216,7 +216,7 @@ function boardRow(cell, shown) {
       tipped(node, () => publishedLines(cell));
       if (cell.published.usable !== "yes") node.classList.add("doubtful");
     }
-    if (column.id === "n" && cell.lacks) node.classList.add("few");
+    if (column.id === "n" && cell.lacks) tipped(node, () => [`${plural(cell.runs.length, "run")}, on ${cell.lacks[0]} of ${plural(cell.lacks[1], "victim")}`]).classList.add("few");
     if (column.id === "attack") {
       const button = tipped(el("button", { type: "button", class: "open", "aria-expanded": String(open), "aria-label": `Runs of ${cell.defense} on ${cell.attack}` }, open ? "▾" : "▸"), () => seedTable(cell));
       node.replaceChildren(el("div", {}, button, el("div", {}, label(cell, "attack"), el("small", { class: "where" }, `${cell.dataset}, ${cell.model}`))));

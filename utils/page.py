@@ -13,6 +13,7 @@ import math
 import shlex
 from pathlib import Path
 
+from utils import config as options
 from utils import published
 from utils.errors import RefusedError, UserError
 from utils.finished import METRICS, NONE, TABLE, load, printable
@@ -129,7 +130,7 @@ def seeds(run):
 def command(run):
     """What makes the run again: its own word, where that is nothing but a script of ours with options, or its configuration."""
     kind = "defense" if run.victim else "attack"
-    script, told = f"{kind}/{run.row[kind]}.py", run.record.get("command")
+    script, told = options.script(kind, run.row[kind]), run.record.get("command")
     try:
         if isinstance(told, str) and told.startswith(f"python {script} ") and told == printable(shlex.join(shlex.split(told))):
             return told

@@ -8,7 +8,7 @@ import zlib
 
 from utils.config import Training
 from utils.errors import RefusedError, UserError
-from utils.finished import TABLE, content, printable
+from utils.finished import content, printable
 from utils.tables import name_all
 
 LARGEST_FILE, LARGEST_PICTURE = 2**24, 2**23  # bytes, pixels
@@ -51,7 +51,7 @@ class Album:
 
 
 def triggers(tables):
-    """[({dataset, model, names, caption}, runs)] of all victims, those together whose trigger looks the same."""
+    """[({dataset, attack, caption}, runs)] of all victims, those together whose trigger looks the same."""
     groups = {}
     for table in tables:
         for (column, _), runs in table.cells.items():
@@ -67,13 +67,12 @@ def triggers(tables):
 
 
 def scores(tables):
-    """[({dataset, model, attack, defense, caption}, runs)] of all cells of defenses."""
+    """[({dataset, model, recipe, precision, attack, defense, caption}, runs)] of all cells of defenses."""
     wanted = []
     for table in tables:
-        about = {name: table.about[name] for name in TABLE}
         for (column, row), runs in table.cells.items():
             facts = {"attack": column[0], "defense": row[0], "caption": f"{table.rows[row]} on {table.columns[column]}"}
-            wanted.append(({**about, **facts}, [run for run in runs if run.victim]))
+            wanted.append(({**table.about, **facts}, [run for run in runs if run.victim]))
     return wanted
 
 

@@ -56,7 +56,7 @@ def seal(row, config, device):
     commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=options.ROOT, capture_output=True, text=True, check=False)
     kind = "attack" if row["defense"] == "none" else "defense"
     facts = {
-        "name": row[kind], "command": options.command(f"{kind}/{row[kind]}.py", config), "antidote": VERSION,
+        "name": row[kind], "command": options.command(options.script(kind, row[kind]), config), "antidote": VERSION,
         "seeds": {key: value for key, value in options.plain(config).items() if key in options.SEEDS},
         **{key: row[key] for key in ("recipe", "device", "seconds", "peak_mb", "config_hash")}, "git_commit": commit.stdout.strip() or None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "numpy")}},
