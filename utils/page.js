@@ -24,6 +24,7 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+const soft = (text) => el("p", { class: "soft" }, text);
 const percent = (value, digits = 1) => (value === null ? "–" : (100 * value).toFixed(digits));
 const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(100 * value).toFixed(1));
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
@@ -155,7 +156,7 @@ function columns() {
     { ...text("defense", "Defense", (cell) => label(cell, "defense")), name: true },
     ...METRICS.map(metric), ...(DATA.cells.some((cell) => cell.published) ? METRICS.map(published) : []),
     { id: "seconds", title: "Seconds", number: true, text: (cell) => seconds(cell.seconds[0]), value: (cell) => cell.seconds[0] },
-    { id: "n", title: "n", number: true, text: (cell) => (cell.lacks ? `${cell.runs.length} of ${cell.lacks[1]}` : String(cell.runs.length)), value: (cell) => cell.runs.length },
+    { id: "n", title: "n", number: true, text: (cell) => cell.runs.length + (cell.lacks ? ` of ${cell.lacks[1]}` : ""), value: (cell) => cell.runs.length },
   ];
 }
 
@@ -200,7 +201,7 @@ function drawBoard() {
   byId("notes").replaceChildren(...footnotes(cells).map((note) => el("p", {}, note)));
 }
 
-const classes = (column) => [column.number && "number", column.name && "name", column.elsewhere && "elsewhere", column.metric ? `metric ${column.id}` : column.id].filter(Boolean).join(" ");
+const classes = (column) => [column.id, ...["number", "name", "elsewhere", "metric"].filter((kind) => column[kind])].join(" ");
 
 function boardRow(cell, shown) {
   const row = el("tr", { class: `cell${cell.oracle ? " oracle" : ""}${cell.weak ? " weak-row" : ""}` });
@@ -216,10 +217,14 @@ function boardRow(cell, shown) {
       tipped(node, () => publishedLines(cell));
       if (cell.published.usable !== "yes") node.classList.add("doubtful");
     }
-    if (column.id === "n" && cell.lacks) tipped(node, () => [`${plural(cell.runs.length, "run")}, on ${cell.lacks[0]} of ${plural(cell.lacks[1], "victim")}`]).classList.add("few");
+    if (column.id === "n" && cell.lacks) {
+      node.classList.add("few");
+      tipped(node, () => [`${plural(cell.runs.length, "run")}, on ${cell.lacks[0]} of ${plural(cell.lacks[1], "victim")}`]);
+    }
     if (column.id === "attack") {
-      const button = tipped(el("button", { type: "button", class: "open", "aria-expanded": String(open), "aria-label": `Runs of ${cell.defense} on ${cell.attack}` }, open ? "▾" : "▸"), () => seedTable(cell));
-      node.replaceChildren(el("div", {}, button, el("div", {}, label(cell, "attack"), el("small", { class: "where" }, `${cell.dataset}, ${cell.model}`))));
+      const button = el("button", { type: "button", class: "open", "aria-expanded": String(open), "aria-label": `Runs of ${nameOf(cell)}` }, open ? "▾" : "▸");
+      const name = el("div", {}, label(cell, "attack"), el("small", { class: "where" }, `${cell.dataset}, ${cell.model}`));
+      node.replaceChildren(el("div", {}, tipped(button, () => seedTable(cell)), name));
     }
     row.append(node);
   }
@@ -262,7 +267,8 @@ function detailsRow(cell, width) {
     const copy = el("button", { type: "button" }, "Copy");
     copy.addEventListener("click", () => copyText(run.command, copy));
     const list = Object.entries({ folder: run.path, ...run.facts, seconds: seconds(run.seconds) });
-    return el("article", {}, el("div", {}, `ACC ${percent(run.acc)}  ASR ${percent(run.asr)}  RA ${percent(run.ra)}  `, el("span", { class: "soft" }, `seeds: ${run.seeds}`)),
+    const head = METRICS.map((name) => `${name.toUpperCase()} ${percent(run[name])}`).join("  ");
+    return el("article", {}, el("div", {}, `${head}  `, el("span", { class: "soft" }, `seeds: ${run.seeds}`)),
       el("div", { class: "command" }, el("code", {}, run.command), copy),
       el("dl", {}, ...list.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
   })));
@@ -275,7 +281,8 @@ function footnotes(cells) {
   const found = cells.map((cell) => cell.published).filter(Boolean);
   for (const source of new Set(found.map((figure) => figure.source)))
     notes.push(`publ. (and what ours has more): ${source}; one seed, and the recipe may differ: point at a figure for what is known of it`);
-  for (const [mark, text] of Object.entries(DATA.published ?? {})) if (found.some((figure) => DOUBT[figure.usable] === mark)) notes.push(`${mark} ${text}`);
+  const doubts = new Set(found.map((figure) => DOUBT[figure.usable]));
+  for (const [mark, text] of Object.entries(DATA.published ?? {})) if (doubts.has(mark)) notes.push(`${mark} ${text}`);
   return notes;
 }
 
@@ -411,7 +418,7 @@ function drawTrade() {
   const all = groups(cells.filter((cell) => !cell.victim));
   const shown = all.slice(0, PANELS), used = defenses.filter((name) => shown.some(([, some]) => some.some((cell) => cell.names[1] === name)));
   byId("trade-charts").replaceChildren(...shown.map(([number, some]) => tradeChart(number, some)), ...further(all.length - PANELS, "chart"));
-  if (!all.length) byId("trade-charts").append(el("p", { class: "soft" }, "No defense with an ASR is among these runs."));
+  if (!all.length) byId("trade-charts").append(soft("No defense with an ASR is among these runs."));
   byId("trade-key").replaceChildren(...used.map((name) => {
     const { hue, shape } = markOf(name);
     const item = el("span", {}, el("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" }, el("path", { d: shape, class: hue })), name);
@@ -425,47 +432,60 @@ function dim(hidden) {
   for (const node of byId("trade-charts").querySelectorAll("g[data-defense]")) node.classList.toggle("dim", hidden(node));
 }
 
+const point = (x, y) => `${x.toFixed(1)} ${y.toFixed(1)}`;
+
 function tradeChart(number, cells) {
-  const width = 420, height = 300, left = 38, right = 12, top = 20, bottom = 34, low = Math.min(floorOf(cells), 0.9);
-  const x = (asr) => left + asr * (width - left - right), y = (acc) => height - bottom - ((acc - low) / (1 - low)) * (height - top - bottom);
+  const width = 420, height = 300, left = 38, right = width - 12, top = 20, bottom = height - 34, low = Math.min(floorOf(cells), 0.9);
+  const x = (asr) => left + asr * (right - left), y = (acc) => bottom - ((acc - low) / (1 - low)) * (bottom - top);
   const chart = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `ACC against ASR, ${titleOf(number)}` });
-  for (let step = 0; step <= 4; step++) {
-    const asr = step / 4, acc = low + (step / 4) * (1 - low);
-    chart.append(el("line", { x1: x(asr), x2: x(asr), y1: top, y2: height - bottom, class: "grid" }), el("text", { x: x(asr), y: height - bottom + 15, "text-anchor": "middle" }, percent(asr, 0)),
-      el("line", { x1: left, x2: width - right, y1: y(acc), y2: y(acc), class: "grid" }), el("text", { x: left - 6, y: y(acc) + 4, "text-anchor": "end" }, String(Math.round(1000 * acc) / 10)));
+  for (const part of [0, 0.25, 0.5, 0.75, 1]) {
+    const across = x(part), up = y(low + part * (1 - low));
+    chart.append(
+      el("line", { x1: across, x2: across, y1: top, y2: bottom, class: "grid" }),
+      el("text", { x: across, y: bottom + 15, "text-anchor": "middle" }, percent(part, 0)),
+      el("line", { x1: left, x2: right, y1: up, y2: up, class: "grid" }),
+      el("text", { x: left - 6, y: up + 4, "text-anchor": "end" }, String(Math.round(1000 * (low + part * (1 - low))) / 10)),
+    );
   }
-  chart.append(el("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "ASR, %"), el("text", { x: left, y: top - 4 }, "ACC, %"));
-  const nodes = cells.map((cell) => {
-    const { hue, shape } = markOf(cell.names[1]), at = [x(cell.asr[0]), y(cell.acc[0])], node = el("g", { "data-defense": cell.names[1], role: "img", "aria-label": `${cell.defense} on ${cell.attack}` });
-    if (cell.before?.acc != null && cell.before.asr !== null) {
-      const from = [x(cell.before.asr), y(cell.before.acc)];
-      node.append(el("path", { d: arrow(from, at), class: `arrow ${cell.oracle ? "hollow" : hue}` }), el("circle", { cx: from[0], cy: from[1], r: 3.5, class: "hollow" }));
-    }
-    node.append(el("path", { d: shape, transform: `translate(${at.map((value) => value.toFixed(1)).join(" ")})`, class: `mark ${hue}${cell.oracle ? " oracle-mark" : ""}` }));
-    if (cell.weak) node.setAttribute("opacity", "0.5");
-    return tipped(node, () => [nameOf(cell),
-      ...(cell.before ? [`before: ACC ${percent(cell.before.acc)}, ASR ${percent(cell.before.asr)}`] : []), ...METRICS.map((name) => `${name.toUpperCase()} ${shownText(cell, name)}`)]);
-  });
+  chart.append(el("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, "ASR, %"), el("text", { x: left, y: top - 4 }, "ACC, %"));
+  const nodes = cells.map((cell) => tradeMark(cell, x, y));
   chart.append(...nodes);
   roving(chart, nodes);
   return el("figure", {}, el("figcaption", {}, titleOf(number)), chart);
 }
 
+function tradeMark(cell, x, y) {
+  const { hue, shape } = markOf(cell.names[1]), at = [x(cell.asr[0]), y(cell.acc[0])], { before } = cell;
+  const node = el("g", { "data-defense": cell.names[1], role: "img", "aria-label": nameOf(cell), opacity: cell.weak ? 0.5 : 1 });
+  if (before.acc !== null && before.asr !== null) {
+    const from = [x(before.asr), y(before.acc)];
+    node.append(el("path", { d: arrow(from, at), class: `arrow ${cell.oracle ? "hollow" : hue}` }), el("circle", { cx: from[0], cy: from[1], r: 3.5, class: "hollow" }));
+  }
+  node.append(el("path", { d: shape, transform: `translate(${point(...at)})`, class: `mark ${hue}${cell.oracle ? " oracle-mark" : ""}` }));
+  return tipped(node, () => [
+    nameOf(cell),
+    `before: ACC ${percent(before.acc)}, ASR ${percent(before.asr)}`,
+    ...METRICS.map((name) => `${name.toUpperCase()} ${shownText(cell, name)}`),
+  ]);
+}
+
 function arrow([fromX, fromY], [toX, toY]) {
   const length = Math.hypot(toX - fromX, toY - fromY);
   if (length < 14) return "";
-  const [unitX, unitY] = [(toX - fromX) / length, (toY - fromY) / length], endX = toX - 8 * unitX, endY = toY - 8 * unitY;
-  const side = (sign) => `${(endX - 6 * unitX + sign * 3.5 * unitY).toFixed(1)} ${(endY - 6 * unitY - sign * 3.5 * unitX).toFixed(1)}`;
-  return `M${(fromX + 4 * unitX).toFixed(1)} ${(fromY + 4 * unitY).toFixed(1)}L${endX.toFixed(1)} ${endY.toFixed(1)}M${side(1)}L${endX.toFixed(1)} ${endY.toFixed(1)}L${side(-1)}`;
+  const unitX = (toX - fromX) / length, unitY = (toY - fromY) / length, endX = toX - 8 * unitX, endY = toY - 8 * unitY;
+  const side = (sign) => point(endX - 6 * unitX + sign * 3.5 * unitY, endY - 6 * unitY - sign * 3.5 * unitX);
+  return `M${point(fromX + 4 * unitX, fromY + 4 * unitY)}L${point(endX, endY)}M${side(1)}L${point(endX, endY)}L${side(-1)}`;
 }
 
 /* ---------- curves ---------- */
 
 function drawCurves() {
-  const kind = state.curve, has = (run) => run.curve && (kind === "measured" ? run.curve.measured.length : run.curve.loss.some((value) => value !== null));
+  const kind = state.curve;
+  const has = ({ curve }) => curve && (kind === "measured" ? curve.measured.length : curve.loss.some((value) => value !== null));
   const cells = visible().filter((cell) => cell.runs.some(has));
-  byId("curve-charts").replaceChildren(...cells.slice(0, state.curves).map((cell) => curveChart(cell, kind, `${nameOf(cell)} `, el("small", {}, `${cell.dataset}, ${cell.model}`))));
-  if (!cells.length) byId("curve-charts").append(el("p", { class: "soft" }, kind === "measured" ? "No run of this choice was measured between its epochs (--eval_every does it)." : "No run of this choice has a log of its epochs."));
+  const none = kind === "measured" ? "No run of this choice was measured between its epochs (--eval_every does it)." : "No run of this choice has a log of its epochs.";
+  const chart = (cell) => curveChart(cell, kind, `${nameOf(cell)} `, el("small", {}, `${cell.dataset}, ${cell.model}`));
+  byId("curve-charts").replaceChildren(...(cells.length ? cells.slice(0, state.curves).map(chart) : [soft(none)]));
   byId("more-curves").hidden = cells.length <= state.curves;
   byId("more-curves").textContent = showMore(CURVES, cells.length - state.curves);
   byId("curve-key").replaceChildren(...curveKey(kind), el("span", { class: "soft" }, "a line per seed; dashes part the stages"));
@@ -473,8 +493,8 @@ function drawCurves() {
 
 function curveKey(kind) {
   const names = kind === "measured" ? METRICS : ["loss"];
-  return names.map((name) => el("span", {}, el("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, el("line", { x1: 0, x2: 16, y1: 8, y2: 8, class: `line ${name}` })),
-    name === "loss" ? "training loss" : `${name.toUpperCase()}, %`));
+  const stroke = (name) => el("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, el("line", { x1: 0, x2: 16, y1: 8, y2: 8, class: `line ${name}` }));
+  return names.map((name) => el("span", {}, stroke(name), name === "loss" ? "training loss" : `${name.toUpperCase()}, %`));
 }
 
 function seriesOf(curve, kind) {
@@ -490,7 +510,8 @@ function curveChart(cell, kind, ...title) {
   const highest = kind === "loss" ? Math.max(1e-9, ...series.flatMap(([, points]) => points.map(([, value]) => value))) : 1;
   const x = (place) => left + (place / last) * (width - left - right), y = (value) => height - bottom - (value / highest) * (height - top - bottom);
   const tick = (value) => (kind === "loss" ? String(Number(value.toPrecision(2))) : percent(value, 0));
-  const chart = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${kind === "loss" ? "training loss" : "ACC, ASR and RA"} by epoch: ${nameOf(cell)}` });
+  const what = kind === "loss" ? "training loss" : "ACC, ASR and RA";
+  const chart = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${what} by epoch: ${nameOf(cell)}` });
   for (const part of [0, 0.5, 1]) {
     chart.append(el("line", { x1: left, x2: width - right, y1: y(part * highest), y2: y(part * highest), class: "grid" }),
       el("text", { x: left - 5, y: y(part * highest) + 4, "text-anchor": "end" }, tick(part * highest)));
@@ -502,7 +523,8 @@ function curveChart(cell, kind, ...title) {
     at += count;
   }
   for (const [name, points] of series) {
-    chart.append(el("path", { class: `line ${name}`, d: points.map(([place, value], number) => `${number ? "L" : "M"}${x(place).toFixed(1)} ${y(value).toFixed(1)}`).join("") }));
+    const way = points.map(([place, value]) => point(x(place), y(value))).join("L");
+    chart.append(el("path", { class: `line ${name}`, d: way && `M${way}` }));
     if (points.length < 12) chart.append(...points.map(([place, value]) => el("circle", { cx: x(place), cy: y(value), r: 2.2, class: name })));
   }
   const epochs = Math.max(...curves.map((curve) => curve.epoch.at(-1)));
@@ -516,7 +538,7 @@ function drawPictures(box, pictures) {
   const shown = pictures.filter((picture) => wanted(picture, ["dataset", "model", "attack", "defense"]));
   byId(box).replaceChildren(...shown.map((picture) => el("figure", {}, el("figcaption", {}, picture.caption, " ", el("small", {}, picture.path)),
     el("img", { src: picture.source, width: picture.size[0], height: picture.size[1], alt: picture.caption, loading: "lazy" }))));
-  if (!shown.length) byId(box).append(el("p", { class: "soft" }, "None of this choice."));
+  if (!shown.length) byId(box).append(soft("None of this choice."));
 }
 
 function list(title, lines) {
@@ -530,12 +552,13 @@ function drawFailures() {
     const table = DATA.tables[number];
     return wanted({ dataset: table.dataset, model: table.model, recipe: `${table.recipe}, ${table.precision}`, attack, defense });
   });
-  const lines = gaps.map(([number, , , attack, defense, have, want]) => `${titleOf(number)}: ${defense} on ${attack}, ${have ? `${have} of ${plural(want, "victim")}` : "no run"}`);
+  const found = (have, want) => (have ? `${have} of ${plural(want, "victim")}` : "no run");
+  const lines = gaps.map(([number, , , attack, defense, ...counts]) => `${titleOf(number)}: ${defense} on ${attack}, ${found(...counts)}`);
   const more = DATA.summary.missing - DATA.missing.length;
   byId("left-out").replaceChildren(...list(`Left out: ${DATA.left_out.length}`, DATA.left_out.map(([path, why]) => `${path}: ${why}`)),
-    ...list(`Missing cells: ${gaps.length}`, lines), ...(more ? [el("p", { class: "soft" }, `${more} more missing cells are not named here.`)] : []));
-  if (DATA.unshown) byId("left-out").append(el("p", { class: "soft" }, `Pictures not shown, for want of room or because the file is unusable: ${DATA.unshown}`));
-  if (!byId("left-out").childElementCount) byId("left-out").append(el("p", { class: "soft" }, "Nothing: every run found is above, and no combination is missing."));
+    ...list(`Missing cells: ${gaps.length}`, lines), ...(more ? [soft(`${more} more missing cells are not named here.`)] : []));
+  if (DATA.unshown) byId("left-out").append(soft(`Pictures not shown, for want of room or because the file is unusable: ${DATA.unshown}`));
+  if (!byId("left-out").childElementCount) byId("left-out").append(soft("Nothing: every run found is above, and no combination is missing."));
 }
 
 function startTheme() {
@@ -551,7 +574,10 @@ function startTheme() {
 function startPage() {
   const { runs, victims, repairs, seeds, missing, left_out: leftOut } = DATA.summary;
   const which = seeds.length <= 6 ? ` (${seeds.join(", ")})` : "";
-  byId("summary").textContent = `${plural(runs, "run")}: ${plural(victims, "victim")}, ${plural(repairs, "repair")}; ${plural(seeds.length, "seed")}${which}; ${plural(missing, "missing cell")}; ${leftOut} left out`;
+  byId("summary").textContent = [
+    `${plural(runs, "run")}: ${plural(victims, "victim")}, ${plural(repairs, "repair")}`,
+    `${plural(seeds.length, "seed")}${which}`, plural(missing, "missing cell"), `${leftOut} left out`,
+  ].join("; ");
   if (!DATA.scores.length) byId("scores").remove();
   if (!DATA.triggers.length) byId("triggers").remove();
   for (const section of document.querySelectorAll("main section"))
