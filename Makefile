@@ -5,6 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+TESTS := .venv/.ready-tests
 
 .PHONY: demo test lint setup clean
 .DEFAULT_GOAL := demo
@@ -18,14 +19,20 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
+# Ray for sweeps, a driver for the browser that the tests open the report in, tests in parallel
+$(TESTS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c constraints.txt
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/python attack/badnet.py --dataset digits --save_folder_name demo
 	$(BIN)/python defense/ft.py --result_file demo
 	$(BIN)/python defense/fmp.py --result_file demo
 	$(BIN)/python compare.py record/demo
 
-test: $(READY)
-	$(BIN)/python -m pytest
+# two processes, of one thread each: most tests start scripts, which is no work for several threads
+test: $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

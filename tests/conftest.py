@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from utils import files
+
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--epochs", "1")
 
@@ -74,5 +76,6 @@ def cifar():
     if not archive.is_file():
         pytest.skip("the CIFAR-10 pictures are not beside this checkout (../shared/data)")
     place = Path(os.environ.get("TMPDIR", "/tmp")) / "antidote-cifar10"
-    subprocess.run([archive, place], check=True, stdout=subprocess.DEVNULL)
+    with files.locked(place.with_suffix(".lock")):  # the tests run in several processes
+        subprocess.run([archive, place], check=True, stdout=subprocess.DEVNULL)
     return place
