@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from utils.stored import Stored
 
 
-def batches(split, size, *, generator=None, augment=None, drop_last=False):
+def batches(split, size, *, generator=None, augment=None, drop_last=False, part=None):
     """Yield (images float32 n,3,S,S in [0, 1], labels, positions) until every image was seen once.
 
     With a `generator` (on the split's device) the order is shuffled and `augment(images, generator)` is applied to
     the uint8 images. A last batch of one image joins the one before it, because batch normalisation cannot train on
-    it; `drop_last` leaves out every incomplete batch, unless it is the only one. Pictures that are not in memory are
-    read ahead, by a thread of their own.
+    it; `drop_last` leaves out every incomplete batch, unless it is the only one. `part` is the slice of each batch that is
+    yielded, of pictures that are those of the whole one. Pictures that are not in memory are read ahead, by a thread of
+    their own.
     """
     device, count = split.labels.device, len(split)
     order = torch.arange(count, device=device)
@@ -27,6 +28,8 @@ def batches(split, size, *, generator=None, augment=None, drop_last=False):
     for index, images in zip(parts, read, strict=True):
         if augment:
             images = augment(images, generator)
+        if part:
+            images, index = images[part], index[part]
         yield to_unit(images), split.labels[index], index
 
 

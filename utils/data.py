@@ -72,9 +72,9 @@ def side_of(name, image_size):
     return side
 
 
-def load(name, root, *, image_size=None, device="cpu", cache="data/cache", download=False, resident_gb=None):
+def load(name, root, *, image_size=None, device="cpu", cache="data/cache", download=False, resident_gb=None, copies=1):
     """(Spec, training Split, test Split) of a data set, its pictures on `device`, or `Stored` where they take more than
-    `resident_gb` (by default a third of what is free there).
+    `resident_gb` (by default a third of what is free there, shared by `copies` processes).
 
     Raises MissingError (exit 3) where the set is not below `root` or a picture is damaged.
     """
@@ -88,7 +88,7 @@ def load(name, root, *, image_size=None, device="cpu", cache="data/cache", downl
         meta = json.loads((folder / "meta.json").read_text())
         mean, std, flip = KNOWN.get(name, (meta["mean"], meta["std"], False))
         spec = Spec(name, meta["classes"], side, tuple(mean), tuple(std), flip, meta["fingerprint"])
-        budget = free_memory(device) / 3 if resident_gb is None else resident_gb * 1e9
+        budget = free_memory(device) / 3 / copies if resident_gb is None else resident_gb * 1e9
         stored = sum((folder / f"{split}.npy").stat().st_size for split in ("train", "test")) > budget
         return spec, *(_mapped(folder, split, device, stored) for split in ("train", "test"))
     except (OSError, ValueError, KeyError) as error:

@@ -8,12 +8,18 @@ import sys
 import psutil
 import torch
 
+from utils import crew
 from utils.errors import ConfigError
 
 
-def setup(config):
-    """(config with the precision resolved, torch.device); ConfigError where the device is not there."""
+def setup(config, workers=crew.ALONE):
+    """(config with the precision resolved, torch.device); ConfigError where the device is not there.
+
+    Of several `workers` each gets a GPU of its own.
+    """
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if workers.size > 1 and name.startswith("cuda"):
+        name = _own_gpu(name, workers)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -24,6 +30,17 @@ def setup(config):
     precision = config.precision if config.precision != "auto" else "bf16" if computes_bf16(device) else "fp32"
     keep_memory()
     return dataclasses.replace(config, precision=precision), device
+
+
+def _own_gpu(name, workers):
+    """The GPU of this process, of `workers.local_size` on this machine."""
+    count = torch.cuda.device_count()
+    if name != "cuda":
+        raise ConfigError(f"under torchrun every process has a GPU of its own: --device takes cuda, cpu or auto there, not {name!r}")
+    if 0 < count < workers.local_size:
+        raise ConfigError(f"torchrun has started {workers.local_size} processes on a machine of {count} GPUs: "
+                          f"--nproc_per_node {count}, or --device cpu")  # fmt: skip
+    return f"cuda:{workers.local_rank}"
 
 
 def computes_bf16(device):

@@ -6,8 +6,8 @@ from importlib.metadata import version
 
 import models
 from utils import config as options
+from utils import crew, files, metrics
 from utils import device as devices
-from utils import files, metrics
 
 VERSION = "0.1.0"
 FILE = "results.csv"
@@ -50,9 +50,11 @@ def measured(row):
     return {key: float(row[key]) if row[key] else None for key in ("acc", "asr", "ra")}
 
 
-def seal(row, config, device):
+def seal(row, config, device, workers=crew.ALONE):
     """(the bytes of results.csv, what record.json says of origin and cost) for a finished run."""
     row["device"], row["peak_mb"] = devices.name_and_peak(device)
+    if workers.size > 1:
+        row["device"] = f"{workers.size} x {row['device']}"
     commit = subprocess.run(["git", "rev-parse", "-q", "--verify", "HEAD"], cwd=options.ROOT, capture_output=True, text=True, check=False)
     kind = "attack" if row["defense"] == "none" else "defense"
     facts = {

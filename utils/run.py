@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import models
-from utils import data, files, metrics, poison, record, results, seeds, sources, train, workshop
+from utils import crew, data, files, metrics, poison, record, results, seeds, sources, train, workshop
 from utils.batch import augmentation, lengths
 from utils.config import Attack, CleanModel, Training, digest, find_record, identity
 from utils.device import setup
@@ -30,7 +30,7 @@ CLEAN = {
 WEAK = 0.5  # ACC below which a clean model deserves a warning
 
 
-def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover_ratio=0.0, make_loss=None):
+def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover_ratio=0.0, make_loss=None, workers=None):
     """Poison a data set, train a victim on it, judge it and save the record.
 
     `script` is the attack's module name. `make_trigger(config, spec, stage)` gives the trigger of stage train or test.
@@ -38,29 +38,43 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
     record, and make_trigger and make_cover get them as `parts`; under `victim/` there may be the weights that
     the victim starts from. `make_cover(config, spec)` disturbs the
     share `cover_ratio` of the training set, drawn from the rest, which keeps its labels. With `make_loss(config,
-    trigger, relabel)` the set stays clean, and the attack is in what `train.fit` minimises.
+    trigger, relabel)` the set stays clean, and the attack is in what `train.fit` minimises. `workers` are the processes
+    that train the victim together, by default those that torchrun has started.
     """
-    name = script.rpartition(".")[2]
-    config, device = setup(dataclasses.replace(config, save_folder_name=config.save_folder_name or f"{name}_{config.dataset}"))
+    name, workers = script.rpartition(".")[2], workers or crew.found()
+    if make_loss and workers.size > 1:
+        raise ConfigError(f"{name} brings a loss of its own and runs in one process: start it without torchrun")
+    crew.require_parts([config.batch_size], workers)
+    config = dataclasses.replace(config, save_folder_name=config.save_folder_name or f"{name}_{config.dataset}")
+    config, device = setup(config, workers)
     models.check(config.model, config.width)
     folder = Path(config.record_path) / config.save_folder_name
     select = partial(_select, config=config, cover_ratio=cover_ratio)
     if config.dry_run:
-        return _plan_attack(config, folder, select, in_loop=make_loss is not None)
-    if not record.begin(folder, config, kind="attack"):
-        return _already_done(folder)
+        return None if workers.rank else _plan_attack(config, folder, select, in_loop=make_loss is not None)
+    begun = workers.rank > 0 or record.begin(folder, config, kind="attack")
+    with crew.joined(workers, device):
+        if not crew.tell(begun, workers):
+            return _already_done(folder)
+        _attack(name, config, device, folder, select, make_trigger, prepare, make_cover, make_loss, workers)
 
+
+def _attack(name, config, device, folder, select, make_trigger, prepare, make_cover, make_loss, workers):
     state = folder / "state"
-    spec, clean, test = data.load(config.dataset, config.dataset_path, image_size=config.image_size, device=device,
-                                  cache=config.cache_path, download=config.download, resident_gb=config.resident_gb)  # fmt: skip
+    with crew.first(workers):
+        spec, clean, test = data.load(config.dataset, config.dataset_path, image_size=config.image_size, device=device,
+                                      cache=config.cache_path, download=config.download, resident_gb=config.resident_gb,
+                                      copies=1 if device.type == "cuda" else workers.local_size)  # fmt: skip
+    crew.require_same((spec.fingerprint, config.precision), "other pictures than the first one, or another precision", workers)
     index, cover = select(clean.truth, spec.classes)
     n_poison = len(index)
     relabel = poison.relabelling(config.label_mode, config.attack_target, spec.classes)
     parts, origin = {}, {}
     if prepare:
-        parts, origin = workshop.prepared(
-            prepare, config, workshop.Workshop(spec, clean, index, partial(clean_model, config, spec, device)), state
-        )
+        with crew.first(workers):
+            parts, origin = workshop.prepared(
+                prepare, config, workshop.Workshop(spec, clean, index, partial(clean_model, config, spec, device)), state
+            )
         make_trigger, make_cover = (make and partial(make, parts=parts) for make in (make_trigger, make_cover))
     shown = make_trigger(config, spec, "test")
     test_index, backdoor = poison.backdoored(test, shown, relabel)
@@ -79,12 +93,14 @@ def attack(script, config, make_trigger, *, prepare=None, make_cover=None, cover
     if start := record.start_weights(parts):
         model.load_state_dict(start)
     train.fit(model, found, config, loss=loss, augment=augmentation(spec, config.pad), drop_last=True,
-              on_epoch=partial(judge.measure, "train"), checkpoint=state / "train.safetensors")  # fmt: skip
+              on_epoch=partial(judge.measure, "train"), checkpoint=state / "train.safetensors", workers=workers)  # fmt: skip
+    if workers.rank:
+        return
     seconds = judge.clock.seconds
     after = judge.measure("final", model)
 
     row = results.of_attack(name, config, after, exam, n_poison, len(clean), seconds)
-    table, facts = results.seal(row, config, device)
+    table, facts = results.seal(row, config, device, workers)
     eight = torch.linspace(0, len(backdoor) - 1, 8).long().unique() if len(backdoor) else torch.arange(0)
     contents = {
         record.WEIGHTS: record.weights_file(model),
@@ -106,6 +122,8 @@ def defend(script, config, repair, *, stage="repair", selection="fixed"):
     `selection` says how the method's settings were chosen: none, fixed, val or oracle.
     """
     name = script.rpartition(".")[2]
+    if crew.found().size > 1:
+        raise ConfigError(f"the defense {name} runs in one process: start it without torchrun")
     config, device = setup(dataclasses.replace(config, save_folder_name=config.save_folder_name or name))
     info = record.verify(config.record, "attack")
     folder, victim_sum = config.record / "defense" / config.save_folder_name, info["files"][record.WEIGHTS]
@@ -157,7 +175,9 @@ def clean_model(config, spec, device):
         with files.locked(folder.with_suffix(".lock")), contextlib.redirect_stdout(sys.stderr):  # of two runs at once, one trains
             if not (folder / "record.json").is_file():
                 print(f"a clean model is trained first and kept in {folder}")
-                attack("clean", dataclasses.replace(made, save_folder_name=label), lambda *_: lambda images, index: images)
+                attack(
+                    "clean", dataclasses.replace(made, save_folder_name=label), lambda *_: lambda images, index: images, workers=crew.ALONE
+                )
     info = record.verify(folder, "attack")
     row = files.read_csv(folder / results.FILE)[0]
     if row["n_poison"] != "0":

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils import files, seeds
+from utils import crew, files, seeds
 from utils.batch import batches, lengths, mixed_precision
 from utils.errors import RefusedError, UserError
 
@@ -34,7 +34,7 @@ def adam(parameters, config):
 
 
 def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None, drop_last=False, after_step=None, on_epoch=None,
-        checkpoint=None):  # fmt: skip
+        checkpoint=None, workers=crew.ALONE):  # fmt: skip
     """Train `model` in place on `split` and return it, in the mode it came in.
 
     `config` gives epochs, batch_size, lr, lr_min, schedule, warmup, momentum, nesterov, weight_decay, compile, random_seed
@@ -44,28 +44,35 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
     every optimiser step, `on_epoch(model, epoch=, loss=, lr=)` after every epoch with its mean loss. With a `checkpoint`
     path the state after every epoch is kept there, and training goes on from what lies there; every epoch draws from
     its own seed, so an interrupted CPU run ends with the same weights.
+    With several `workers`, who have joined, each one computes its part of every batch, and all end with the same weights;
+    the first one calls `on_epoch` and writes the checkpoint, which all can read. A `loss` must be a mean over pictures then.
     Raises UserError (exit 1) when the loss is no longer a number.
     """
     device, training = split.labels.device, model.training
     model.to(memory_format=torch.channels_last)
-    network = model if config.compile == "none" else torch.compile(model, mode=COMPILE[config.compile])
+    network = model if workers.size == 1 else crew.spread(model)
+    network = network if config.compile == "none" else torch.compile(network, mode=COMPILE[config.compile])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer(parameters, config)
     memory = loss.to(device) if isinstance(loss, nn.Module) else nn.Module()
     done = load_state(checkpoint, model, optimizer, memory) if checkpoint else 0
-    steps = len(lengths(len(split), config.batch_size, drop_last=drop_last))
+    sizes = lengths(len(split), config.batch_size, drop_last=drop_last)
+    crew.require_parts(sizes, workers)
+    crew.require_same(done, "another checkpoint than the first one: all nodes need the same file system below --record_path", workers)
+    steps, weights = len(sizes), [crew.weight(size, workers) for size in sizes]
     with tqdm(total=steps * config.epochs, initial=steps * done, desc="training", unit=" steps", disable=None) as bar:
         for epoch in range(done, config.epochs):
             rates = [SCHEDULES[config.schedule](epoch, step / steps, config) for step in range(steps)]
-            order = batches(split, config.batch_size, generator=_seeded(config.random_seed, epoch, device),
-                            augment=augment, drop_last=drop_last)  # fmt: skip
-            mean = _epoch(network, order, rates, loss, optimizer, config.precision, after_step, bar)
+            order = batches(split, config.batch_size, generator=_seeded(config.random_seed, epoch, device, workers),
+                            augment=augment, drop_last=drop_last, part=crew.part(workers))  # fmt: skip
+            mean = crew.mean(*_epoch(network, order, rates, weights, loss, optimizer, config.precision, after_step, bar), workers)
+            crew.settle(model, workers)
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} after epoch {epoch + 1}: lower --lr, which is {config.lr}")
             bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
-            if on_epoch:
+            if on_epoch and workers.rank == 0:
                 on_epoch(model, epoch=epoch + 1, loss=round(mean, 6), lr=round(rates[-1], 8))
-            if checkpoint:
+            if checkpoint and workers.rank == 0:
                 save_state(checkpoint, model, optimizer, epoch + 1, memory)
     return model.train(training)
 
@@ -88,28 +95,29 @@ def one_cycle(epoch, share, config):
 SCHEDULES = {"cosine": cosine, "one_cycle": one_cycle}
 
 
-def _epoch(model, order, rates, loss, optimizer, precision, after_step, bar):
-    """One pass, a rate for every step; the mean loss, read from the device once at the end."""
+def _epoch(model, order, rates, weights, loss, optimizer, precision, after_step, bar):
+    """One pass, a rate and the loss's weight for every step; (sum of the losses, left on the device, pictures)."""
     model.train()
     total, count = 0, 0
-    for rate, (images, labels, index) in zip(rates, order, strict=True):
+    for rate, weight, (images, labels, index) in zip(rates, weights, order, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         with mixed_precision(labels.device, precision):
             value = loss(model, images, labels, index)
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        (value if weight == 1 else weight * value).backward()
         optimizer.step()
         if after_step:
             after_step()
         total += value.detach() * len(labels)
         count += len(labels)
         bar.update()
-    return float(total) / max(count, 1)
+    return total, count
 
 
-def _seeded(seed, epoch, device):
+def _seeded(seed, epoch, device, workers):
     """The generator of one epoch's order and augmentation; dropout draws from the global one, which is seeded too."""
-    torch.manual_seed(seeds.number("dropout", seed, epoch))
+    others = [workers.rank] if workers.rank else []  # no two parts of a batch lose the same features
+    torch.manual_seed(seeds.number("dropout", seed, epoch, *others))
     return seeds.generator("epoch", seed, epoch, device=device)
 
 

@@ -1,0 +1,157 @@
+"""Several processes that train one model together, each on its part of every batch; torchrun starts them."""
+
+import contextlib
+import copy
+import inspect
+import os
+import signal
+import sys
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import ConfigError, UserError
+
+PATIENCE = timedelta(days=1)  # the first process may make a trigger, and train a clean model for it, while the others wait
+
+
+class Workers(NamedTuple):
+    """Which process this is of how many: in all, and on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int = 0
+    local_size: int = 1
+
+
+ALONE = Workers(0, 1)
+
+
+def found():
+    """This process's place as torchrun has put it into the environment; ALONE without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ALONE
+    return Workers(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+
+
+@contextlib.contextmanager
+def joined(workers, device):
+    """The time in which the processes can speak to each other; all but the first print nothing.
+
+    The processes of a GPU each exchange tensors between the GPUs, all exchange what is on the CPU. Raises UserError
+    (exit 1) in the first process when another one has ended.
+    """
+    if workers.size == 1:
+        yield
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):  # Python's handlers are not called while a process waits for another
+        signal.signal(number, signal.SIG_DFL)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        with _silent() if workers.rank else contextlib.nullcontext():
+            yield
+            tell(None, workers)  # the others leave when the first one does
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        if workers.rank:
+            sys.exit(1)  # whoever ended has said why, and the first process says what follows
+        raise UserError("another process of this training has ended; the same command resumes after the last finished epoch") from error
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _silent():
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _lost(error):
+    """Whether an error means that another process does not answer any more."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def tell(value, workers):
+    """The first process's `value`, for which the others wait."""
+    if workers.size == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, 0)
+    return held[0]
+
+
+@contextlib.contextmanager
+def first(workers):
+    """The first process does what stands inside before the others do, which then find the files that it has written."""
+    if workers.rank:
+        tell(None, workers)
+    yield
+    if not workers.rank:
+        tell(None, workers)
+
+
+def require_same(value, what, workers):
+    """Raise ConfigError (exit 2) unless `value` is the same in all processes; `what` says what it is, and the remedy."""
+    if workers.size == 1:
+        return
+    values = [None] * workers.size
+    dist.all_gather_object(values, value)
+    if other := [rank for rank in range(workers.size) if values[rank] != values[0]]:
+        raise ConfigError(f"process {other[0]} of {workers.size} has {what}")
+
+
+def require_parts(sizes, workers):
+    """Raise ConfigError (exit 2) where one of the batches, of `sizes` pictures, leaves a process without any."""
+    if min(sizes, default=workers.size) < workers.size:
+        raise ConfigError(f"a batch of {min(sizes)} pictures cannot be shared by {workers.size} processes: "
+                          "raise --batch_size or start fewer with torchrun's --nproc_per_node")  # fmt: skip
+
+
+def part(workers):
+    """The slice of every batch that this process computes; None where it computes all."""
+    return slice(workers.rank, None, workers.size) if workers.size > 1 else None
+
+
+def weight(count, workers):
+    """What a part's mean loss counts in a batch of `count` pictures, so that the mean over the processes is the batch's."""
+    return len(range(workers.rank, count, workers.size)) * workers.size / count
+
+
+def spread(model):
+    """The network through which `model` is trained: with the same tensors, and the mean of all processes' gradients.
+
+    On GPUs its batch normalisation takes the statistics of whole batches; torch has none that does so on CPUs.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the caller's model keeps its own layers
+    if tensors[0].is_cuda:
+        twin = nn.SyncBatchNorm.convert_sync_batchnorm(twin)
+    new, old = "forward_sync_buffers", "broadcast_buffers"  # one option under the names of newer and older versions of torch
+    name = new if new in inspect.signature(DistributedDataParallel).parameters else old
+    return DistributedDataParallel(twin, **{name: False})
+
+
+def settle(model, workers):
+    """Give the batch normalisation of all processes the mean of their running statistics."""
+    if workers.size == 1:
+        return
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            dist.all_reduce(buffer)
+            buffer /= workers.size
+
+
+def mean(total, count, workers):
+    """The mean of `count` values whose sum is `total`, or of those of all processes."""
+    if workers.size > 1:
+        both = torch.stack([total.double(), torch.full_like(total, count, dtype=torch.float64)])
+        dist.all_reduce(both)
+        total, count = both.tolist()
+    return float(total) / max(count, 1)
