@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._inductor.exc import InvalidCxxCompiler
 
 import models
 from utils import batch, launch, poison, seeds, train
@@ -147,6 +146,8 @@ def test_compiled_training_ends_with_the_same_weights():
 
 
 def test_a_compiler_that_is_missing_is_named(monkeypatch):
+    from torch._inductor.exc import InvalidCxxCompiler  # only here: loading it takes seconds
+
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/bin/false"))
     text, code = launch._explain(InvalidCxxCompiler())
     assert code == 1 and re.fullmatch(r"torch.compile failed, .*/bin/false.*; --compile none does without", text)
