@@ -138,7 +138,7 @@ def test_what_torchrun_cannot_start_is_refused(script, words, sentence, places, 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="2 processes on a machine of 1 GPUs: --nproc_per_node 1"):
+    with pytest.raises(ConfigError, match="2 processes, but GPUs here: 1; start it with --nproc_per_node 1"):
         device.setup(SimpleNamespace(device="cuda"), crew.Workers(1, 2, 1, 2))
 
 

@@ -33,8 +33,8 @@ def trained(network, data, workers, **how):
     """(weights, mean losses) after four epochs."""
     losses = []
     config = options(lr=0.1)
-    train.fit(network, data, config, augment=batch.augmentation(SPEC), workers=workers, **{
-        "on_epoch": lambda model, epoch, loss, lr: losses.append(loss), **how})  # fmt: skip
+    train.fit(network, data, config, augment=batch.augmentation(SPEC), workers=workers,
+              on_epoch=lambda model, epoch, loss, lr: losses.append(loss), **how)  # fmt: skip
     return weights(network), torch.tensor(losses)
 
 

@@ -42,8 +42,7 @@ def found():
 def joined(workers, device):
     """The time in which the processes can speak to each other; all but the first print nothing.
 
-    The processes of a GPU each exchange tensors between the GPUs, all exchange what is on the CPU. Raises UserError
-    (exit 1) in the first process when another one has ended.
+    Tensors go from GPU to GPU, or from CPU to CPU. Raises UserError (exit 1) in the first process when another one has ended.
     """
     if workers.size == 1:
         yield
@@ -64,7 +63,8 @@ def joined(workers, device):
             sys.exit(1)  # whoever ended has said why, and the first process says what follows
         raise UserError("another process of this training has ended; the same command resumes after the last finished epoch") from error
     finally:
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # or it would hide why the processes part
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

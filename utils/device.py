@@ -38,8 +38,8 @@ def _own_gpu(name, workers):
     if name != "cuda":
         raise ConfigError(f"under torchrun every process has a GPU of its own: --device takes cuda, cpu or auto there, not {name!r}")
     if 0 < count < workers.local_size:
-        raise ConfigError(f"torchrun has started {workers.local_size} processes on a machine of {count} GPUs: "
-                          f"--nproc_per_node {count}, or --device cpu")  # fmt: skip
+        raise ConfigError(f"torchrun has started {workers.local_size} processes, but GPUs here: {count}; "
+                          f"start it with --nproc_per_node {count}, or --device cpu")  # fmt: skip
     return f"cuda:{workers.local_rank}"
 
 
