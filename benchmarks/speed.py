@@ -58,12 +58,12 @@ begin = time.perf_counter()
 from attack import badnet
 from utils import config, train
 
-def epoch(network, order, rates, *rest):
+def epoch(network, order, rates, weights, *rest):
     if {start}:
         next(order)
         print("first", time.perf_counter() - begin, flush=True)
         sys.exit(0)
-    return whole(network, itertools.islice(order, 20), rates[:20], *rest)
+    return whole(network, itertools.islice(order, 20), rates[:20], weights[:20], *rest)
 
 whole, train._epoch = train._epoch, epoch
 badnet.main(config.parse(badnet.Config, sys.argv[1:]))
