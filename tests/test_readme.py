@@ -39,7 +39,7 @@ def bench(tmp_path_factory, places):
     place = tmp_path_factory.mktemp("readme")
     for name in ("attack", "defense", "models", "utils", "config", "benchmarks"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("compare.py", "pyproject.toml", "requirements.txt", "Makefile", "constraints.txt"):
+    for name in ("compare.py", "sweep.py", "pyproject.toml", "requirements.txt", "Makefile", "constraints.txt"):
         shutil.copy(ROOT / name, place / name)
     return place
 
@@ -72,13 +72,16 @@ def test_every_command_runs(bench):
     for line in SCRIPTS:
         words = shlex.split(line)[1:]
         module = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py").replace("/", "."), *words[1:]]
-        words = small(module) if not module[0].startswith(("compare", "benchmarks")) else module
+        words = small(module) if not module[0].startswith(("compare", "benchmarks", "sweep")) else module
         if words[0].startswith("attack."):
             words += ["--dataset", "digits", "--model", "resnet9", "--width", "8", "--epochs", "1"]
         elif words[0].startswith("defense."):
             words += few(words[0])
         elif words[0].startswith("benchmarks."):
             words = [word for word in words if word != "--save"] + ["--parts", "stamp", "--scale", "0.01"]
+        elif words[0] == "sweep":
+            (bench / words[1]).write_text("{attack: badnet, defense: ft}")
+            words += ["--engine", "serial", "--", "--epochs", "1"]
         environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
         done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
