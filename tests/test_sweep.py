@@ -1,5 +1,6 @@
 """Grids: which runs they are, that each is run once and to its end, and what is left when something fails or is killed."""
 
+import dataclasses
 import re
 import signal
 import subprocess
@@ -255,6 +256,29 @@ def test_ray_runs_a_grid_on_this_machine(sweep, tmp_path):
     assert refused.stderr == "error: no machine has 1000 CPUs for a run: lower --cpus\n"
     nobody = sweep({**SMALL, "seed": 1}, "--address", "127.0.0.1:1", code=2)
     assert nobody.stderr.startswith("error: no Ray cluster answers at 127.0.0.1:1")
+
+
+def test_runs_share_a_gpu_and_a_full_disk_is_told(tmp_path):
+    """On two nodes that say they have a GPU each; half of one is asked for."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    (tmp_path / "look.py").write_text("import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])")
+    (tmp_path / "full").symlink_to("/dev/full")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=4, num_gpus=1)
+        jobs = [engines.Job(str(n), [str(tmp_path / "look.py")], tmp_path / "none", tmp_path / f"{n}.log", tmp_path) for n in range(4)]
+        assert [code for _, code in engines.with_ray(jobs, address=cluster.address, cpus=2, gpus=0.5)] == [0] * 4
+        assert {re.findall(r"^sees .*", (tmp_path / f"{n}.log").read_text(), re.M)[0] for n in range(4)} == {"sees 0 2"}
+        with pytest.raises(ConfigError, match="no machine has 2 GPUs for a run: lower --gpus"):
+            list(engines.with_ray(jobs, address=cluster.address, gpus=2))
+        jobs = [dataclasses.replace(jobs[0], log=tmp_path / "full")]
+        with pytest.raises(OSError, match="No space left"):
+            list(engines.with_ray(jobs, address=cluster.address))
+    finally:
+        cluster.shutdown()
 
 
 def test_runs_survive_the_death_of_a_node(sweep, tmp_path):

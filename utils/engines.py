@@ -54,7 +54,7 @@ def execute(job, before=0, threads=None):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         words = [sys.executable, str(ROOT / job.words[0]), *job.words[1:]]
         with subprocess.Popen(words, cwd=job.place, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                              pass_fds=[lock.fileno()], preexec_fn=_end_with_parent) as command:  # fmt: skip
+                              pass_fds=[lock.fileno()], preexec_fn=_end_with_parent()) as command:  # fmt: skip
             try:
                 while command.poll() is None:
                     time.sleep(0.1)  # not wait(): Ray could not interrupt that
@@ -67,9 +67,11 @@ def execute(job, before=0, threads=None):
 
 
 def _end_with_parent():
-    """A command ends (as by SIGTERM, with a checkpoint) when the process that started it is killed; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    """What a new process does first, so that it ends (as by SIGTERM, with a checkpoint) when the one that started it is killed."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def in_order(jobs, **_):
@@ -105,7 +107,7 @@ def with_ray(jobs, *, address=None, cpus=1, gpus=None):
             while waiting:
                 (ended, *_), _ = ray.wait(list(waiting))
                 yield waiting.pop(ended), _outcome(ray, ended)
-        except (KeyboardInterrupt, GeneratorExit, SystemExit):
+        except BaseException:
             for left in waiting:
                 ray.cancel(left)
             ray.wait(list(waiting), num_returns=len(waiting), timeout=30)  # commands leave their checkpoints
@@ -137,6 +139,8 @@ def _outcome(ray, ended):
     """A job's exit code; -9 where Ray has given it up, because machine after machine died under it."""
     try:
         return ray.get(ended)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # a full disk, say, which is no fault of the command's
     except ray.exceptions.RayError:
         return -signal.SIGKILL
 
