@@ -28,7 +28,7 @@ demo: $(READY)
 	$(BIN)/python attack/badnet.py --dataset digits --save_folder_name demo
 	$(BIN)/python defense/ft.py --result_file demo
 	$(BIN)/python defense/fmp.py --result_file demo
-	$(BIN)/python compare.py record/demo
+	$(BIN)/python compare.py record/demo --html record/demo.html
 
 # two processes, of one thread each: most tests start scripts, which is no work for several threads
 test: $(TESTS)

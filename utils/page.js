@@ -537,7 +537,7 @@ function curveChart(cell, kind, ...title) {
 function drawPictures(box, pictures) {
   const shown = pictures.filter((picture) => wanted(picture, ["dataset", "model", "attack", "defense"]));
   byId(box).replaceChildren(...shown.map((picture) => el("figure", {}, el("figcaption", {}, picture.caption, " ", el("small", {}, picture.path)),
-    el("img", { src: picture.source, width: picture.size[0], height: picture.size[1], alt: picture.caption, loading: "lazy" }))));
+    el("img", { src: picture.source, width: picture.size[0], height: picture.size[1], alt: picture.caption, decoding: "async" }))));
   if (!shown.length) byId(box).append(soft("None of this choice."));
 }
 
