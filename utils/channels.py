@@ -1,4 +1,4 @@
-"""The feature maps of a network's convolutions: reading them, and switching some of them off."""
+"""The feature maps of a network's convolutions and batch norms: reading them, and switching some of them off."""
 
 import sys
 
@@ -76,3 +76,31 @@ def zeroing(entries):
             parameter.mul_(mask)
 
     return prune
+
+
+def prune_outliers(model, record, scores, u, *, shifts):
+    """Switch off the channels whose score stands out in their layer, and keep and report what was found.
+
+    `scores` are {batch norm: scores C}, of which the high ones are suspicious. The scale of such a channel becomes zero,
+    with `shifts` its shift too; nothing else of the model changes.
+    """
+    doomed = {name: outliers(values, u) for name, values in scores.items()}
+    entries = []
+    for name, gone in doomed.items():
+        norm, channels = model.get_submodule(name), gone.nonzero().flatten().tolist()
+        entries += [(parameter, channels) for parameter in ((norm.weight, norm.bias) if shifts else (norm.weight,))]
+    zeroing(entries)()
+    kept = {f"{name}/score": values for name, values in scores.items()} | {f"{name}/pruned": gone for name, gone in doomed.items()}
+    record.keep("scores.safetensors", kept)
+    count, layers = sum(int(gone.sum()) for gone in doomed.values()), sum(bool(gone.any()) for gone in doomed.values())
+    print(f"pruning {count} of {sum(map(len, doomed.values()))} channels, in {layers} of {len(doomed)} batch norms", file=sys.stderr)
+    record.report("pruned", model)
+
+
+def outliers(scores, u):
+    """Which of the scores C of a layer, a bool each, exceed their mean + u * standard deviation (of C - 1 degrees of freedom).
+
+    A score that is not finite is left out. Of n values none can exceed it where u is (n - 1) / sqrt(n) or more.
+    """
+    known = scores[scores.isfinite()]
+    return scores > known.mean() + u * known.std() if len(known) > 1 else torch.zeros_like(scores, dtype=torch.bool)
