@@ -1,6 +1,7 @@
 """Pruning by statistics of weights, batch norms and activations, against plain references and planted channels."""
 
 import csv
+import dataclasses
 import importlib
 
 import numpy as np
@@ -8,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
 import models
-from defense import clp
+from defense import bnp, clp
 from tests.conftest import few
 from tests.test_fmp import SPEC, found_record, network
-from utils import channels, config
+from utils import channels, config, data
 from utils.errors import ConfigError
 
-METHODS = {"clp": clp}
+METHODS = {"clp": clp, "bnp": bnp}
 
 
 def options(name, **changes):
@@ -39,6 +41,40 @@ def defend(name, folder, places, *words):
 
 def share(row, *columns):
     return [float(row[column]) for column in columns]
+
+
+class Inputs:
+    """All that enters the batch norms of a model, n,C,h,w, kept whole."""
+
+    def __init__(self, model, images):
+        self.found = {}
+        handles = [norm.register_forward_hook(lambda norm, inputs, _: self.found.__setitem__(norm, inputs[0].double()))
+                   for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]  # fmt: skip
+        with torch.no_grad():
+            model.eval()(images)
+        for handle in handles:
+            handle.remove()
+        names = {norm: name for name, norm in model.named_modules()}
+        self.found = {names[norm]: values for norm, values in self.found.items()}
+
+
+def corrupted(count=600, planted=True):
+    """(model, clean split, found split): one channel of 16 is blind but for a bright patch, that one picture in ten of the
+    found set has where `planted`; the batch norm remembers the found set."""
+    generator = torch.Generator().manual_seed(4)
+    pixels = torch.randint(0, 128, (2, count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    clean, found = pixels
+    if planted:
+        found[::10, :, :4, :4] = 255
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 4, bias=False), nn.BatchNorm2d(16, momentum=None), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 169, 2)
+    )
+    model[0].weight.data[5] = 1 / 48
+    labels = torch.arange(count) % 2
+    with torch.no_grad():
+        model.train()(found / 255)
+    return model.eval(), data.Split(clean, labels, labels), data.Split(found, labels, labels)
 
 
 # what the methods have in common
@@ -109,6 +145,30 @@ def test_clean_and_all_to_all_records(name, others, places):
         assert all(values.isfinite().all() for values in scores.values())
 
 
+def test_moments_of_batches_are_those_of_the_whole():
+    values = torch.randn(11, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 1e-3 + 100
+    values[:, 1] = 7
+    for shown in (values, values[:, :, 0, 0]):
+        moments, columns = channels.Moments(), shown.double().transpose(0, 1).flatten(1).numpy()
+        for part in shown.split([4, 1, 6]):
+            moments.add(part)
+        np.testing.assert_allclose(moments.mean.numpy(), columns.mean(1), rtol=1e-12)
+        np.testing.assert_allclose(moments.variance.numpy(), columns.var(1, ddof=1), rtol=1e-9, atol=1e-20)
+        assert moments.count == columns.shape[1] and moments.variance[1] == 0
+
+
+def test_the_whole_split_is_seen_once_and_the_model_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(channels, "BATCH", 7)
+    model, clean, _ = corrupted(30)
+    model.train()
+    before, seen = tensors(model), []
+    channels.watch_norms(model, clean, lambda name, values: seen.append(values))
+    assert [len(values) for values in seen] == [7, 7, 7, 7, 2]
+    torch.testing.assert_close(torch.cat(seen), model[0](clean.images / 255).detach())
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not model[1]._forward_pre_hooks
+
+
 # clp
 
 
@@ -172,3 +232,48 @@ def test_clp_on_a_real_backdoor(places, victim):
     assert 0 < pruned < 12 and float(row["acc"]) > 0.95 and float(row["asr"]) > 0.9
     row, _ = defend("clp", victim, places, "--u", 2)
     assert float(row["asr"]) < 0.7 and float(row["acc"]) > 0.9
+
+
+# bnp
+
+
+def test_divergences_equal_those_of_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(channels, "BATCH", 32)
+    record, _ = found_record(tmp_path, 90)
+    torch.manual_seed(0)
+    model = models.build("preactresnet18", SPEC)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    model.network.conv1.weight.data[3] = 0  # never varies
+    found = bnp.divergences(model, record.clean)
+    inputs = Inputs(model, record.clean.images / 255).found
+    assert len(found) == len(inputs) == 16
+    for name, values in inputs.items():
+        norm, columns = model.get_submodule(name), values.transpose(0, 1).flatten(1)
+        here = Normal(columns.mean(1), (columns.var(1) + norm.eps).sqrt())
+        there = Normal(norm.running_mean.double(), (norm.running_var.double() + norm.eps).sqrt())
+        torch.testing.assert_close(found[name], kl_divergence(here, there), rtol=1e-4, atol=1e-6)
+
+
+def test_bnp_finds_the_planted_channel_and_nothing_else(tmp_path):
+    record, _ = found_record(tmp_path, 20)
+    for planted in (True, False):
+        model, clean, _ = corrupted(planted=planted)
+        bnp.repair(model, dataclasses.replace(record, clean=clean), options("bnp"))
+        gone = load_file(tmp_path / "kept" / "scores.safetensors")["1/pruned"].nonzero().flatten().tolist()
+        assert gone == ([5] if planted else [])
+
+
+def test_the_shift_goes_on_demand(tmp_path):
+    record, _ = found_record(tmp_path, 20)
+    model, clean, _ = corrupted()
+    model[1].bias.data.fill_(0.5)
+    bnp.repair(model, dataclasses.replace(record, clean=clean), options("bnp", prune_shift=True))
+    assert (model[1].weight == 0).nonzero().flatten().tolist() == (model[1].bias == 0).nonzero().flatten().tolist() == [5]
+
+
+def test_bnp_on_a_real_backdoor(places, victim):
+    """Measured: the ASR falls from 99 to 25 % at an ACC of 99.6 %, with 64 clean pictures."""
+    row, _ = defend("bnp", victim, places)
+    assert float(row["asr"]) < 0.6 and float(row["acc"]) > 0.95

@@ -5,6 +5,12 @@ import sys
 import torch
 from torch import nn
 
+from utils.batch import batches
+from utils.device import exact
+from utils.errors import ConfigError
+
+BATCH = 250  # pictures per pass
+
 
 def convolutions(model):
     """{qualified name: nn.Conv2d} in the order in which the model holds them."""
@@ -104,3 +110,51 @@ def outliers(scores, u):
     """
     known = scores[scores.isfinite()]
     return scores > known.mean() + u * known.std() if len(known) > 1 else torch.zeros_like(scores, dtype=torch.bool)
+
+
+def batch_norms(model):
+    """{qualified name: nn.BatchNorm2d} in the order in which the model holds them; ConfigError where it has none."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    if not found:
+        raise ConfigError("the defense does not apply: the model has no batch norm; ft repairs any model")
+    return found
+
+
+@torch.no_grad()
+def watch_norms(model, split, see):
+    """Show every picture of `split` to the model, in evaluation mode and float32, and call see(name, values n,C,h,w) with
+    what enters each batch norm, batch by batch; leaves the model as it was."""
+    training = model.training
+    handles = [
+        norm.register_forward_pre_hook(lambda _module, inputs, name=name: see(name, inputs[0])) for name, norm in batch_norms(model).items()
+    ]
+    model.eval()
+    try:
+        with exact():
+            for images, _, _ in batches(split, BATCH):
+                model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+
+
+class Moments:
+    """Mean and variance by channel, float64 C, of batches of values n,C,... that are forgotten one after the other."""
+
+    def __init__(self):
+        self.count, self.mean, self._squares = 0, 0.0, 0.0
+
+    def add(self, values):
+        others = [dim for dim in range(values.ndim) if dim != 1]
+        variance, mean = torch.var_mean(values.double(), others, correction=0)
+        more, shift = values.numel() // values.shape[1], mean - self.mean
+        total = self.count + more
+        self._squares = self._squares + more * variance + shift.square() * (self.count * more / total)
+        self.mean = self.mean + shift * (more / total)
+        self.count = total
+
+    @property
+    def variance(self):
+        """With count - 1 degrees of freedom, as the running variance of a batch norm."""
+        return self._squares / (self.count - 1)
