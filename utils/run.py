@@ -115,11 +115,12 @@ def _attack(name, config, device, folder, select, make_trigger, prepare, make_co
     print(results.line(after, seconds))
 
 
-def defend(script, config, repair, *, stage="repair", selection="fixed"):
+def defend(script, config, repair, *, stage="repair", selection="fixed", needs_found=False):
     """Load the record, let `repair(model, record, config) -> model` work on it, judge what comes back and save it.
 
     The method gets the victim and a `Record`; the exam stays with the judge. `stage` is repair or in-training,
-    `selection` says how the method's settings were chosen: none, fixed, val or oracle.
+    `selection` says how the method's settings were chosen: none, fixed, val or oracle. `needs_found` is for a repair that
+    looks at the found training set, as every method in training does.
     """
     name = script.rpartition(".")[2]
     if crew.found().size > 1:
@@ -129,9 +130,9 @@ def defend(script, config, repair, *, stage="repair", selection="fixed"):
     folder, victim_sum = config.record / "defense" / config.save_folder_name, info["files"][record.WEIGHTS]
     if config.dry_run:
         return _plan_defense(name, config, folder, info)
-    if stage == "in-training" and info.get("training_set") == "none":
+    if (needs_found or stage == "in-training") and info.get("training_set") == "none":
         raise RefusedError(f"the record {config.record} stores no poisoned training set, because {info['name']} poisons inside the training "
-                           f"loop; {name} trains on such a set")  # fmt: skip
+                           f"loop; {name} {'looks at' if stage == 'repair' else 'trains on'} such a set")  # fmt: skip
     if not record.begin(folder, config, kind="defense", victim=victim_sum):
         return _already_done(folder)
 
