@@ -14,7 +14,7 @@ defense is handed stay unused. A record that stores no training set is refused. 
 lets one augmented batch decide, and its bins leave out their own edges. Per channel and picture the maximum over
 the map that enters the batch norm is taken, standardised over the set, and counted in bins of --bin_width; the entropy is that
 of the shares of the bins, in nats. The set is passed twice, for the moments and for the histograms, so that memory does not grow
-with it. As in the authors' code only the scale of a pruned channel becomes zero, which leaves its shift.
+with it: 8 KB a channel, 27 MB in preactresnet18 and 0.9 GB in densenet161. As in the authors' code only the scale of a pruned channel becomes zero, which leaves its shift.
 
 Our own: what lies more than 10 standard deviations out counts as 10; a channel that is the same for all pictures has no score.
 u and the bins are constants; nothing is swept. The standard deviation has C - 1 degrees of freedom, so that with
