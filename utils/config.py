@@ -201,6 +201,21 @@ class Defense(Common):
         return find_record(self.result_file, self.record_path)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choosing(Defense):
+    """Options of a defense that chooses one of several settings, from weak to strong, by itself."""
+
+    tolerance: float = 0.1
+    """share of the victim's accuracy that the chosen setting may cost, 0..1"""
+    selection: Literal["val", "oracle"] = "val"
+    """val: choose by a fifth of the clean pictures, which are held back for that; oracle: by the test set, as published tables often did,
+    which every table here marks"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.tolerance <= 1, "tolerance", "a share from 0 to 1")
+
+
 def find_record(name, record_path):
     """Path of a record's folder, given as such or by its name below record_path; MissingError where there is none."""
     places = [Path(name), Path(record_path) / name]

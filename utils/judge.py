@@ -49,6 +49,10 @@ class Judge:
             self.note(stage, {**values, **found, "asr_all": everything}, epoch)
         return found
 
+    def answer(self, model):
+        """{acc, asr, ra} of a candidate, not logged; for a method that is marked as choosing by it."""
+        return metrics.evaluate(model, self._exam, self._config.precision)
+
     def note(self, stage, values, epoch=None):
         """Log a row; one of the same stage and epoch, from before an interruption, is replaced."""
         key = (stage, str(epoch or ""))

@@ -39,7 +39,8 @@ class Record:
     `train` is the training set as found (its `truth` is what it claims), `clean` a few images known to be clean, at
     positions `clean_index` of the training set. `model` and `width` name the victim's architecture. `state` is a folder
     for checkpoints, `shared` one for what other runs on the same training set may use again. `report(stage, model)` has
-    the judge measure a model and log it; nothing comes back.
+    the judge measure a model and log it; nothing comes back. `measure(model)`, the judge's {acc, asr, ra}, is None
+    unless the run is marked as chosen with test data (selection oracle).
     """
 
     spec: data.Spec
@@ -51,6 +52,7 @@ class Record:
     state: Path
     shared: Path
     report: Callable
+    measure: Callable | None = None
 
     def keep(self, name, content):
         """Have the file `name` (content: bytes, or tensors by name for a .safetensors file) stand in the defense's folder."""

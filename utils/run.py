@@ -119,8 +119,9 @@ def defend(script, config, repair, *, stage="repair", selection="fixed", needs_f
     """Load the record, let `repair(model, record, config) -> model` work on it, judge what comes back and save it.
 
     The method gets the victim and a `Record`; the exam stays with the judge. `stage` is repair or in-training,
-    `selection` says how the method's settings were chosen: none, fixed, val or oracle. `needs_found` is for a repair that
-    looks at the found training set, as every method in training does.
+    `selection` says how the method's settings were chosen: none, fixed, val or oracle. With oracle, and only then, the
+    Record lets the method measure candidates on the exam; the same word goes to the results, where every table marks it.
+    `needs_found` is for a repair that looks at the found training set, as every method in training does.
     """
     name = script.rpartition(".")[2]
     if crew.found().size > 1:
@@ -147,9 +148,9 @@ def defend(script, config, repair, *, stage="repair", selection="fixed", needs_f
         judge.measure(stage, model, **values)  # and nothing comes back
 
     torch.manual_seed(seeds.number("defense", config.random_seed))
-    made = record.architecture(config.record)
+    made, measure = record.architecture(config.record), judge.answer if selection == "oracle" else None
     shared = config.record / "defense" / ".shared" / info["files"][record.POISONED][:12]
-    model = repair(model, record.Record(spec, found, clean[index], index, *made, state, shared, report), config)
+    model = repair(model, record.Record(spec, found, clean[index], index, *made, state, shared, report, measure), config)
     seconds = judge.clock.seconds
     after = judge.measure("after", model)
 
