@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import models
-from defense import anp, fp
+from defense import anp, fp, rnp
 from tests.test_fmp import SPEC, found_record
 from utils import choice, config, data, masks
 from utils import run as protocol
@@ -20,7 +20,7 @@ from utils.errors import ConfigError
 from utils.judge import Judge
 from utils.metrics import Exam, predict
 
-SCRIPTS = [fp, anp]
+SCRIPTS = [fp, anp, rnp]
 
 
 def options(script, **changes):
@@ -308,14 +308,22 @@ def test_thresholds_by_clean_pictures_fixed_and_by_the_exam(tmp_path):
     assert not gone and all(torch.equal(value, model.state_dict()[name]) for name, value in twin.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["resnet9", "mobilenet_v3_large"])
-def test_anp_changes_scales_of_pruned_channels_only(name, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "name", "work", "stages"),
+    [
+        (anp, "resnet9", {"steps": 2}, ["mask"]),
+        (anp, "mobilenet_v3_large", {"steps": 2}, ["mask"]),
+        (rnp, "resnet9", {"epochs": 2, "mask_epochs": 2, "mask_lr": 20.0}, ["forgotten", "mask", "mask"]),
+    ],
+    ids=["anp resnet9", "anp mobilenet", "rnp resnet9"],
+)
+def test_only_scales_of_pruned_channels_change(script, name, work, stages, tmp_path):
     record, said = found_record(tmp_path, 40)
-    config = options(anp, steps=2, batch_size=20, tolerance=1.0)
+    config = options(script, batch_size=20, tolerance=1.0, **work)
     twins = [settled(name, record).train() for _ in range(2)]
     before = {key: value.clone() for key, value in twins[0].state_dict().items()}
     for model in twins:
-        anp.repair(model, record, config)
+        script.repair(model, record, config)
         (record.state / "mask.safetensors").unlink()
     kept = load_file(tmp_path / "kept/mask.safetensors")
     for key, value in twins[0].state_dict().items():
@@ -323,14 +331,59 @@ def test_anp_changes_scales_of_pruned_channels_only(name, tmp_path):
         pruned = kept.get(f"{layer}/pruned") if kind == "weight" else None
         assert torch.equal(value, before[key] if pruned is None else before[key].masked_fill(pruned, 0)), key
         assert torch.equal(value, twins[1].state_dict()[key]), "same seed, same result"
-    assert said == ["mask", "pruned"] * 2 and all(module.training for module in twins[0].modules())
+    assert said == [*stages, "pruned"] * 2 and all(module.training for module in twins[0].modules())
     assert any(part.any() for key, part in kept.items() if key.endswith("pruned")) and any(part.min() < 1 for part in kept.values())
 
 
-def test_networks_without_batch_norm_are_told(tmp_path):
+@pytest.mark.parametrize("script", [anp, rnp])
+def test_networks_without_batch_norm_are_told(script, tmp_path):
     record, _ = found_record(tmp_path, 40)
-    with pytest.raises(ConfigError, match="anp does not apply: the model has no batch norm.*fp and ft need none"):
-        anp.repair(models.build("convnext_tiny", SPEC), record, options(anp))
+    with pytest.raises(ConfigError, match="does not apply: the model has no batch norm.*fp and ft need none"):
+        script.repair(nn.Conv2d(3, 10, 32), record, options(script))
+
+
+@pytest.mark.parametrize("clip", [1e9, 0.5])
+def test_rnp_forgets_by_the_written_steps(clip):
+    """Gradients of plus the cross-entropy added up the slope, their joint norm cut, weight decay, momentum, a tenth from half way."""
+    generator = torch.Generator().manual_seed(1)
+    split = data.Split(torch.rand(24, 3, 32, 32, generator=generator, dtype=torch.float64), torch.arange(24) % 10, torch.arange(24) % 10)
+    config = options(rnp, epochs=4, forgotten=0.0, batch_size=32, clip=clip, lr=0.1)
+    found = float_network()
+    found[6].p = 0.0
+    expected, speeds = copy.deepcopy(found), {}
+    rnp.forget(found, split, None, config)
+    for epoch in range(4):
+        value = F.cross_entropy(expected.train()(split.images), split.labels)
+        slopes = dict(zip(dict(expected.named_parameters()), torch.autograd.grad(value, list(expected.parameters())), strict=True))
+        norm = sum(float(slope.square().sum()) for slope in slopes.values()) ** 0.5
+        for name, parameter in expected.named_parameters():
+            climb = -slopes[name] * min(1.0, clip / norm) + 5e-4 * parameter.detach()
+            speeds[name] = 0.9 * speeds.get(name, 0) + climb
+            parameter.data -= (0.1, 0.1, 0.01, 0.01)[epoch] * speeds[name]
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), parameter, rtol=0, atol=1e-6 if clip < 1 else 1e-9)
+
+
+def test_rnp_stops_when_it_has_forgotten():
+    split = data.Split(torch.rand(20, 3, 32, 32, dtype=torch.float64), torch.arange(20) % 10, torch.arange(20) % 10)
+    for forgotten, passes in ((1.0, 1), (0.0, 3)):
+        model, seen = float_network(), []
+        model[-1].bias.data[0] = 9  # always class 0: two of twenty are right
+        model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        rnp.forget(model, split, None, options(rnp, epochs=3, forgotten=forgotten, lr=1e-12))
+        assert len(seen) == passes
+
+
+def test_rnp_weighs_the_clean_loss_alone():
+    model, images, labels = float_network(), torch.rand(8, 3, 32, 32, dtype=torch.float64), torch.arange(8)
+    mask = masks.Mask(model, masks.norms(model, "rnp"))
+    mask.factors.data.uniform_()
+    with masks.frozen(model):
+        value = rnp.loss(mask, images, labels, None, alpha=0.3)
+    layers, parts = (model[1], model[4]), mask.factors.detach().split((4, 5))
+    scales = [layer.weight.detach() * part for layer, part in zip(layers, parts, strict=True)]
+    expected = F.cross_entropy(plainly(model, images, scales, [layer.bias.detach() for layer in layers]), labels)
+    torch.testing.assert_close(value, 0.3 * expected)
 
 
 def test_an_interrupted_mask_goes_on_to_the_same_end(tmp_path):
@@ -351,8 +404,8 @@ def test_an_interrupted_mask_goes_on_to_the_same_end(tmp_path):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-BOUNDS = {"fp": (0.96, 0.85), "anp": (0.65, 0.3)}  # ACC, ASR
-QUICK = {"fp": ["--epochs", 40], "anp": ["--steps", 25]}
+BOUNDS = {"fp": (0.96, 0.85), "anp": (0.65, 0.3), "rnp": (0.7, 0.3)}  # ACC, ASR
+QUICK = {"fp": ["--epochs", 40], "anp": ["--steps", 25], "rnp": []}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
