@@ -1,16 +1,22 @@
-"""FT-SAM: its core step against the equations written out, and what it does to a backdoor."""
+"""FT-SAM and NAD: their core steps against the equations written out, and what they do to a backdoor."""
 
 import copy
 import csv
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from defense import ft_sam
-from tests.test_train import Double, model, options, split, weights
+import models
+from defense import ft_sam, nad
+from tests.test_fmp import found_record
+from tests.test_train import SPEC, Double, model, options, split, weights
 from utils import seeds, train
-from utils.batch import mixed_precision
+from utils.batch import augmentation, mixed_precision
+from utils.data import Spec
+from utils.errors import ConfigError
 
 
 def done(folder):
@@ -93,3 +99,98 @@ def test_ft_sam_removes_the_backdoor_that_fine_tuning_leaves(places, run, victim
     run("defense/ft_sam.py", *places, "--result_file", "victim", "--precision", "fp32")
     row = done(victim / "defense" / "ft_sam")
     assert row["asr_before"] > 0.9 and row["asr"] < 0.1 and row["acc"] > 0.95
+
+
+def stage_maps(network, pixels):
+    """What the stages put out, by calling them one after the other."""
+    whole, found = network.network, []
+    x = network.normalize(pixels)
+    for name, part in whole.named_children():
+        x = part(x)
+        if name in ("group1", "group2", "relu", "layer1", "layer2", "layer3", "layer4"):
+            found.append(x)
+    return found[-3:]
+
+
+@pytest.mark.parametrize("name", ["resnet9", "preactresnet18", "wrn16_1"])
+def test_stages_are_the_last_maps_of_their_size(name):
+    torch.manual_seed(0)
+    network, images = models.build(name, SPEC, 4 if name == "resnet9" else None).eval(), torch.rand(2, 3, 32, 32)
+    names = nad.stages(network, images[:1])
+    with nad.kept_maps(network, names) as maps:
+        network(images)
+    expected = stage_maps(network, images)
+    assert [maps[name].shape[2] for name in names] == ([32, 16, 8] if name == "wrn16_1" else [16, 8, 4])
+    assert all(torch.equal(maps[name], wanted) for name, wanted in zip(names, expected, strict=True))
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_no_stage_is_a_single_value_and_a_model_without_stages_is_refused():
+    wide = Spec("x", 4, 64, (0.5,) * 3, (0.25,) * 3, True, {})
+    for name in ("mobilenet_v3_large", "vgg19_bn"):
+        for spec in (SPEC, wide):
+            network, images = models.build(name, spec), torch.rand(1, 3, spec.size, spec.size)
+            with nad.kept_maps(network, nad.stages(network, images)) as maps, torch.no_grad():
+                network.eval()(images)
+            sides = [found.shape[2] for found in maps.values()]
+            assert len(sides) == 3 and sides == sorted(sides, reverse=True) and sides[-1] > 1
+    with pytest.raises(ConfigError, match="maps of 1 size"):
+        nad.stages(nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Flatten(), nn.Linear(16, 4)), torch.rand(1, 3, 32, 32))
+
+
+def test_the_distance_equals_the_equations():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 3, 5, 4, 4, generator=generator, dtype=torch.float64).unbind()
+    total = 0.0
+    for picture in range(3):
+        rows = []
+        for maps in (one, other):
+            row = [sum(abs(float(maps[picture, channel, y, x])) ** 3 for channel in range(5)) for y in range(4) for x in range(4)]
+            length = sum(value**2 for value in row) ** 0.5
+            rows.append([value / length for value in row])
+        total += sum((first - second) ** 2 for first, second in zip(*rows, strict=True)) / 16
+    assert float(nad.distance(one, other, 3.0)) == pytest.approx(total / 3, rel=1e-12) and total > 1e-3
+    assert float(nad.distance(one, 7 * one, 2.0)) == pytest.approx(0, abs=1e-20), "the size of a map does not count"
+    silent = torch.zeros(2, 5, 4, 4, requires_grad=True)
+    nad.distance(silent, torch.rand(2, 5, 4, 4), 2.0).backward()
+    assert silent.grad.isfinite().all()
+
+
+def test_the_student_equals_a_distillation_written_out(tmp_path):
+    record, said = found_record(tmp_path, 40)
+    config = nad.Config(result_file="x", epochs=2, teacher_epochs=1, batch_size=16, precision="fp32", beta1=5.0)
+    torch.manual_seed(0)
+    victim = models.build("resnet9", record.spec, 8).train()
+    teacher, slow = copy.deepcopy(victim), copy.deepcopy(victim)
+    found = nad.repair(victim, record, config)
+    assert found is victim and found.training and said == ["teacher", "taught", "distill", "distill"]
+    assert all(parameter.requires_grad for parameter in found.parameters()) and not any(m._forward_hooks for m in found.modules())
+    train.fit(teacher, record.clean, dataclasses.replace(config, epochs=1), augment=augmentation(record.spec))
+    assert not torch.equal(weights(found), weights(teacher))
+
+    def loss(student, images, labels, index):
+        """The logits come from the same walk through the stages as the maps."""
+        x, maps = student.normalize(images), []
+        for name, part in student.network.named_children():
+            x = part(x)
+            maps += [x] if name.startswith("layer") else []
+        with torch.no_grad():
+            aims = stage_maps(teacher.eval(), images)
+        value = F.cross_entropy(x, labels)
+        for beta, one, other in zip((5.0, 1000.0, 1000.0), maps, aims, strict=True):
+            rows = [part.square().sum(1).flatten(1) for part in (one, other)]
+            one, other = (row / row.norm(dim=1, keepdim=True) for row in rows)
+            value = value + beta * ((one - other) ** 2).mean()
+        return value
+
+    train.fit(slow, record.clean, config, loss=loss, augment=augmentation(record.spec))
+    torch.testing.assert_close(weights(found), weights(slow), rtol=0, atol=1e-4)
+    again = nad.repair(copy.deepcopy(teacher), record, config)  # everything lies in the checkpoints
+    assert torch.equal(weights(again), weights(found)), "an interrupted run goes on from both checkpoints"
+
+
+def test_nad_removes_the_backdoor_at_a_price(places, run, victim):
+    """Measured with 64 clean pictures: ACC 90.2, ASR 0.0."""
+    run("defense/nad.py", *places, "--result_file", "victim", "--precision", "fp32")
+    row = done(victim / "defense" / "nad")
+    assert row["asr_before"] > 0.9 and row["asr"] < 0.2 and 0.75 < row["acc"] < row["acc_before"]
