@@ -1,15 +1,37 @@
-"""The feature maps of a network's convolutions and batch norms: reading them, and switching some of them off."""
+"""What a network computes inside: the maps of its convolutions and batch norms, which can be read and switched off, and its last features."""
 
 import sys
 
 import torch
 from torch import nn
 
-from utils.batch import batches
+from utils.batch import batches, mixed_precision
 from utils.device import exact
 from utils.errors import ConfigError
 
 BATCH = 250  # pictures per pass
+
+
+@torch.inference_mode()
+def last_features(model, split, precision="fp32"):
+    """What the last linear layer of `model` gets for every picture of `split`, float32 N,D, in order.
+
+    In evaluation mode and without augmentation; leaves the model as it was. ConfigError where there is no such layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ConfigError("the model has no linear layer, whose input would be looked at: choose another --model for the attack")
+    found, training = [], model.training
+    hook = layers[-1].register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0].float()))
+    try:
+        model.eval()
+        with mixed_precision(split.labels.device, precision):
+            for images, _, _ in batches(split, BATCH):
+                model(images)
+    finally:
+        hook.remove()
+        model.train(training)
+    return torch.cat(found)
 
 
 def convolutions(model):

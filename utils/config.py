@@ -24,6 +24,8 @@ SEEDS = frozenset({"random_seed", "poison_seed", "data_seed"})
 # What may change between two runs of the same experiment: where things lie and how the run is watched.
 NOT_IDENTITY = frozenset({"record_path", "save_folder_name", "result_file", "dataset_path", "cache_path", "download",
                           "device", "compile", "resident_gb", "eval_every", "score_batch", "overwrite", "debug", "dry_run"})  # fmt: skip
+# What a defense that trains anew takes over from the victim's training.
+RECIPE = ("epochs", "batch_size", "lr", "lr_min", "schedule", "warmup", "momentum", "nesterov", "weight_decay", "label_smoothing", "pad")
 SWITCHES = {
     "overwrite": "replace a finished or different run of this name; an interrupted one with the same options goes on",
     "dry_run": "say what would be read, trained and written, and do nothing",
@@ -192,8 +194,10 @@ class Defense(Common):
         return min(max(asked, classes), count)
 
     def work(self, clean, found):
-        """For a dry run: in words what will be computed with so many clean pictures and a found training set of `found`."""
-        return "as the method says"
+        """For a dry run: in words what will be computed with so many clean pictures and a found training set of `found`.
+
+        None: what the options of Training say, on the clean pictures.
+        """
 
     @property
     def record(self):
@@ -214,6 +218,21 @@ class Choosing(Defense):
     def __post_init__(self):
         super().__post_init__()
         require(0 <= self.tolerance <= 1, "tolerance", "a share from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retraining(Training, Defense):
+    """Options of a defense that trains the victim's network anew; what is not given is as in the victim's own training."""
+
+    label_smoothing: float = 0.0
+    """share of a training label that is spread over all classes, 0..1"""
+    pad: int = 4
+    """pixels by which a picture is padded before the random crop"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1")
+        require(self.pad >= 0, "pad", "0 or more pixels")
 
 
 def find_record(name, record_path):
@@ -332,15 +351,18 @@ def _recipe_options(Config, given):
 def _dataset_options(Config, given):
     """What config/dataset/<dataset>.yaml says for attacks or for defenses; for a defense the record names the data set."""
     if issubclass(Config, Defense):
-        section, dataset = "defense", None
+        section, made = "defense", {}
         for place in (Path(given.get("result_file", "")), Path(given.get("record_path", "record")) / given.get("result_file", "")):
-            dataset = dataset or _mapping(place / "config.yaml").get("dataset")
+            made = made or _mapping(place / "config.yaml")
+        dataset = made.get("dataset")
     else:
         section, dataset = "attack", given.get("dataset", Config.dataset)
     options = _mapping(ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml").get(section) or {}
     known = {field.name for field in dataclasses.fields(Config)}
     if given.get("model", options.get("model")) != options.get("model"):
         known -= {"width"}  # it is that of the model which the file names
+    if issubclass(Config, Retraining):
+        options |= {key: made[key] for key in RECIPE if key in made}
     return {key: value for key, value in options.items() if key in known}
 
 

@@ -234,10 +234,10 @@ def _plan_defense(name, config, folder, victim):
     count = config.budget(victim["data"]["train"], victim["data"]["classes"])
     print(f"reads    {config.record}: {victim['name']} on {victim['data']['train']} training pictures")
     print(f"repairs  with {name} and {count} clean pictures of {victim['data']['classes']} classes in {config.precision}")
-    if isinstance(config, Training):
-        print(f"trains   {config.epochs} epochs of {len(lengths(count, config.batch_size))} steps")
-    else:
-        print(f"trains   {config.work(count, victim['data']['train'])}")
+    work = config.work(count, victim["data"]["train"])
+    if work is None and isinstance(config, Training):
+        work = f"{config.epochs} epochs of {len(lengths(count, config.batch_size))} steps"
+    print(f"trains   {work or 'as the method says'}")
     print(f"writes   {folder} ({_state(folder)})")
 
 

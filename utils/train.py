@@ -1,6 +1,8 @@
 """The one training loop: SGD or Adam, a schedule, mixed precision, a checkpoint after every epoch."""
 
 import math
+import sys
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -10,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import models
 from utils import crew, files, seeds
-from utils.batch import batches, lengths, mixed_precision
+from utils.batch import augmentation, batches, lengths, mixed_precision
 from utils.errors import RefusedError, UserError
 
 COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}  # our words for torch.compile's modes
@@ -75,6 +78,19 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
             if checkpoint and workers.rank == 0:
                 save_state(checkpoint, model, optimizer, epoch + 1, memory)
     return model.train(training)
+
+
+def retrain(record, flagged, config):
+    """The victim's network with new random weights, trained on the found set without the pictures `flagged` (bool N).
+
+    `config` is a config.Retraining.
+    """
+    print(f"removing {int(flagged.sum())} of {len(flagged)} pictures, and training anew on the others", file=sys.stderr)
+    torch.manual_seed(seeds.number("retrain", config.random_seed))
+    model = models.build(record.model, record.spec, record.width).to(flagged.device)
+    return fit(model, record.train.view((~flagged).nonzero().flatten()), config, drop_last=True,
+               loss=partial(cross_entropy, label_smoothing=config.label_smoothing), augment=augmentation(record.spec, config.pad),
+               on_epoch=partial(record.report, "retrain"), checkpoint=record.state / "retrain.safetensors")  # fmt: skip
 
 
 def cosine(epoch, share, config):
