@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import models
-from defense import spectral
+from defense import ac, spectral
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 from utils import config, files, train
@@ -19,7 +19,7 @@ from utils.config import Defense
 from utils.data import Split
 from utils.errors import ConfigError
 
-BOTH = pytest.mark.parametrize("method", [spectral], ids=["spectral"])
+BOTH = pytest.mark.parametrize("method", [ac, spectral], ids=["ac", "spectral"])
 
 
 def planted(share=0.2, label=3, count=3000, wide=16):
@@ -166,6 +166,37 @@ def test_the_highest_scores_of_every_label_go():
     assert found == wanted and not spectral.highest(scores, labels, 6, 0.0).any()
 
 
+# Activation Clustering
+
+
+@pytest.mark.parametrize("reduction", ["ica", "pca"])
+def test_clusters_do_not_depend_on_the_order_of_the_set(reduction):
+    features, labels, bad = planted()
+    options = ac.Config(result_file="x", reduction=reduction)
+    smaller, share, silhouette = ac.clusters(features.numpy(), labels.numpy(), 11, options)
+    assert (smaller & (labels == 3).numpy() == bad.numpy()).all() and share[3] == 0.2 and np.nanargmax(silhouette) == 3
+    assert np.isnan([share[10], silhouette[10]]).all(), "a label without pictures"
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(4))
+    again = ac.clusters(features[order].numpy(), labels[order].numpy(), 11, options)
+    assert (again[0] & (labels[order] == 3).numpy() == bad[order].numpy()).all()
+
+
+def test_a_cluster_is_poison_by_its_size_or_by_its_distance(monkeypatch, tmp_path):
+    features, labels, bad = planted(share=0.4)
+    assert not (flagged_by(ac, features, labels, monkeypatch, tmp_path, reduction="pca")[0] & bad).any()
+    found, _ = flagged_by(ac, features, labels, monkeypatch, tmp_path, reduction="pca", criterion="silhouette", silhouette=0.3)
+    assert torch.equal(found, bad)
+
+
+def test_labels_that_cannot_be_cut_lose_nothing():
+    labels = np.repeat([0, 1, 2], [3, 40, 40])
+    features = np.random.default_rng(0).normal(size=(83, 5))
+    features[labels == 1] = 1.0  # one picture, many times
+    features[:, 4] = 0  # a feature that is dead
+    smaller, share, _ = ac.clusters(features, labels, 3, ac.Config(result_file="x"))
+    assert np.isnan(share[:2]).all() and not smaller[:43].any() and 0 < share[2] <= 0.5
+
+
 # on a small real record
 
 
@@ -191,3 +222,13 @@ def test_spectral_removes_the_backdoor(few, places, run):
     assert removed == 189 and poisoned >= 15 and "removing 189 of 1297 pictures" in done.stderr
     assert (row["stage"], row["prior"], row["selection"]) == ("in-training", "rate=0.1", "fixed")
     assert float(row["asr"]) < 0.25 < 0.8 < float(row["asr_before"]) and float(row["acc"]) > 0.95
+
+
+def test_activation_clustering_finds_the_poison(few, places, run):
+    run("defense/ac.py", *places, "--result_file", "few", "--epochs", 1)
+    removed, poisoned = hits(few / "defense" / "ac", few)
+    assert results(few / "defense" / "ac")["prior"] == ""
+    assert poisoned >= 10 and removed < 150
+    run("defense/ac.py", *places, "--result_file", "few", "--epochs", 1, "--reduction", "pca", "--save_folder_name", "pca")
+    removed, poisoned = hits(few / "defense" / "pca", few)
+    assert poisoned >= 35 and removed < 250
