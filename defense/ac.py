@@ -13,6 +13,10 @@ once and removed by their position in the set; a known port clusters batch by ba
 also removes the smaller cluster of every label; here a label whose clusters fail the criterion loses nothing. Relabelling and
 the comparison of models without a cluster, the paper's other ways to decide, are left out. The clean pictures play no part: the
 found set is clustered and trained on whole. The network is the victim's, with new random weights, and so is its training, unless options say otherwise.
+
+The smaller cluster is taken for poison, which fails where poison is half of a label. On the digits (BadNets, resnet9, seed 0) at 10 % the ASR stays at 99.8 %
+and the ACC falls from 100 to 94.8 %; at 3 % (width 8) 20 of 39 poisoned pictures go, with --reduction pca 38, and the ASR falls from 95.6 to 0.7 and 0 %.
+Classes of so few pictures have small clusters anyway: of a clean set 218 of 1,297 pictures are removed, and the ACC falls from 99.8 to 97.2 %.
 """
 
 from dataclasses import dataclass

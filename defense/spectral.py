@@ -6,14 +6,16 @@ defender sees the poisoned training set and the attacked model; the score of a p
 that vector, among the pictures of its given label, and of every label the 1.5 epsilon of highest scores go.
 
     python defense/spectral.py --result_file badnet_cifar10
-    python defense/spectral.py --result_file badnet_cifar10 --epsilon 0.35 --classes outlying   # where one class holds much poison
+    python defense/spectral.py --result_file badnet_cifar10 --classes outlying   # leave labels alone that vary as others do
 
 epsilon, the poisoned share of a label that the defender expects, is a declared prior (column `prior`) and never the true one. The features are
 the input of the last linear layer, in evaluation mode and without augmentation, centred by label; a known port scores
 uncentred, augmented and unpooled ones. The clean pictures play no part: the found set is scored and trained on whole.
 The network is the victim's, with new random weights, and so is its training, unless options say otherwise.
 
-At 10 % of a balanced set of ten classes poisoned for one target, half of the target class is poison, and the usual 15 % are too few.
+Where half of a label is poison, as at 10 % of ten equal classes poisoned for one target, poison stands out no more than the rest. On the digits (BadNets,
+resnet9, seed 0) 10 of 130 poisoned pictures are removed then and the ASR stays at 99.3 %; of 3 % poison (width 8) 24 of 39 are, and the ASR falls
+from 95.6 to 2.2 %, the ACC from 99.6 to 98.6 %. On a clean network the ACC falls from 99.8 to 99.0 %.
 """
 
 from dataclasses import dataclass

@@ -197,6 +197,9 @@ def test_labels_that_cannot_be_cut_lose_nothing():
     assert np.isnan(share[:2]).all() and not smaller[:43].any() and 0 < share[2] <= 0.5
 
 
+# Anti-Backdoor Learning
+
+
 # on a small real record
 
 
@@ -225,10 +228,6 @@ def test_spectral_removes_the_backdoor(few, places, run):
 
 
 def test_activation_clustering_finds_the_poison(few, places, run):
-    run("defense/ac.py", *places, "--result_file", "few", "--epochs", 1)
-    removed, poisoned = hits(few / "defense" / "ac", few)
-    assert results(few / "defense" / "ac")["prior"] == ""
-    assert poisoned >= 10 and removed < 150
     run("defense/ac.py", *places, "--result_file", "few", "--epochs", 1, "--reduction", "pca", "--save_folder_name", "pca")
     removed, poisoned = hits(few / "defense" / "pca", few)
-    assert poisoned >= 35 and removed < 250
+    assert poisoned >= 35 and removed < 250 and results(few / "defense" / "pca")["prior"] == ""
