@@ -39,7 +39,8 @@ def of_defense(name, config, victim, found, budget, seconds, *, stage, selection
     return {
         **{key: victim[key] for key in [*ATTACK_COLUMNS, "seed", "poison_seed", "n_test", "n_backdoor"]}, "precision": config.precision,
         "defense": name, "variant": getattr(config, "variant", ""), "stage": stage, "selection": selection,
-        "prior": getattr(config, "prior", ""), "clean_budget": budget, "data_seed": config.data_seed, "defense_seed": config.random_seed, **{f"{key}_before": before[key] for key in before}, **found,
+        "prior": getattr(config, "prior", ""), "clean_budget": budget, "data_seed": config.data_seed, "defense_seed": config.random_seed,
+        **{f"{key}_before": before[key] for key in before}, **found,
         "der": metrics.defense_effectiveness(before, found), "seconds": round(seconds, 2), "version": VERSION,
         "config_hash": options.digest({"defense": name, "victim": victim["config_hash"], **options.identity(config, seeds=False)}),
     }  # fmt: skip
