@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from utils import engines, files, grid
+from utils import engines, grid
 from utils.errors import ConfigError, UserError
 from utils.launch import guard
 
@@ -60,16 +60,18 @@ def _outcome(job, code):
         return "not run, because its victim is not done"
     if code:
         return f"failed with exit code {code}: {_last_lines(job.log)}"
-    row = files.read_csv(job.folder / "results.csv")[0]
-    shown = (f"{name.upper()} {100 * float(row[name]):.1f}" if row[name] else f"{name.upper()} n/a" for name in ("acc", "asr", "ra"))
-    return f"{'  '.join(shown)}  ({float(row['seconds']):.0f} s)"
+    return "".join(_printed(job.log)[-1:])  # the line that every script ends with
+
+
+def _printed(log):
+    """The lines that the scripts have printed into a log."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return [line for line in lines if not line.startswith("# ")]
 
 
 def _last_lines(log):
     """The end of what a script printed, indented, and where all of it is."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    shown = [line for line in lines if not line.startswith("# exit")][-TAIL:]
-    return "\n".join([os.path.relpath(log), *(f"    {line}" for line in shown)])
+    return "\n".join([os.path.relpath(log), *(f"    {line}" for line in _printed(log)[-TAIL:])])
 
 
 def _report(cells, records):

@@ -73,10 +73,11 @@ import torch.nn.functional as F
 
 from utils import choice, masks, run
 from utils.batch import lengths
+from utils.channels import batch_norms
 
 
 def repair(model, record, config):
-    mask = masks.Mask(model, masks.norms(model, "anp"))
+    mask = masks.Mask(model, batch_norms(model))
     work, held = choice.divide(record.clean, config)
     epochs = math.ceil(config.steps / len(lengths(len(work), config.batch_size)))
     factors = masks.learn(mask, model, work, partial(loss, config=config), record, config, epochs=epochs)

@@ -53,7 +53,7 @@ from utils.errors import ConfigError
 def repair(model, record, config):
     scores = lipschitz_bounds(model)
     if not scores:
-        raise ConfigError("clp does not apply: the model has no batch norm right behind a convolution; ft repairs any model")
+        raise ConfigError("clp does not apply: the model has no batch norm right behind a convolution; fp and ft need none")
     prune_outliers(model, record, scores, config.u, shifts=True)
     return model
 

@@ -38,11 +38,10 @@ import sys
 from functools import partial
 
 import torch
-from torch import nn
 
 from utils import choice, run
 from utils.batch import augmentation
-from utils.errors import ConfigError
+from utils.channels import last_features, last_linear
 from utils.train import fit
 
 STEPS = 100  # of 1 % of the units each
@@ -50,13 +49,13 @@ STEPS = 100  # of 1 % of the units each
 
 def repair(model, record, config):
     work, held = choice.divide(record.clean, config)
-    mean = activations(model, work, record.spec, config).mean(0)
+    mean = last_features(model, work, config.precision).mean(0)
     order = mean.argsort(stable=True)
     count = how_many(model, order, held, record, config)
     gone = torch.zeros_like(mean, dtype=torch.bool).index_fill(0, order[:count], True)
     record.keep("activations.safetensors", {"mean": mean, "pruned": gone})
     print(f"pruning {count} of {len(order)} units", file=sys.stderr)
-    prune = removing(last_linear(model, record.spec), gone)
+    prune = removing(last_linear(model), gone)
     prune()
     record.report("pruned", model)
     return fit(model, record.clean, config, augment=augmentation(record.spec), after_step=prune,
@@ -69,8 +68,8 @@ def how_many(model, order, held, record, config):
     if config.selection == "oracle":
         accuracies = on_the_exam(model, order, counts, record)
     else:
-        features = activations(model, held, record.spec, config)
-        accuracies = after_pruning(last_linear(model, record.spec), features, held.truth, order, counts)
+        features = last_features(model, held, config.precision)
+        accuracies = after_pruning(last_linear(model), features, held.truth, order, counts)
     rows = []
     for count, accuracy in zip(counts, accuracies, strict=True):
         rows.append({"setting": count, "acc": accuracy})
@@ -100,27 +99,8 @@ def on_the_exam(model, order, counts, record):
     """The same accuracies as the judge measures them, one by one."""
     twin = copy.deepcopy(model)
     for count in counts:
-        removing(last_linear(twin, record.spec), torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:count], True))()
+        removing(last_linear(twin), torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:count], True))()
         yield record.measure(twin)["acc"]
-
-
-def activations(model, split, spec, config):
-    """What the last linear layer is given for every picture of `split`, float32 N,D."""
-    kept = []
-    hook = last_linear(model, spec).register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float()))
-    try:
-        choice.accuracy(model, split, config)
-    finally:
-        hook.remove()
-    return torch.cat(kept)
-
-
-def last_linear(model, spec):
-    """The layer that makes the logits."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not layers or layers[-1].out_features != spec.classes:
-        raise ConfigError("fp does not apply: the model does not end with a linear layer; choose a record of another --model")
-    return layers[-1]
 
 
 def removing(linear, gone):

@@ -72,14 +72,15 @@ import torch.nn.functional as F
 
 from utils import choice, masks, run, seeds
 from utils.batch import augmentation, batches, mixed_precision
+from utils.channels import batch_norms
 
 
 def repair(model, record, config):
-    masks.norms(model, "rnp")
+    batch_norms(model)
     work, held = choice.divide(record.clean, config)
     twin = forget(copy.deepcopy(model), work, augmentation(record.spec), config)
     record.report("forgotten", twin)
-    mask = masks.Mask(twin, masks.norms(twin, "rnp"))
+    mask = masks.Mask(twin, batch_norms(twin))
     factors = masks.learn(mask, twin, work, partial(loss, alpha=config.alpha), record, config, epochs=config.mask_epochs)
     masks.prune(model, factors, held, record, config)
     record.report("pruned", model)

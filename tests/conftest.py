@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,10 +57,13 @@ def run():
 
 
 @pytest.fixture(scope="session")
-def victim(places, run):
-    """The folder of a BadNets record on the digits, trained until it works."""
-    run("attack/badnet.py", *places, "--save_folder_name", "victim")
-    return Path(places[1]) / "victim"
+def victim(places, run, tmp_path_factory):
+    """The folder of a BadNets record on the digits, trained until it works: once for all processes of the tests, of which each has a copy."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent / "common" if "PYTEST_XDIST_WORKER" in os.environ else base / "common"
+    with files.locked(common / "lock"):
+        run("attack/badnet.py", *places, "--record_path", common, "--save_folder_name", "victim")
+    return shutil.copytree(common / "victim", Path(places[1]) / "victim")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from defense import anp, fp, rnp
 from tests.test_fmp import SPEC, found_record
 from utils import choice, config, data, masks
 from utils import run as protocol
+from utils.channels import batch_norms, last_features, last_linear
 from utils.errors import ConfigError
 from utils.judge import Judge
 from utils.metrics import Exam, predict
@@ -38,9 +39,9 @@ def settled(name, record):
     with torch.no_grad():
         model(record.clean.images / 255)
         model.eval()
-        last = fp.last_linear(model, SPEC)
+        last = last_linear(model)
         last.weight.normal_()
-        last.bias.copy_(-last.weight @ fp.activations(model, record.clean, SPEC, options(fp)).mean(0))
+        last.bias.copy_(-last.weight @ last_features(model, record.clean).mean(0))
     record.clean.truth[:] = predict(model, record.clean)
     assert len(record.clean.truth.unique()) > 3
     return model
@@ -144,11 +145,11 @@ def by_hand(model, order, counts, held):
 @pytest.mark.parametrize("name", ["resnet9", "wrn16_1", "mobilenet_v3_large", "convnext_tiny"])
 def test_fp_needs_no_forward_pass_for_a_step(name, tmp_path):
     record, _ = found_record(tmp_path, 40)
-    model, config = settled(name, record), options(fp)
-    order = torch.randperm(fp.last_linear(model, SPEC).in_features, generator=torch.Generator().manual_seed(0))
+    model = settled(name, record)
+    order = torch.randperm(last_linear(model).in_features, generator=torch.Generator().manual_seed(0))
     counts = [0, 1, 7, len(order) // 2, len(order) - 2, len(order)]
-    features = fp.activations(model, record.clean, SPEC, config)
-    found = fp.after_pruning(fp.last_linear(model, SPEC), features, record.clean.truth, order, counts)
+    features = last_features(model, record.clean)
+    found = fp.after_pruning(last_linear(model), features, record.clean.truth, order, counts)
     assert found == by_hand(model, order, counts, record.clean) and found[0] == 1 and len(set(found)) > 3
 
 
@@ -189,7 +190,7 @@ def test_fp_as_published_asks_the_exam(tmp_path):
     model, record, _ = planted(tmp_path, lambda twin: {"acc": next(answers), "asr": 1.0, "ra": 0.0})
     fp.repair(model, record, options(fp, epochs=0, selection="oracle"))
     assert int(load_file(tmp_path / "kept/activations.safetensors")["pruned"].sum()) == 1 and list(answers) == [0.99]
-    with pytest.raises(ConfigError, match="does not end with a linear layer"):
+    with pytest.raises(ConfigError, match="no linear layer"):
         fp.repair(nn.Conv2d(3, 3, 1), record, options(fp))
 
 
@@ -224,7 +225,7 @@ def test_anp_equals_the_written_steps(changes):
     config, model, generator = options(anp, **changes), float_network(), torch.Generator().manual_seed(1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, labels = torch.rand(4, 16, 3, 32, 32, generator=generator, dtype=torch.float64), torch.arange(16) % 10
-    mask = masks.Mask(model, masks.norms(model, "anp"))
+    mask = masks.Mask(model, batch_norms(model))
     optimizer = torch.optim.SGD([mask.factors], 0.2, momentum=0.9)
     torch.manual_seed(5)
     with masks.frozen(model):
@@ -376,7 +377,7 @@ def test_rnp_stops_when_it_has_forgotten():
 
 def test_rnp_weighs_the_clean_loss_alone():
     model, images, labels = float_network(), torch.rand(8, 3, 32, 32, dtype=torch.float64), torch.arange(8)
-    mask = masks.Mask(model, masks.norms(model, "rnp"))
+    mask = masks.Mask(model, batch_norms(model))
     mask.factors.data.uniform_()
     with masks.frozen(model):
         value = rnp.loss(mask, images, labels, None, alpha=0.3)

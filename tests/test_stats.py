@@ -121,7 +121,7 @@ def test_only_batch_norms_change_and_only_where_it_says(name, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_what_has_no_batch_norm_is_refused_in_one_sentence(name, tmp_path):
     record, _ = found_record(tmp_path, 20)
-    with pytest.raises(ConfigError, match="no batch norm.*ft repairs any model"):
+    with pytest.raises(ConfigError, match="no batch norm.*fp and ft need none"):
         METHODS[name].repair(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), record, options(name))
     with pytest.raises(ConfigError, match="u must be above 0"):
         options(name, u=0)

@@ -12,17 +12,22 @@ from utils.errors import ConfigError
 BATCH = 250  # pictures per pass
 
 
+def last_linear(model):
+    """The layer that makes the logits; ConfigError where the model has none."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ConfigError("the model has no linear layer, whose input would be looked at: choose another --model for the attack")
+    return layers[-1]
+
+
 @torch.inference_mode()
 def last_features(model, split, precision="fp32"):
     """What the last linear layer of `model` gets for every picture of `split`, float32 N,D, in order.
 
     In evaluation mode and without augmentation; leaves the model as it was. ConfigError where there is no such layer.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise ConfigError("the model has no linear layer, whose input would be looked at: choose another --model for the attack")
     found, training = [], model.training
-    hook = layers[-1].register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0].float()))
+    hook = last_linear(model).register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0].float()))
     try:
         model.eval()
         with mixed_precision(split.labels.device, precision):
@@ -138,7 +143,7 @@ def batch_norms(model):
     """{qualified name: nn.BatchNorm2d} in the order in which the model holds them; ConfigError where it has none."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     if not found:
-        raise ConfigError("the defense does not apply: the model has no batch norm; ft repairs any model")
+        raise ConfigError("the defense does not apply: the model has no batch norm whose channels it could prune; fp and ft need none")
     return found
 
 

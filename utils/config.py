@@ -310,12 +310,16 @@ def command(script, config):
     given = plain(config)
     usual = {field.name: field.default for field in dataclasses.fields(config)}
     usual |= {**_recipe_options(type(config), given), **_dataset_options(type(config), given)}
-    words = ["python", script]
+    return shlex.join(["python", script, *words({name: value for name, value in given.items() if value != usual[name]})])
+
+
+def words(given):
+    """Options as the words of a command."""
+    found = []
     for name, value in given.items():
-        if value != usual[name]:
-            text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
-    return shlex.join(words)
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        found += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    return found
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):

@@ -44,8 +44,9 @@ class Cell:
 
     def words(self, record_path):
         """The command after `python`: the script and its options."""
+        given = {key: value for key, value in self.options.items() if value is not None}  # null stands for the default
         places = {"record_path": record_path, "save_folder_name": self.name, **({"result_file": self.victim.name} if self.victim else {})}
-        return [f"{self.kind}/{self.script}.py", *_flags({**self.options, **places})]
+        return [f"{self.kind}/{self.script}.py", *config.words({**given, **places})]
 
     def command(self, record_path):
         """The same as one types it."""
@@ -225,9 +226,3 @@ def _name(parts):
     if plain == text and len(text) <= LONGEST:
         return text
     return f"{plain[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _flags(options):
-    """Options as words of a command."""
-    shown = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in options.items() if value is not None}
-    return [word for key, value in shown.items() for word in (f"--{key}", value)]

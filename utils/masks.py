@@ -11,19 +11,10 @@ from torch.func import functional_call
 
 from utils import choice
 from utils.batch import augmentation
-from utils.errors import ConfigError
 from utils.train import fit
 
 THRESHOLDS = tuple(step / 20 for step in range(19))  # 0 to 0.9, from weak to strong
 REPORTS = 20  # stages of a mask that the judge sees
-
-
-def norms(model, name):
-    """{qualified name: batch norm with a scale} of the model; ConfigError of the method `name` where there is none."""
-    found = {key: module for key, module in model.named_modules() if isinstance(module, nn.BatchNorm2d) and module.affine}
-    if not found:
-        raise ConfigError(f"{name} does not apply: the model has no batch norm whose channels it could prune; fp and ft need none")
-    return found
 
 
 class Mask(nn.Module):
