@@ -11,7 +11,7 @@ and cut by 2-means; a smaller cluster of less than 35 % is removed, and the netw
 The features are the input of the last linear layer, in evaluation mode and without augmentation. All pictures of a label are clustered at
 once and removed by their position in the set; a known port clusters batch by batch and removes the positions of another shuffle. That port
 also removes the smaller cluster of every label; here a label whose clusters fail the criterion loses nothing. Relabelling and
-the comparison of models without a cluster, the paper's other ways to decide, are left out. The clean pictures play no part: the
+the comparison of models without a cluster, the paper's other ways to decide, are left out. It holds no clean picture: the
 found set is clustered and trained on whole. The network is the victim's, with new random weights, and so is its training, unless options say otherwise.
 
 The smaller cluster is taken for poison, which fails where poison is half of a label. On the digits (BadNets, resnet9, seed 0) at 10 % the ASR stays at 99.8 %

@@ -8,7 +8,7 @@ its batch norm scales. Channels above the mean + u * standard deviation of their
     python defense/clp.py --result_file badnet_cifar10             # u = 3, the paper's for CIFAR-10
     python defense/clp.py --result_file badnet_tiny --u 5          # and for Tiny ImageNet
 
-It sees the victim's weights only; the clean pictures that every defense is handed stay unused. A batch norm is scored where its
+It sees the victim's weights only, and holds no clean picture. A batch norm is scored where its
 input is one convolution's output, which goes nowhere else; this is followed through the data flow. Released codes pair a
 batch norm with the convolution that was defined before it: in pre-activation networks that is wrong for all batch norms
 behind a residual sum, some of which they pair with a shortcut. Those have no bound of one filter and are left alone, as are
@@ -22,6 +22,7 @@ On the built-in digits (resnet9 of width 16, BadNets, one seed) u = 3 prunes 3 o
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from utils.config import Defense, require
 from utils.launch import launch
@@ -29,6 +30,8 @@ from utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Defense):
+    holds_clean: ClassVar[bool] = False
+
     u: float = 3.0
     """standard deviations above its layer's mean from which on a channel goes, above 0"""
 

@@ -9,8 +9,8 @@ has a lower one. Channels whose entropy is below the mean - u * standard deviati
     python defense/ep.py --result_file badnet_tiny --u 4           # and for Tiny ImageNet
     python defense/ep.py --result_file badnet_cifar10 --bin_width 0.1         # the histograms of a known port
 
-It repairs the victim and sees the found training set, poisoned pictures included, without its labels; the clean pictures that every
-defense is handed stay unused. A record that stores no training set is refused. All its pictures count, unaugmented; that port
+It repairs the victim and sees the found training set, poisoned pictures included, without its labels; it holds no
+clean picture. A record that stores no training set is refused. All its pictures count, unaugmented; that port
 lets one augmented batch decide, and its bins leave out their own edges. Per channel and picture the maximum over
 the map that enters the batch norm is taken, standardised over the set, and counted in bins of --bin_width; the entropy is that
 of the shares of the bins, in nats. The set is passed twice, for the moments and for the histograms, so that memory does not grow
@@ -26,6 +26,7 @@ of 0.01 with one or two; with --bin_width 0.1 and u = 2 the ASR is 13 % and 0 %,
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from utils.config import Defense, require
 from utils.launch import launch
@@ -36,6 +37,8 @@ STILL = 1e-5  # a standard deviation below this share of the mean is rounding
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Defense):
+    holds_clean: ClassVar[bool] = False
+
     u: float = 3.0
     """standard deviations below its layer's mean from which on a channel goes, above 0"""
     bin_width: float = 0.01

@@ -10,7 +10,7 @@ that vector, among the pictures of its given label, and of every label the 1.5 e
 
 epsilon, the poisoned share of a label that the defender expects, is a declared prior (column `prior`) and never the true one. The features are
 the input of the last linear layer, in evaluation mode and without augmentation, centred by label; a known port scores
-uncentred, augmented and unpooled ones. The clean pictures play no part: the found set is scored and trained on whole.
+uncentred, augmented and unpooled ones. It holds no clean picture: the found set is scored and trained on whole.
 The network is the victim's, with new random weights, and so is its training, unless options say otherwise.
 
 Where half of a label is poison, as at 10 % of ten equal classes poisoned for one target, poison stands out no more than the rest. On the digits (BadNets,

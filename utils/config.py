@@ -171,6 +171,8 @@ class CleanModel(Attack):
 class Defense(Common):
     """Options of every defense."""
 
+    holds_clean: ClassVar[bool] = True  # whether it works with clean pictures; one that does not is handed none
+
     result_file: str
     """record to repair: a folder's path, or its name below record_path"""
     dataset_path: str | None = None
@@ -190,6 +192,8 @@ class Defense(Common):
 
     def budget(self, count, classes):
         """How many clean images the defender holds, of a training set of `count`."""
+        if not self.holds_clean:
+            return 0
         asked = int(self.clean_ratio * count + 1e-9) if self.clean_count is None else self.clean_count
         return min(max(asked, classes), count)
 
@@ -223,6 +227,8 @@ class Choosing(Defense):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retraining(Training, Defense):
     """Options of a defense that trains the victim's network anew; what is not given is as in the victim's own training."""
+
+    holds_clean: ClassVar[bool] = False
 
     label_smoothing: float = 0.0
     """share of a training label that is spread over all classes, 0..1"""

@@ -139,7 +139,8 @@ def defend(script, config, repair, *, stage="repair", selection="fixed", needs_f
 
     state = folder / "state"
     model, found, exam, clean, spec = record.load(config.record, config, device)
-    index = data.balanced_subset(clean.labels, config.budget(len(clean), spec.classes), config.data_seed).to(device)
+    budget = config.budget(len(clean), spec.classes)
+    index = (data.balanced_subset(clean.labels, budget, config.data_seed) if budget else torch.empty(0, dtype=torch.long)).to(device)
     victim = files.read_csv(config.record / results.FILE)[0]
     judge = Judge(exam, config, state / "log.csv")
     judge.note("before", {**results.measured(victim), "asr_all": files.read_csv(config.record / "log.csv")[-1].get("asr_all")})
@@ -233,7 +234,8 @@ def _plan_attack(config, folder, select, in_loop):
 def _plan_defense(name, config, folder, victim):
     count = config.budget(victim["data"]["train"], victim["data"]["classes"])
     print(f"reads    {config.record}: {victim['name']} on {victim['data']['train']} training pictures")
-    print(f"repairs  with {name} and {count} clean pictures of {victim['data']['classes']} classes in {config.precision}")
+    held = f"{count} clean pictures of {victim['data']['classes']} classes" if count else "no clean picture"
+    print(f"repairs  with {name} and {held} in {config.precision}")
     work = config.work(count, victim["data"]["train"])
     if work is None and isinstance(config, Training):
         work = f"{config.epochs} epochs of {len(lengths(count, config.batch_size))} steps"
