@@ -28,6 +28,11 @@ demo: $(READY)
 	$(BIN)/python attack/badnet.py --dataset digits --save_folder_name demo
 	$(BIN)/python defense/ft.py --result_file demo
 	$(BIN)/python defense/fmp.py --result_file demo
+	$(BIN)/python defense/fp.py --result_file demo
+	$(BIN)/python defense/bnp.py --result_file demo
+	$(BIN)/python defense/rnp.py --result_file demo
+	$(BIN)/python defense/nad.py --result_file demo
+	$(BIN)/python defense/ft_sam.py --result_file demo
 	$(BIN)/python compare.py record/demo --html record/demo.html
 
 # two processes, of one thread each: most tests start scripts, which is no work for several threads

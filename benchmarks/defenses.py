@@ -1,17 +1,20 @@
 """How well do the defenses do, and what do they cost? Runs them on the same victims, each as a user would, and writes one table.
 
     python -m benchmarks.defenses --plan cifar10 --seeds 0 1 2
+    python -m benchmarks.defenses --plan baselines --seeds 0 1 --save
     python -m benchmarks.defenses --plan published --seeds 0 --minutes 9
 
-The plan `cifar10` is the small network for a CPU; `published` is PreAct-ResNet18 under the protocol of the field (100 epochs,
-10 % poisoned, 5 % clean), for a GPU. Finished runs are not repeated, interrupted ones go on: with --minutes the script stops
+The plans `cifar10` and `digits` hold the first four defenses and their controls, on the small network for a CPU; `baselines` is every
+defense on five attacks and on a clean model, on the digits; `published` the same with PreAct-ResNet18 under the protocol of the field
+(100 epochs, 10 % poisoned, 5 % clean), for a GPU. Finished runs are not repeated, interrupted ones go on: with --minutes the script stops
 in time, run under way included, and the same command goes on from there. The seed is that of everything: the poison, the
-victim, the clean pictures, the defense. With --save the rows of all records found go to benchmarks/results/defenses.csv, and the
-tables to defense/README.md.
+victim, the clean pictures, the defense. With --save the rows of all records found go to benchmarks/results/defenses.csv, in place
+of older ones of the same plan, and the tables to defense/README.md.
 """
 
 import argparse
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -28,10 +31,15 @@ VICTIMS = {
     "digits": {"badnet": [], "blended": [], "wanet": attacks.DIGITS["wanet"].split()},
     "cifar10": {name: attacks.SMALL for name in ("badnet", "blended", "wanet")}
     | {"sig": [*attacks.SMALL, *attacks.CIFAR10["sig"].split()]},
-    "published": {name: ["--yaml_path", f"config/attack/{name}.yaml"] for name in ("badnet", "blended", "wanet", "sig")},
+    # on the digits the wave of sig must be strong, and half of the target class left as it is
+    "baselines": {"clean": [], "badnet": [], "blended": [], "sig": ["--amplitude", "160", "--pratio", "0.05"]}
+    | {name: attacks.DIGITS[name].split() for name in ("wanet", "inputaware")},
+    "published": {name: ["--yaml_path", f"config/attack/{name}.yaml"] for name in ("badnet", "blended", "sig", "wanet", "inputaware")}
+    | {"clean": ["--dataset", "cifar10"]},
 }
 ROWS = {"ft": "", "fmp": "", "fmp_no_pruning": "--variant no_pruning", "fmp_random": "--variant random", "awm": "",
         "awm_one_shot": "--variant one_shot", "trap_and_replace": "", "trap_and_replace_no_trap": "--variant no_trap"}  # fmt: skip
+NAMES = sorted(path.stem for path in (ROOT / "defense").glob("[a-z]*.py"))
 # AWM's published budget, where there are that many to spare; less training where a CPU has no time for the published one
 SETTINGS = {
     "digits": {"trap_and_replace": "--epochs 30", "trap_and_replace_no_trap": "--epochs 30"},
@@ -39,6 +47,10 @@ SETTINGS = {
         "awm": "--clean_count 500",
         "trap_and_replace": "--epochs 5 --head_epochs 30",
         "trap_and_replace_no_trap": "--epochs 5 --head_epochs 30",
+    },
+    "baselines": {
+        "anp": "--steps 200",
+        "trap_and_replace": "--epochs 30",
     },
     "published": {"awm": "--clean_count 500"},
 }
@@ -65,18 +77,26 @@ def main():
             sys.exit(f"time is up in {title}; the same command goes on from there")
         failed += [title] if code else []
     rows = collect(Path(options.record_path))
+    if options.save:
+        made = {row["plan"] for row in rows}
+        rows = sorted([row for row in files.read_csv(RESULTS) if row["plan"] not in made] + rows, key=lambda row: row["plan"])
     print(tables(rows))
     if options.save:
         attacks.publish(RESULTS, files.csv_text(rows, COLUMNS), PAGE, tables(rows))
     sys.exit(f"error: these runs failed: {', '.join(failed)}" if failed else 0)
 
 
+def rows_of(plan):
+    """{name of a row: the options that make it another than its script's default}"""
+    return ROWS if plan in ("digits", "cifar10") else dict.fromkeys(NAMES, "")
+
+
 def script_of(row):
-    return next(name for name in ("fmp", "ft", "awm", "trap_and_replace") if row.startswith(name))
+    return max((name for name in NAMES if row.startswith(name)), key=len)
 
 
 def words_of(plan, row):
-    return f"{ROWS[row]} {SETTINGS[plan].get(row, '')}".split()
+    return f"{rows_of(plan)[row]} {SETTINGS[plan].get(row, '')}".split()
 
 
 def commands(options):
@@ -89,7 +109,7 @@ def commands(options):
             record = f"{options.plan}-{attack}-{seed}"  # the names that benchmarks.attacks gives, too
             seeds = ["--random_seed", seed, "--poison_seed", seed]
             yield f"{record} victim", ["-m", f"attack.{attack}", *words, *common, *seeds, "--save_folder_name", record]
-            for row in options.rows or ROWS:
+            for row in options.rows or rows_of(options.plan):
                 yield f"{record} {row}", ["-m", f"defense.{script_of(row)}", *words_of(options.plan, row), *common, "--random_seed", seed,
                                          "--data_seed", seed, "--result_file", record, "--save_folder_name", row]  # fmt: skip
 
@@ -111,7 +131,7 @@ def collect(records):
         defended = place.parent.parent.name == "defense"
         record, row = (place.parents[2], place.parent.name) if defended else (place.parent, "none")
         which, attack, _ = record.name.split("-")
-        if attack not in VICTIMS.get(which, ()) or (defended and row not in ROWS):
+        if attack not in VICTIMS.get(which, ()) or (defended and row not in rows_of(which)):
             continue
         if not defended and not any((record / "defense").glob("*/record.json")):
             continue  # or `none` would be a mean over other victims than the rows below it
@@ -122,10 +142,13 @@ def collect(records):
 
 
 def tables(rows):
-    """Markdown: a table for every plan and attack; mean and sample standard deviation over the seeds, in percent."""
+    """Markdown: one table for a plan of all defenses, a table for every attack of the others; in percent."""
     parts = []
-    for which, attack in sorted({(row["plan"], row["attack"]) for row in rows}):
-        here = [row for row in rows if (row["plan"], row["attack"]) == (which, attack)]
+    for which, attack in sorted({(row["plan"], row["attack"] if rows_of(row["plan"]) is ROWS else "") for row in rows}):
+        here = [row for row in rows if row["plan"] == which and attack in (row["attack"], "")]
+        if not attack:
+            parts += overview(which, here)
+            continue
         parts += [f"### {attack}, {which}", f"{here[0]['model']}, {here[0]['recipe']}, {here[0]['precision']}, {here[0]['device']}"]
         lines = ["| defense | clean pictures | ACC | ASR | RA | seconds | n |", "|---|---:|---:|---:|---:|---:|---:|"]
         for name in ["none", *ROWS]:
@@ -143,6 +166,32 @@ def tables(rows):
                 lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def overview(which, rows):
+    """A heading, what the rows share, and a table of means over the seeds: defenses down, attacks across."""
+    across = [name for name in VICTIMS[which] if any(row["attack"] == name for row in rows)]
+    flags = [
+        f"`{name} {' '.join(words)}`" for name, words in VICTIMS[which].items() if words and "--yaml_path" not in words and name in across
+    ]
+    facts = [*dict.fromkeys(f"{row['model']}, {row['recipe']}" for row in rows), " and ".join(sorted({row["precision"] for row in rows})),
+             " or ".join(sorted({row["device"] for row in rows})), *flags, "ACC / ASR / RA"]  # fmt: skip
+    lines = ["| defense | clean pictures | " + " | ".join(f"{name} ACC" if name == "clean" else name for name in across) + " | seconds | n |",
+             "|---|---:|" + "---:|" * (len(across) + 2)]  # fmt: skip
+    for name in ["none", *rows_of(which)]:
+        same = [row for row in rows if row["row"] == name]
+        if same:
+            shown = [[row for row in same if row["attack"] == attack] for attack in across]
+            counts = {len(group) for group in shown if group}
+            cells = [f"`{name}`" + (f" `{same[0]['options']}`" if same[0]["options"] else ""), same[0]["clean_budget"] or "–",
+                     *(means(group, ("acc",) if attack == "clean" else ("acc", "asr", "ra")) for attack, group in zip(across, shown, strict=True)),
+                     f"{statistics.mean(float(row['seconds']) for row in same):.0f}", " to ".join(map(str, sorted(counts)))]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return [f"### all defenses, {which}", "; ".join(facts), "\n".join(lines)]
+
+
+def means(rows, keys):
+    return " / ".join(f"{statistics.mean(100 * float(row[key]) for row in rows):.1f}" for key in keys) if rows else "–"
 
 
 if __name__ == "__main__":

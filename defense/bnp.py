@@ -6,8 +6,7 @@ on clean pictures its mean and variance are others. Channels whose Kullback-Leib
 pictures give to what is remembered, as of two normal distributions, is above the mean + u * standard deviation of their layer are
 switched off.
 
-    python defense/bnp.py --result_file badnet_cifar10             # u = 3, the paper's for CIFAR-10
-    python defense/bnp.py --result_file badnet_tiny --u 4          # and for Tiny ImageNet
+    python defense/bnp.py --result_file badnet_cifar10             # u = 3, the paper's; on Tiny ImageNet u = 4
     python defense/bnp.py --result_file badnet_cifar10 --prune_shift true     # the shift of a pruned channel becomes zero too
 
 It sees the clean pictures without their labels: all of them, unaugmented, in one pass in evaluation mode; one known port uses a

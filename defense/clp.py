@@ -5,8 +5,7 @@ channel that a small trigger can switch on must react strongly to a small change
 weights: the largest singular value of its filter, as a matrix of input channels by positions, times the factor by which
 its batch norm scales. Channels above the mean + u * standard deviation of their layer are switched off.
 
-    python defense/clp.py --result_file badnet_cifar10             # u = 3, the paper's for CIFAR-10
-    python defense/clp.py --result_file badnet_tiny --u 5          # and for Tiny ImageNet
+    python defense/clp.py --result_file badnet_cifar10             # u = 3, the paper's; on Tiny ImageNet u = 5
 
 It sees the victim's weights only, and holds no clean picture. A batch norm is scored where its
 input is one convolution's output, which goes nowhere else; this is followed through the data flow. Released codes pair a

@@ -5,8 +5,7 @@ answer of an ordinary channel is spread about like a normal distribution, which 
 highest entropy. A channel of the backdoor answers a few pictures, the triggered ones, quite differently, and
 has a lower one. Channels whose entropy is below the mean - u * standard deviation of their layer are switched off.
 
-    python defense/ep.py --result_file badnet_cifar10              # u = 3, the paper's for CIFAR-10
-    python defense/ep.py --result_file badnet_tiny --u 4           # and for Tiny ImageNet
+    python defense/ep.py --result_file badnet_cifar10              # u = 3, the paper's; on Tiny ImageNet u = 4
     python defense/ep.py --result_file badnet_cifar10 --bin_width 0.1         # the histograms of a known port
 
 It repairs the victim and sees the found training set, poisoned pictures included, without its labels; it holds no

@@ -5,7 +5,7 @@ Zhu, Wei, Shen, Fan, Wu, "Enhancing Fine-Tuning Based Backdoor Defense with Shar
 the adaptive ball of Kwon et al., "ASAM", ICML 2021, allows: a large weight is moved further. Sees the clean pictures.
 
     python defense/ft_sam.py --result_file badnet_cifar10
-    python defense/ft_sam.py --result_file badnet_gtsrb --rho 8 --label_smoothing 0     # the paper's for GTSRB and Tiny ImageNet
+    python defense/ft_sam.py --result_file badnet_gtsrb         # rho 8 without smoothing, the paper's for GTSRB and Tiny ImageNet
 
 The rest is the recipe of `ft`. Of the authors' code this does not have the schedule that is stepped with every batch,
 a cosine up and down several times, nor the flag --adaptive that switches the adaptive ball off. The step leaves w

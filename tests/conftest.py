@@ -4,11 +4,11 @@ import importlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.start import start
 from utils import files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,15 +45,13 @@ def places(tmp_path_factory):
 def run():
     """run(*arguments, code=0): start Python as a user would, check the exit code, return what it printed."""
 
-    def start(*arguments, code=0, env=None, cwd=ROOT):
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **(env or {})}
-        )
+    def run(*arguments, code=0, env=None, cwd=ROOT):
+        done = start(list(map(str, arguments)), cwd=cwd, env=env or {})
         assert done.returncode == code, f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
         done.first = (done.stderr.strip() or "\n").splitlines()[0]
         return done
 
-    return start
+    return run
 
 
 @pytest.fixture(scope="session")

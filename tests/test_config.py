@@ -191,7 +191,21 @@ def test_data_set_options_exist(path):
     known = {folder: {f.name for name in names(folder) for f in dataclasses.fields(__import__(f"{folder}.{name}", fromlist=["Config"]).Config)}
              for folder in ("attack", "defense")}  # fmt: skip
     for section, options in yaml.safe_load(path.read_text()).items():
-        assert set(options) <= known[section]
+        own = {name: part for name, part in options.items() if isinstance(part, dict)}
+        assert options.keys() - own.keys() <= known[section]
+        for name, part in own.items():
+            fields = {field.name: field for field in dataclasses.fields(__import__(f"{section}.{name}", fromlist=["Config"]).Config)}
+            assert part and all(fields[key].default != value for key, value in part.items())
+
+
+def test_a_data_set_has_options_for_one_method(tmp_path):
+    (tmp_path / "config.yaml").write_text("dataset: gtsrb")
+    sam, plain = (__import__(f"defense.{name}", fromlist=["Config"]).Config for name in ("ft_sam", "ft"))
+    made = parse("--result_file", tmp_path, of=sam)
+    assert (made.rho, made.label_smoothing) == (8, 0) and parse("--result_file", tmp_path, "--rho", 1, of=sam).rho == 1
+    assert parse("--result_file", tmp_path, of=plain) == plain(result_file=str(tmp_path))
+    (tmp_path / "config.yaml").write_text("dataset: cifar10")
+    assert parse("--result_file", tmp_path, of=sam) == sam(result_file=str(tmp_path))
 
 
 def test_every_option_is_documented(capsys):

@@ -197,9 +197,6 @@ def test_labels_that_cannot_be_cut_lose_nothing():
     assert np.isnan(share[:2]).all() and not smaller[:43].any() and 0 < share[2] <= 0.5
 
 
-# Anti-Backdoor Learning
-
-
 # on a small real record
 
 

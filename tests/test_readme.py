@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from benchmarks import attacks, defenses, speed
 from tests.conftest import ROOT, few, names
@@ -67,7 +68,7 @@ def test_every_option_of_a_command_exists(line, run):
             assert f"{word} " in text or f"{word}\n" in text or f"[{word}]" in text, f"{line}: no option {word}"
 
 
-def test_every_command_runs(bench):
+def test_every_command_runs(bench, run):
     """In the README's own order, on the digits and for one epoch, as `python -m` so that this very copy is run."""
     for line in SCRIPTS:
         words = shlex.split(line)[1:]
@@ -82,9 +83,7 @@ def test_every_command_runs(bench):
         elif words[0] == "sweep":
             (bench / words[1]).write_text("{attack: badnet, defense: ft}")
             words += ["--engine", "serial", "--", "--epochs", "1"]
-        environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        run("-m", *words, cwd=bench, env={"PYTHONPATH": str(bench)})
 
 
 def test_the_example_of_an_attack_works(bench):
@@ -100,7 +99,12 @@ def test_the_example_of_an_attack_works(bench):
 def test_demo_is_what_make_runs():
     lines = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     demo = [line.removeprefix(".venv/bin/") for line in lines if line.startswith(".venv/bin/python ") and " -m " not in line]
-    assert [line.split()[1] for line in demo] == ["attack/badnet.py", "defense/ft.py", "defense/fmp.py", "compare.py"]
+    shown = yaml.safe_load((ROOT / "config/sweep/demo.yaml").read_text())["defense"]
+    assert len(shown) == 7 and [line.split()[1] for line in demo] == [
+        "attack/badnet.py",
+        *(f"defense/{name}.py" for name in shown),
+        "compare.py",
+    ]
 
 
 @pytest.mark.parametrize("folder", ["attack", "defense"])
@@ -123,42 +127,35 @@ def test_the_table_of_attacks_is_the_measured_one():
     assert {row["attack"] for row in rows} >= set(names("attack")), "an attack was never measured"
 
 
-def test_benchmarks_of_attacks_run(bench):
-    environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
+def test_benchmarks_of_attacks_run(bench, run):
     words = ["benchmarks.attacks", "--plan", "digits", "--only", "badnet_grid", "--", "--epochs", "1", "--width", "8"]
-    done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "badnet" in done.stdout, done.stderr
+    done = run("-m", *words, cwd=bench, env={"PYTHONPATH": str(bench)})
     assert "| `badnet_grid` | digits `--patch grid` | 10.0 % |" in done.stdout
 
 
-def test_benchmarks_of_defenses_run(bench):
-    def start(*words):
-        environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
-        return subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
-
-    here = ["benchmarks.defenses", "--plan", "digits", "--attacks", "badnet", "--record_path", "record/defenses", "--rows"]
-    done = start(*here, "fmp_random", "awm_one_shot", "--minutes", "0")
-    assert done.returncode == 1 and "time is up before digits-badnet-0 victim; the same command goes on" in done.stderr
-    done = start(*here, "fmp_random", "awm_one_shot", "--", "--epochs", "1")
-    assert done.returncode == 0, done.stderr
+def test_benchmarks_of_defenses_run(bench, run):
+    place = {"cwd": bench, "env": {"PYTHONPATH": str(bench)}}
+    here = ["-m", "benchmarks.defenses", "--plan", "digits", "--attacks", "badnet", "--record_path", "record/defenses", "--rows"]
+    done = run(*here, "fmp_random", "awm_one_shot", "--minutes", "0", code=1, **place)
+    assert "time is up before digits-badnet-0 victim; the same command goes on" in done.stderr
+    done = run(*here, "fmp_random", "awm_one_shot", "--", "--epochs", "1", **place)
     assert re.findall(r"^\| `(\w+)`.*\| 1 \|$", done.stdout, re.M) == ["none", "fmp_random", "awm_one_shot"]
 
 
-def test_every_part_of_the_speed_benchmark_runs(bench):
+def test_every_part_of_the_speed_benchmark_runs(bench, run):
     words = ["benchmarks.speed", "--models", "resnet9_w4", "--scale", "0.005", "--pairs", "1", "--dataset", "digits", "--save"]
-    environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
+    place = {"cwd": bench, "env": {"PYTHONPATH": str(bench)}}
     results = bench / "benchmarks" / "results" / "speed.csv"
     results.unlink()
-    done = subprocess.run([sys.executable, "-m", *words], cwd=bench, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run("-m", *words, **place)
     rows = files.read_csv(results)
     assert {row["part"] for row in rows} == set(speed.PARTS) and all(float(row["value"]) > 0 for row in rows if row["part"] != "stamp")
     assert [(row["part"], row["what"].split(",")[0]) for row in rows if row["part"] in speed.TARGETS] == [
         ("fmp", "as released"), ("awm", "as released"), ("trap_and_replace", "as released"), ("trap_and_replace", "tensors")]  # fmt: skip
     assert "badnet" in {row["what"] for row in rows if row["part"] == "stamp"}
     assert len(rows) == len({tuple(row[key] for key in speed.KEY) for row in rows}) == done.stdout.count("part ")
-    again = subprocess.run([sys.executable, "-m", *words, "--parts", "fmp"], cwd=bench, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0 and len(files.read_csv(results)) == len(rows), "a measurement takes the place of the one before"
+    run("-m", *words, "--parts", "fmp", **place)
+    assert len(files.read_csv(results)) == len(rows), "a measurement takes the place of the one before"
 
 
 def test_the_table_of_defenses_is_the_measured_one():

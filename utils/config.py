@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -359,7 +360,10 @@ def _recipe_options(Config, given):
 
 
 def _dataset_options(Config, given):
-    """What config/dataset/<dataset>.yaml says for attacks or for defenses; for a defense the record names the data set."""
+    """What config/dataset/<dataset>.yaml says for attacks or for defenses, and over it in the section named like the script.
+
+    For a defense the record names the data set.
+    """
     if issubclass(Config, Defense):
         section, made = "defense", {}
         for place in (Path(given.get("result_file", "")), Path(given.get("record_path", "record")) / given.get("result_file", "")):
@@ -368,6 +372,7 @@ def _dataset_options(Config, given):
     else:
         section, dataset = "attack", given.get("dataset", Config.dataset)
     options = _mapping(ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml").get(section) or {}
+    options = {**options, **options.get(Path(sys.modules[Config.__module__].__file__).stem, {})}
     known = {field.name for field in dataclasses.fields(Config)}
     if given.get("model", options.get("model")) != options.get("model"):
         known -= {"width"}  # it is that of the model which the file names
