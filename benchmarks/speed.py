@@ -12,6 +12,8 @@ field     an epoch as the field writes it (benchmarks/plain.py) over one of ours
 evaluate  ACC, ASR and RA over one bare forward pass of the same pictures
 stamp     seconds to put each trigger on 10,000 pictures of 32x32 pixels, for triggers that are no network
 fmp, awm, trap_and_replace   plain references of their work (benchmarks/plain.py) over ours; `tensors` is one without PIL
+baselines the other defenses at one epoch, round or step-wise pass of each stage, in bare passes (forward, backward, step) over the pictures that
+          they work on: the clean ones, or the found training set where they hold none; `target` says how many the equations have
 start     seconds from `import torch` until the first batch is ready to be trained on, with an empty cache and with a filled one
 memory    peak of an attack on --dataset (20 steps, the test, saving): the whole process on a CPU, allocated memory on a GPU
 
@@ -19,6 +21,7 @@ memory    peak of an attack on --dataset (20 steps, the test, saving): the whole
 """
 
 import argparse
+import copy
 import dataclasses
 import importlib
 import os
@@ -40,6 +43,7 @@ from utils import data, files, metrics, poison, train
 from utils import device as devices
 from utils.batch import augmentation, batches
 from utils.config import Attack
+from utils.record import Record
 from utils.workshop import Workshop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,6 +231,35 @@ def defense(options, method):
             yield {"what": f"{kind}, {name}, {options.config.precision}", **row, "target": "" if kind == "tensors" else TARGETS[method]}
 
 
+def baselines(options):
+    clean, found = (
+        pictures(scaled(options, count), options.at) for count in ((2500, 50_000) if options.at.type == "cuda" else (500, 2000))
+    )
+    for label in small_enough(options)[: 1 if options.at.type == "cpu" else None]:
+        model, precision = network(label, options), options.precisions[-1]
+        for name, (passes, settings) in PASSES.items():
+            script = importlib.import_module(f"defense.{name}")
+            config = script.Config(result_file="none", precision=precision, **settings)
+            split = clean if config.holds_clean else found
+            bare = bare_epoch(copy.deepcopy(model), split, dataclasses.replace(options.config, precision=precision))
+            row = compare(repaired(script, config, model, label, clean, found), bare, options)
+            what = f"{name}, {label}, {precision}, {len(split)} {'clean' if config.holds_clean else 'found'} pictures"
+            yield {"what": what, **row, "unit": "passes", "target": f"{passes} in the equations"}
+
+
+def repaired(script, config, model, label, clean, found):
+    """The method's whole work on a copy of `model`, its files included; to be called."""
+
+    def repair():
+        with tempfile.TemporaryDirectory() as folder:
+            index = torch.arange(len(clean), device=clean.labels.device)
+            name, _, width = parts(label, SPEC)
+            script.repair(copy.deepcopy(model), Record(SPEC, found, clean, index, name, width, Path(folder) / "state", Path(folder) / "shared",
+                                                       lambda *_, **__: None), config)  # fmt: skip
+
+    return repair
+
+
 def start(options):
     with tempfile.TemporaryDirectory() as folder:
         for what in ("empty cache", "filled cache"):
@@ -294,11 +327,26 @@ def scaled(options, count):
     return max(int(count * options.scale), 2)
 
 
+# defense: (passes over its pictures that the equations have, at these options). A look without a gradient is a third of a pass, and a
+# gradient of a gradient three. Fifths are those of the pictures held back to choose by, of which one setting at least is tried.
+PASSES = {
+    "ft": (1, {"epochs": 1}),
+    "fp": (1.3, {"epochs": 1}),
+    "anp": (2.5, {"steps": 1}),
+    "rnp": (1.7, {"epochs": 1, "mask_epochs": 1}),
+    "bnp": (0.3, {}),
+    "nad": (2.3, {"epochs": 1, "teacher_epochs": 1}),
+    "ft_sam": (2, {"epochs": 1}),
+    "i_bau": (17, {"rounds": 1}),
+    "ep": (0.7, {}),
+    "spectral": (1.2, {"epochs": 1}),
+    "ac": (1.3, {"epochs": 1}),
+}
 TARGETS = {"fmp": "", "awm": "", "trap_and_replace": "at least 3"}
 PARTS = {
     "stamp": stamp, "fit": fit, "evaluate": evaluate, "field": field, "stream": stream,
     **{name: (lambda options, name=name: defense(options, name)) for name in TARGETS},
-    "start": start, "memory": memory,
+    "baselines": baselines, "start": start, "memory": memory,
 }  # fmt: skip
 
 if __name__ == "__main__":
