@@ -156,7 +156,7 @@ def insert(model, name):
     like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
     polarizer, norm = nn.Conv2d(conv.in_channels, conv.in_channels, 1, bias=False, **like), nn.BatchNorm2d(conv.in_channels, **like)
     nn.init.dirac_(polarizer.weight)
-    model.set_submodule(name, nn.Sequential(OrderedDict(polarizer=polarizer, norm=norm, conv=conv)))
+    model.set_submodule(name, nn.Sequential(OrderedDict(polarizer=polarizer, norm=norm, conv=conv)).train(conv.training))
     return polarizer, norm
 
 

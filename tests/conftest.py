@@ -28,6 +28,7 @@ def few(script):
         "head_epochs": 1,
         "steps": 2,
         "mask_epochs": 1,
+        "warmup_epochs": 1,
         "generator_epochs": 1,
         **({"width": 8} if script.startswith("attack") else {}),
     }
