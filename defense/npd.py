@@ -5,14 +5,13 @@ Zhu, Wei, Zha, Wu, "Neural Polarizer: A Lightweight and Effective Backdoor Defen
 pictures, and on changes of them towards another class, which stand for the unknown trigger. Sees the clean pictures.
 
     python defense/npd.py --result_file badnet_cifar10
-    python defense/npd.py --result_file badnet_gtsrb --radius 5 --lambda2 0.5 --lambda3 0.5 --lambda4 0.5   # for GTSRB
-    python defense/npd.py --result_file badnet_tiny --radius 6 --lambda2 1 --lambda3 0.1 --lambda4 0.1      # for Tiny ImageNet
     python defense/npd.py --result_file badnet_cifar10 --layer network.layer4.0.conv1
 
 First some epochs of cross-entropy at a low rate. Then, for every batch, each picture x of class y is changed by signed steps
 towards s, its most likely class other than y, within a ball of the L2 norm and within [0, 1]; and a step of SGD goes down
 lambda1 * CE(x, y) + lambda2 * CE(x', the class that x is given now) - lambda3 * log(1 - p_k(x')) - lambda4 * log(1 - p_s(x')),
 where k is the most likely class of x' other than y. `--targets random` draws s once for every picture. No augmentation.
+Radius and weights for GTSRB and Tiny ImageNet are in config/dataset.
 
 The layer goes before the last but one of the convolutions larger than 1x1, in the order in which they run: layer4.1.conv1 of
 PreActResNet18, the paper's. It begins as the identity: the batch norm has the statistics of the clean pictures there, and the

@@ -5,7 +5,6 @@ Wei, Zhang, Zha, Wu, "Shared Adversarial Unlearning: Backdoor Mitigation by Unle
 Sees the clean pictures.
 
     python defense/sau.py --result_file badnet_cifar10
-    python defense/sau.py --result_file badnet_tiny --epochs 20                # the paper's for Tiny ImageNet
     python defense/sau.py --result_file badnet_cifar10 --clip true
 
 For every batch each picture gets a change d of its own by signed steps within |d| <= radius, from +radius on, down
@@ -16,7 +15,8 @@ over all pictures of the batch. Both networks keep their batch norm statistics, 
 
 As in the released code x + d is not cut to [0, 1], which is meant so; --clip true cuts it after every step. That code writes
 `shared` as the mean of two terms, log(1 - p_k) and log of the sum of all other p, which are equal; here it is one, from the
-logits, which has a gradient where p_k rounds to 1. The size of a batch and the lack of weight decay are ours.
+logits, which has a gradient where p_k rounds to 1. The size of a batch and the lack of weight decay are
+ours. config/dataset has the epochs for Tiny ImageNet.
 
 What counts is the number of steps: 64 clean pictures make one for each epoch, and with the 100 at the rate of 1e-4 the ASR of badnet on the
 digits (resnet9 of width 16, fp32, seed 0, n = 1) only goes from 99.3 to 96.4. With --unlearn_lr 1e-3 --epochs 20 it falls to 0.7, and blended's

@@ -234,10 +234,13 @@ def test_options_out_of_range(flag, value, sentence, places, run, small):
     assert sentence in run("defense/npd.py", *places, *words, flag, value, code=2).first
 
 
-def test_npd_on_the_digits(places, run, victim):
-    """MEASURED"""
-    run("defense/npd.py", *places, "--result_file", "victim", "--precision", "fp32")
+def test_npd_removes_the_backdoor_where_no_shortcut_leads_around_it(places, run, victim):
+    """Measured with 64 clean pictures: ACC 99.2, ASR 4.9; inside the residual branch, the usual place, 98.0 stay after 30 epochs."""
+    words = ["--layer", "network.layer3.conv", "--polarizer_lr", 0.1, "--epochs", 20]
+    run("defense/npd.py", *places, "--result_file", "victim", "--precision", "fp32", *words)
     folder = victim / "defense" / "npd"
     (row,) = csv.DictReader(open(folder / "results.csv"))
-    assert float(row["acc"]) > 0.8
-    assert load_file(folder / "model.safetensors")
+    assert float(row["asr_before"]) > 0.9 and float(row["asr"]) < 0.5 and float(row["acc"]) > 0.9
+    before, after = (load_file(place / "model.safetensors") for place in (victim, folder))
+    assert torch.equal(after.pop("network.layer3.conv.conv.weight"), before.pop("network.layer3.conv.weight"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "the victim, byte for byte"

@@ -8,7 +8,7 @@ from torch import nn
 class Still(nn.Module):
     """A network that computes as in evaluation mode while it is trained: batch norms keep their statistics, nothing drops out.
 
-    The modules `moving`, parts of it, train as usual. The network's parameters are its own, and stay where they are.
+    The modules `moving`, parts of it, train as usual.
     """
 
     def __init__(self, network, moving=()):
