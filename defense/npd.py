@@ -22,7 +22,11 @@ The layer cannot be folded into the convolution: its shift is not added to the z
 judged and saved therefore has two layers more than the victim, and all others byte for byte; `rebuild` makes it of a network of
 `models.build` and model.safetensors. A known port saves the untouched victim as the result, and the layer elsewhere.
 
-NUMBERS
+On the digits (resnet9 of width 16, 64 clean pictures, fp32, seed 0, n = 1) the defaults do nothing: the ASR of badnet goes from 99.3 to 99.1,
+that of blended stays at 100.0, and the ACC of a clean model goes from 100.0 to 99.8. The place inside the last residual branch is one that a
+shortcut leads around: there --polarizer_lr 0.1 --epochs 30 leaves badnet at 98.0, with a larger radius (6, in steps of 0.3) at 97.6.
+With --layer network.layer3.conv, which all maps pass, the same rate and epochs bring badnet to 2.0 and blended to 37.1, at an ACC of 99.2
+each (from 99.6 and 99.8); a clean model goes from 100.0 to 99.6. These options were tried on badnet by its ASR.
 """
 
 from dataclasses import dataclass

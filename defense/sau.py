@@ -21,6 +21,7 @@ ours. config/dataset has the epochs for Tiny ImageNet.
 What counts is the number of steps: 64 clean pictures make one for each epoch, and with the 100 at the rate of 1e-4 the ASR of badnet on the
 digits (resnet9 of width 16, fp32, seed 0, n = 1) only goes from 99.3 to 96.4. With --unlearn_lr 1e-3 --epochs 20 it falls to 0.7, and blended's
 from 100.0 to 0.0; the ACC goes from 99.6 to 96.0, and from 99.8 to 97.4, and that of a clean model from 100.0 to 97.4.
+This rate was tried on badnet by its ASR.
 """
 
 from dataclasses import dataclass
