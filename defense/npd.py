@@ -15,7 +15,7 @@ Radius and weights for GTSRB and Tiny ImageNet are in config/dataset.
 
 The layer goes before the last but one of the convolutions larger than 1x1, in the order in which they run: layer4.1.conv1 of
 PreActResNet18, the paper's. It begins as the identity: the batch norm has the statistics of the clean pictures there, and the
-scale and shift that undo it, so that the victim's answers do not change, nor depend on whether it trains. It normalises by the batch, clean
+scale and shift that undo it, so that the answers are the victim's in either mode. It normalises by the batch, clean
 and changed pictures together, in the steps of SGD alone. The rate is constant.
 
 The layer cannot be folded into the convolution: its shift is not added to the zeros around the maps. The model that is returned,
