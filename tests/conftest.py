@@ -26,6 +26,7 @@ def few(script):
     short = {
         "epochs": 1,
         "head_epochs": 1,
+        "ssl_epochs": 1,
         "steps": 2,
         "mask_epochs": 1,
         "warmup_epochs": 1,

@@ -6,20 +6,19 @@ import torch.nn.functional as F
 from utils.stored import Stored
 
 
-def batches(split, size, *, generator=None, augment=None, drop_last=False, part=None):
+def batches(split, size, *, generator=None, augment=None, drop_last=False, part=None, order=None):
     """Yield (images float32 n,3,S,S in [0, 1], labels, positions) until every image was seen once.
 
     With a `generator` (on the split's device) the order is shuffled and `augment(images, generator)` is applied to
     the uint8 images. A last batch of one image joins the one before it, because batch normalisation cannot train on
     it; `drop_last` leaves out every incomplete batch, unless it is the only one. `part` is the slice of each batch that is
-    yielded, of pictures that are those of the whole one. Pictures that are not in memory are read ahead, by a thread of
-    their own.
+    yielded, of pictures that are those of the whole one. `order` is positions: those images come instead, as they stand
+    there. Pictures that are not in memory are read ahead, by a thread of their own.
     """
     device, count = split.labels.device, len(split)
-    order = torch.arange(count, device=device)
-    if generator is not None:
-        order = torch.randperm(count, generator=generator, device=device)
-    sizes = lengths(count, size, drop_last=drop_last)
+    if order is None:
+        order = torch.arange(count, device=device) if generator is None else torch.randperm(count, generator=generator, device=device)
+    sizes = lengths(len(order), size, drop_last=drop_last)
     parts = order[: sum(sizes)].split(sizes)
     if isinstance(split.images, Stored):
         read = split.images.ahead(parts)

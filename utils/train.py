@@ -36,17 +36,18 @@ def adam(parameters, config):
     return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None, drop_last=False, after_step=None, on_epoch=None,
-        checkpoint=None, workers=crew.ALONE):  # fmt: skip
+def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None, drop_last=False, order=None, after_step=None,
+        on_epoch=None, checkpoint=None, workers=crew.ALONE):  # fmt: skip
     """Train `model` in place on `split` and return it, in the mode it came in.
 
     `config` gives epochs, batch_size, lr, lr_min, schedule, warmup, momentum, nesterov, weight_decay, compile, random_seed
     and precision (bf16 or fp32).
     `loss(model, images, labels, index)` is what is minimised; where it is a module, its buffers belong to the
-    checkpoint. `optimizer(parameters, config)` gets the parameters that need a gradient. `after_step()` runs after
-    every optimiser step, `on_epoch(model, epoch=, loss=, lr=)` after every epoch with its mean loss. With a `checkpoint`
-    path the state after every epoch is kept there, and training goes on from what lies there; every epoch draws from
-    its own seed, so an interrupted CPU run ends with the same weights.
+    checkpoint. `optimizer(parameters, config)` gets the parameters that need a gradient. `order(model, generator)` gives
+    the positions of the pictures that an epoch shows, config.steps times batch_size of them; without it, it shows every
+    picture once, shuffled. `after_step()` runs after every optimiser step, `on_epoch(model, epoch=, loss=, lr=)` after
+    every epoch with its mean loss. With a `checkpoint` path the state after every epoch is kept there, and training goes
+    on from what lies there; every epoch draws from its own seed, so an interrupted CPU run ends with the same weights.
     With several `workers`, who have joined, each one computes its part of every batch, and all end with the same weights;
     the first one calls `on_epoch` and writes the checkpoint, which all can read. A `loss` must be a mean over pictures then.
     Raises UserError (exit 1) when the loss is no longer a number.
@@ -59,16 +60,17 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
     optimizer = optimizer(parameters, config)
     memory = loss.to(device) if isinstance(loss, nn.Module) else nn.Module()
     done = load_state(checkpoint, model, optimizer, memory) if checkpoint else 0
-    sizes = lengths(len(split), config.batch_size, drop_last=drop_last)
+    sizes = lengths(len(split), config.batch_size, drop_last=drop_last) if order is None else [config.batch_size] * config.steps
     crew.require_parts(sizes, workers)
     crew.require_same(done, "another checkpoint than the first one: all nodes need the same file system below --record_path", workers)
     steps, weights = len(sizes), [crew.weight(size, workers) for size in sizes]
     with tqdm(total=steps * config.epochs, initial=steps * done, desc="training", unit=" steps", disable=None) as bar:
         for epoch in range(done, config.epochs):
             rates = [SCHEDULES[config.schedule](epoch, step / steps, config) for step in range(steps)]
-            order = batches(split, config.batch_size, generator=_seeded(config.random_seed, epoch, device, workers),
-                            augment=augment, drop_last=drop_last, part=crew.part(workers))  # fmt: skip
-            mean = crew.mean(*_epoch(network, order, rates, weights, loss, optimizer, config.precision, after_step, bar), workers)
+            generator = _seeded(config.random_seed, epoch, device, workers)
+            shown = batches(split, config.batch_size, generator=generator, augment=augment, drop_last=drop_last, part=crew.part(workers),
+                            order=order and order(model, generator))  # fmt: skip
+            mean = crew.mean(*_epoch(network, shown, rates, weights, loss, optimizer, config.precision, after_step, bar), workers)
             crew.settle(model, workers)
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} after epoch {epoch + 1}: lower --lr, which is {config.lr}")
