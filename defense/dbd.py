@@ -7,8 +7,9 @@ cross-entropy, which gives way to wrong labels; then, epoch by epoch, the share 
 the others lose them, and MixMatch trains the whole network on both.
 
     python defense/dbd.py --result_file badnet_cifar10
-    python defense/dbd.py --result_file badnet_cifar10 --ssl_epochs 1000 --epochs 190                    # the paper's, ten times as long
-    python defense/dbd.py --result_file badnet_digits --ssl_epochs 30 --ssl_batch_size 128 --ssl_lr 0.1 --epochs 10 --steps 20
+    python defense/dbd.py --result_file badnet_cifar10 --yaml_path config/defense/dbd.yaml      # as long as in the paper
+    python defense/dbd.py --result_file badnet_digits --ssl_epochs 10 --ssl_batch_size 64 --ssl_lr 0.1 --head_epochs 20 \\
+        --head_batch_size 32 --epochs 6 --steps 20                                              # for the small digits
 
 `labelled`, the share that keeps its labels, supposes that fewer than the others are poisoned: a declared prior (column `prior`). By default SimCLR
 has 100 epochs and MixMatch 100, as in a well-known port. That port keeps the cosine of 1,000 epochs, whose rate then
@@ -45,18 +46,20 @@ class Config(Defense):
     """passes that train the linear layer on the frozen backbone, 0 or more"""
     head_batch_size: int = 128
     """images per step of these, 1 or more"""
+    head_lr: float = 0.002
+    """learning rate of Adam for it, above 0; resnet9 divides its logits by 8 and may want more"""
     alpha: float = 0.1
     """weight of the cross-entropy in the symmetric one, 0 or more"""
     beta: float = 1.0
     """weight of the reverse cross-entropy in it, 0 or more"""
-    adam_lr: float = 0.002
-    """learning rate of Adam for the linear layer and in MixMatch, above 0"""
     labelled: float = 0.5
     """share of the training set, of lowest loss, whose labels MixMatch believes; between 0 and 1"""
     epochs: int = 100
     """epochs of MixMatch (the paper: 190), for each of which that share is chosen anew, 0 or more"""
     steps: int = 1024
     """of MixMatch per epoch, 1 or more"""
+    mixmatch_lr: float = 0.002
+    """learning rate of Adam in MixMatch, above 0"""
     batch_size: int = 64
     """labelled images per step of MixMatch, and as many unlabelled ones in two views, 1 or more"""
     sharpening: float = 0.5
@@ -71,7 +74,7 @@ class Config(Defense):
         require(min(self.ssl_epochs, self.head_epochs, self.epochs) >= 0, "ssl_epochs, head_epochs and epochs", "0 or more")
         require(self.ssl_batch_size >= 2, "ssl_batch_size", "2 or more images, which are told apart")
         require(min(self.head_batch_size, self.batch_size, self.steps) >= 1, "head_batch_size, batch_size and steps", "1 or more")
-        require(min(self.ssl_lr, self.adam_lr) > 0, "ssl_lr and adam_lr", "above 0")
+        require(min(self.ssl_lr, self.head_lr, self.mixmatch_lr) > 0, "ssl_lr, head_lr and mixmatch_lr", "above 0")
         require(min(self.ssl_weight_decay, self.alpha, self.beta) >= 0, "ssl_weight_decay, alpha and beta", "0 or more")
         require(self.unlabelled_weight >= 0, "unlabelled_weight", "0 or more")
         require(min(self.temperature, self.sharpening, self.mixing) > 0, "temperature, sharpening and mixing", "above 0")
@@ -199,7 +202,7 @@ def with_head(network, record, config):
         return symmetric(probe(images), labels, config.alpha, config.beta).mean()
 
     fit(Probe(network), record.train,
-        stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.adam_lr, lr_min=config.adam_lr),
+        stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr, lr_min=config.head_lr),
         loss=loss, optimizer=adam, augment=augmentation(record.spec), checkpoint=record.state / "head.safetensors",
         on_epoch=lambda _probe, **values: record.report("head", network, **values))  # fmt: skip
 
@@ -211,7 +214,8 @@ def tuned(network, record, config):
         return positions(*halves(losses(network, record.train, config), config.labelled), config.steps, config.batch_size, generator)
 
     return fit(network.requires_grad_(True), record.train,
-               stage(config, epochs=config.epochs, batch_size=3 * config.batch_size, steps=config.steps, lr=config.adam_lr, lr_min=config.adam_lr),
+               stage(config, epochs=config.epochs, steps=config.steps, batch_size=3 * config.batch_size, lr=config.mixmatch_lr,
+                     lr_min=config.mixmatch_lr),
                loss=MixMatch(config, record.spec.classes), optimizer=adam, augment=augmentation(record.spec), order=order,
                on_epoch=partial(record.report, "mixmatch"), checkpoint=record.state / "mixmatch.safetensors")  # fmt: skip
 
@@ -280,7 +284,7 @@ def positions(known, unknown, steps, size, generator):
 def guessed(logits, temperature):
     """Labels n,K of n pictures, from logits 2n,K of a first view of each and then a second: their mean probabilities, sharpened."""
     mean = logits.softmax(1).view(2, -1, logits.shape[1]).mean(0)
-    return F.normalize(mean.pow(1 / temperature), p=1)
+    return (mean.log() / temperature).softmax(1)  # in proportion to the mean to the power of 1 / temperature
 
 
 def draw_mixture(count, mixing, device):

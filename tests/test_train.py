@@ -53,6 +53,26 @@ def test_every_image_once(count, size, drop_last):
     assert size == 1 or count < 2 or 1 not in map(len, parts), "batch normalisation cannot train on one image"
 
 
+def test_an_order_says_which_images_come_and_when():
+    data, order = split(), torch.tensor([7, 7, 0, 5, 5, 7, 1, 2])
+    for generator in (None, torch.Generator().manual_seed(1)):
+        found = list(batch.batches(data, 4, generator=generator, order=order))
+        assert torch.equal(torch.cat([index for _, _, index in found]), order)
+        assert torch.equal(torch.cat([images for images, _, _ in found]), data.images[order] / 255)
+    shown, asked = [], []
+
+    def loss(network, images, labels, index):
+        shown.append(index)
+        return F.cross_entropy(network(images), labels)
+
+    def ask(network, generator):
+        asked.append(torch.randint(0, 40, (12,), generator=generator))
+        return asked[-1]
+
+    train.fit(model(), data, options(epochs=2, batch_size=4, steps=3), loss=loss, order=ask)
+    assert torch.equal(torch.cat(shown), torch.cat(asked)) and len(shown) == 6 and not torch.equal(*asked)
+
+
 def test_order_is_shuffled_by_the_generator_alone():
     def order(seed):
         return torch.cat([index for _, _, index in batch.batches(split(), 8, generator=torch.Generator().manual_seed(seed))]).tolist()
