@@ -22,7 +22,7 @@ views of a picture are anchors of the contrastive loss; Adam begins anew with Mi
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from utils.config import Defense, require
 from utils.launch import launch
@@ -54,6 +54,8 @@ class Config(Defense):
     """weight of the reverse cross-entropy in it, 0 or more"""
     labelled: float = 0.5
     """share of the training set, of lowest loss, whose labels MixMatch believes; between 0 and 1"""
+    among: Literal["all", "label"] = "all"
+    """all: the lowest losses of the whole set, as in the paper; label: those of every label, so that no class loses all of its labels"""
     epochs: int = 100
     """epochs of MixMatch (the paper: 190), for each of which that share is chosen anew, 0 or more"""
     steps: int = 1024
@@ -211,7 +213,9 @@ def tuned(network, record, config):
     """`network`, trained whole by MixMatch; which labels count is chosen anew before every epoch."""
 
     def order(network, generator):
-        return positions(*halves(losses(network, record.train, config), config.labelled), config.steps, config.batch_size, generator)
+        labels = record.train.labels if config.among == "label" else torch.zeros_like(record.train.labels)
+        known, unknown = halves(losses(network, record.train, config), labels, config.labelled)
+        return positions(known, unknown, config.steps, config.batch_size, generator)
 
     return fit(network.requires_grad_(True), record.train,
                stage(config, epochs=config.epochs, steps=config.steps, batch_size=3 * config.batch_size, lr=config.mixmatch_lr,
@@ -259,10 +263,14 @@ def losses(network, split, config):
     return torch.cat(found)
 
 
-def halves(losses, share):
-    """(positions of the `share` of lowest losses, of the others), neither empty; of equal losses the first is lower."""
-    count = min(max(int(share * len(losses) + 1e-9), 1), len(losses) - 1)
+def halves(losses, labels, share):
+    """(positions of the `share` of lowest losses within every label, of the others), neither empty; of equal losses the first is lower."""
     order = losses.argsort(stable=True)
+    order = order[labels[order].argsort(stable=True)]  # by label, and by loss within
+    counts = labels.bincount()
+    rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
+    order = order[((rank + 0.5).double() / counts[labels[order]]).argsort(stable=True)]
+    count = min(max(int(share * len(losses) + 1e-9), 1), len(losses) - 1)
     return order[:count], order[count:]
 
 

@@ -72,10 +72,34 @@ def test_the_symmetric_cross_entropy_in_loops():
 
 
 def test_the_lowest_losses_keep_their_labels():
-    losses = torch.tensor([0.3, 0.1, 0.9, 0.1, 0.5, 0.2, 0.1])
-    known, unknown = dbd.halves(losses, 0.5)
+    losses, alike = torch.tensor([0.3, 0.1, 0.9, 0.1, 0.5, 0.2, 0.1]), torch.zeros(7, dtype=torch.long)
+    known, unknown = dbd.halves(losses, alike, 0.5)
     assert known.tolist() == [1, 3, 6] and unknown.tolist() == [5, 0, 4, 2]
-    assert [len(part) for part in dbd.halves(losses, 0.01)] == [1, 6] and [len(part) for part in dbd.halves(losses, 0.999)] == [6, 1]
+    assert [len(part) for part in dbd.halves(losses, alike, 0.01)] == [1, 6] and [
+        len(part) for part in dbd.halves(losses, alike, 0.999)
+    ] == [6, 1]
+
+
+def test_within_every_label_where_that_is_asked_for(tmp_path):
+    """Label 2 has high losses only and keeps its share all the same; a label without pictures does no harm."""
+    labels = torch.tensor([0] * 10 + [2] * 6 + [4] * 4)[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
+    losses = torch.rand(20, generator=torch.Generator().manual_seed(1)) + 5 * (labels == 2)
+    known, unknown = dbd.halves(losses, labels, 0.5)
+    wanted = set()
+    for label, count in ((0, 5), (2, 3), (4, 2)):
+        members = [index for index in range(20) if labels[index] == label]
+        wanted |= set(sorted(members, key=lambda index: float(losses[index]))[:count])
+    assert set(known.tolist()) == wanted and set(unknown.tolist()) == set(range(20)) - wanted
+    assert not (labels[dbd.halves(losses, torch.zeros_like(labels), 0.5)[0]] == 2).any()
+    record, _ = found_record(tmp_path, 40)
+    for among in ("all", "label"):
+        with pytest.MonkeyPatch.context() as patch:
+            seen = []
+            patch.setattr(
+                dbd, "halves", lambda losses, labels, share, seen=seen: seen.append(labels) or (torch.arange(20), torch.arange(20, 40))
+            )
+            dbd.tuned(network(), replace(record, state=tmp_path / among), options(among=among))
+        assert torch.equal(seen[0], record.train.labels if among == "label" else torch.zeros(40, dtype=torch.long))
 
 
 def test_losses_are_those_of_whole_pictures_and_change_nothing(tmp_path):
@@ -273,7 +297,16 @@ def test_what_it_declares():
     assert "1 epochs of 31 steps without labels" in made.work(0, 1000) and "25% of the labels" in made.work(0, 1000)
 
 
-SHORT = {"ssl_epochs": 4, "ssl_batch_size": 64, "ssl_lr": 0.1, "head_epochs": 5, "head_batch_size": 16, "head_lr": 0.02, "epochs": 2, "steps": 20}
+SHORT = {
+    "ssl_epochs": 4,
+    "ssl_batch_size": 64,
+    "ssl_lr": 0.1,
+    "head_epochs": 5,
+    "head_batch_size": 16,
+    "head_lr": 0.02,
+    "epochs": 2,
+    "steps": 20,
+}
 
 
 def test_it_learns_the_digits_and_not_the_backdoor(victim, places, run):
@@ -282,8 +315,8 @@ def test_it_learns_the_digits_and_not_the_backdoor(victim, places, run):
     folder = victim / "defense" / "dbd"
     row, log = results(folder), files.read_csv(folder / "log.csv")
     assert (row["stage"], row["prior"], row["selection"], row["clean_budget"]) == ("in-training", "labelled=0.5", "fixed", "0")
-    assert float(row["asr_before"]) > 0.9 and float(row["asr"]) < 0.25 and float(row["acc"]) > 0.8
+    assert float(row["asr_before"]) > 0.9 and float(row["asr"]) < 0.2 and float(row["acc"]) > 0.6  # measured: 0.0 and 86.6
     (decoupled,) = (line for line in log if line["stage"] == "decoupled")
-    assert float(decoupled["asr"]) < 0.25 and float(decoupled["acc"]) > 0.7
+    assert float(decoupled["asr"]) < 0.2 and float(decoupled["acc"]) > 0.7  # measured: 0.9 and 92.2
     contrast = [float(line["loss"]) for line in log if line["stage"] == "contrast"]
     assert len(contrast) == 4 and contrast[-1] < contrast[0] - 0.3
