@@ -7,18 +7,25 @@ cross-entropy, which gives way to wrong labels; then, epoch by epoch, the share 
 the others lose them, and MixMatch trains the whole network on both.
 
     python defense/dbd.py --result_file badnet_cifar10
-    python defense/dbd.py --result_file badnet_cifar10 --yaml_path config/defense/dbd.yaml      # as long as in the paper
-    python defense/dbd.py --result_file badnet_digits --ssl_epochs 10 --ssl_batch_size 64 --ssl_lr 0.1 --head_epochs 20 \\
-        --head_batch_size 32 --epochs 6 --steps 20                                              # for the small digits
+    python defense/dbd.py --result_file badnet_cifar10 --yaml_path config/defense/dbd.yaml     # as long as in the paper
+    python defense/dbd.py --result_file badnet_cifar10 --among label --save_folder_name again  # half of every label is believed
 
-`labelled`, the share that keeps its labels, supposes that fewer than the others are poisoned: a declared prior (column `prior`). By default SimCLR
-has 100 epochs and MixMatch 100, as in a well-known port. That port keeps the cosine of 1,000 epochs, whose rate then
-hardly falls, and takes the settings of ImageNet for all sets but CIFAR-10; here the cosine ends with the epochs asked for.
+The share `labelled` that keeps its labels supposes that poison is among the others: a declared prior (column `prior`). By
+default SimCLR and MixMatch have 100 epochs each, as in a well-known port (the paper: 1,000 and 190). That port keeps the cosine
+of 1,000 epochs, whose rate then hardly falls, and takes the settings of ImageNet for all sets but CIFAR-10; here the cosine
+ends with the epochs asked for.
 
-As in the released code the views of SimCLR are blurred with probability 1/2 too, and the linear layer sees cropped and mirrored pictures.
-Other than there: a picture is mirrored only where the data set allows it; crops are resized bilinearly, not with bicubic splines; both
-views of a picture are anchors of the contrastive loss; Adam begins anew with MixMatch; every picture is mixed in a proportion of its own
-(there a batch has one); and labelled and unlabelled pictures go through the network as one batch, whose norms see both.
+As in the released code the views of SimCLR are blurred with probability 1/2 too, the linear layer sees cropped and mirrored
+pictures, and guessing labels moves the batch norms. Other than there: a picture is mirrored only where the data set allows it;
+crops are resized bilinearly, not bicubically, and those of the labelled stages padded with zeros; both views of a picture are
+anchors of the contrastive loss; Adam begins anew with MixMatch; every picture is mixed in a proportion of its own (there a
+batch has one); and labelled and unlabelled pictures go through the network as one batch.
+
+On the digits config/dataset/digits.yaml asks for less of everything: 10 epochs of SimCLR, 6 of MixMatch of 20 steps, about 80 s
+of one CPU core (resnet9 of width 16, bf16, seed 0, n = 1). The ASR falls from 99.3 to 0.0 for badnet and from 100.0 to 0.0 for
+blended, the ACC from 99.6 to 96.8 and from 99.8 to 96.8; after the linear layer it is 0.4 and 1.3 at an ACC of 94.4 and 93.0.
+That of a clean model falls from 100.0 to 86.6: the lowest losses of the whole set may leave a class without labels, here the
+eight, which is never answered then. With --among label it falls to 96.0.
 """
 
 from dataclasses import dataclass
@@ -168,6 +175,7 @@ class MixMatch(nn.Module):
         config, count = self.config, len(images) // 3
         with torch.no_grad():
             guess = guessed(model(images[count:]).float(), config.sharpening)
+        torch.clear_autocast_cache()  # or some versions of torch would learn with the bfloat16 weights of this pass, which have no gradient
         aims = torch.cat([F.one_hot(labels[:count], self.classes).float(), guess, guess])
         shares, partners = draw_mixture(len(images), config.mixing, images.device)
         logits = model(mixed(images, shares, partners)).float()

@@ -200,18 +200,20 @@ def test_codes_come_from_what_the_last_layer_gets(name):
     assert found.shape == (3, 128) and not channels.last_linear(model)._forward_pre_hooks
 
 
-def test_every_stage_trains_its_own_part(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_stage_trains_its_own_part(precision, tmp_path):
     record, said = found_record(tmp_path, 64)
-    model = network()
+    model, short = network(), options(precision=precision)
     parts = set(dict(model.network.named_children())) - {"pool", "scale"}
     start = state(model)
-    dbd.contrasted(model, record, options())
+    dbd.contrasted(model, record, short)
     features = state(model)
     assert moved(start, features) == parts - {"linear"}
-    dbd.with_head(model, record, options())
+    dbd.with_head(model, record, short)
     headed = state(model)
     assert moved(features, headed) == {"linear"}
-    assert all(parameter.requires_grad for parameter in dbd.tuned(model, record, options()).parameters())
+    assert all(weight.requires_grad for weight in dbd.tuned(model, record, short).parameters())
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
     assert moved(headed, state(model)) == parts and said == ["contrast", "head", "mixmatch"]
 
 
@@ -284,7 +286,8 @@ def test_a_killed_run_ends_with_the_same_weights(last, tmp_path):
 
 @pytest.mark.parametrize("changes, what", [
     ({"labelled": 1.0}, "labelled"), ({"labelled": 0.0}, "labelled"), ({"temperature": 0.0}, "temperature"), ({"mixing": 0.0}, "mixing"),
-    ({"ssl_epochs": -1}, "ssl_epochs"), ({"ssl_batch_size": 1}, "ssl_batch_size"), ({"steps": 0}, "steps"), ({"head_lr": 0.0}, "head_lr"), ({"mixmatch_lr": 0.0}, "mixmatch_lr"),
+    ({"ssl_epochs": -1}, "ssl_epochs"), ({"ssl_batch_size": 1}, "ssl_batch_size"), ({"steps": 0}, "steps"), ({"head_lr": 0.0}, "head_lr"),
+    ({"mixmatch_lr": 0.0}, "mixmatch_lr"),
     ({"beta": -1.0}, "beta"), ({"unlabelled_weight": -1.0}, "unlabelled_weight")])  # fmt: skip
 def test_options_out_of_range(changes, what):
     with pytest.raises(ConfigError, match=what):

@@ -20,8 +20,9 @@ def views(
 
     `scale` and `ratio` are ranges of a crop's area, as a share, and of width over height; it is resized with straight
     lines between pixels. Pictures are mirrored where the data set allows it. `jitter` says how far brightness, contrast,
-    saturation (as factors around 1) and hue (in turns) go, in a random order, `sigma` is the range of a Gaussian blur in pixels; `coloured`,
-    `grey` and `blurred` are the shares of pictures whose colours are changed, that turn grey, and that are blurred.
+    saturation (as factors around 1) and hue (in turns) go, in a random order, `sigma` is the range of a Gaussian blur in
+    pixels; `coloured`, `grey` and `blurred` are the shares of pictures whose colours are changed, that turn grey, and that
+    are blurred.
     """
 
     def view(images, generator):
@@ -78,7 +79,8 @@ def resized_crops(images, top, left, height, width):
 def _linear(start, length, size):
     """N,size,size: row i has the weights with which pixel i of the resized crop takes from the pixels of a line.
 
-    Pixels are areas: centre i + 1/2 of `size` stands over (i + 1/2) length/size, and what lies beyond a crop's outermost centres is as they are.
+    Pixels are areas: centre i + 1/2 of `size` stands over (i + 1/2) length / size. What lies beyond a crop's outermost
+    centres is as they are.
     """
     pixels = torch.arange(size, device=start.device, dtype=torch.float32)
     inside = ((pixels + 0.5) * (length / size)[:, None] - 0.5).clamp(min=0)
@@ -92,7 +94,7 @@ def products(images, rows, columns):
 
 
 def recoloured(images, jitter, numbers):
-    """images whose brightness, contrast and saturation are changed by factors of 1 - `jitter` to 1 + `jitter`, and hue by up to jitter[3] turns."""
+    """images with brightness, contrast and saturation times 1 - `jitter` to 1 + `jitter`, and hue moved by up to jitter[3] turns."""
     reach = images.new_tensor(jitter)
     drawn = reach * (2 * numbers(4) - 1)
     return jittered(images, 1 + drawn[:, :3], drawn[:, 3], numbers(3).argsort(1), (4 * numbers(1)[:, 0]).floor())
@@ -107,8 +109,8 @@ def luma(images):
 def jittered(images, factors, turns, order, before):
     """images with brightness, contrast and saturation changed by their `factors` N,3 and hue by `turns` N.
 
-    The three go in the `order` N,3 (of 0, 1, 2) that each picture has, and the hue comes after as many of them as `before` N says: once for all,
-    because it is what costs.
+    The three go in the `order` N,3 (of 0, 1, 2) that each picture has, and the hue comes after as many of them as `before` N
+    says: it is computed once for all, because it is what costs.
     """
     rounds = list(zip(range(3), order.unbind(1), factors.gather(1, order).unbind(1), strict=True))
     for place, kind, factor in rounds:
@@ -144,7 +146,7 @@ def turned(images, turns):
 
 
 def blur(images, sigma, reach):
-    """Every picture convolved with a Gaussian of its own width `sigma` N, in pixels, which ends `reach` pixels from its centre; edges are mirrored."""
+    """Every picture convolved with a Gaussian of its own width `sigma` N, which ends at `reach`, in pixels; edges are mirrored."""
     return products(images, *(_gaussian(sigma, reach, size) for size in images.shape[2:]))
 
 
