@@ -25,7 +25,7 @@ On the digits config/dataset/digits.yaml asks for less of everything: 10 epochs 
 of one CPU core (resnet9 of width 16, bf16, seed 0, n = 1). The ASR falls from 99.3 to 0.0 for badnet and from 100.0 to 0.0 for
 blended, the ACC from 99.6 to 96.8 and from 99.8 to 96.8; after the linear layer it is 0.4 and 1.3 at an ACC of 94.4 and 93.0.
 That of a clean model falls from 100.0 to 86.6: the lowest losses of the whole set may leave a class without labels, here the
-eight, which is never answered then. With --among label it falls to 96.0.
+eight, which is never answered then. With --among label it falls to 96.0, and that of badnet to 95.8 (ASR 0.0).
 """
 
 from dataclasses import dataclass
