@@ -31,6 +31,8 @@ def few(script):
         "mask_epochs": 1,
         "warmup_epochs": 1,
         "generator_epochs": 1,
+        "feature_epochs": 1,
+        "centre_epochs": 1,
         **({"width": 8} if script.startswith("attack") else {}),
     }
     return [str(word) for key, value in short.items() if key in known for word in (f"--{key}", value)]

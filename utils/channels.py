@@ -20,23 +20,30 @@ def last_linear(model):
     return layers[-1]
 
 
+def features_of(model, images):
+    """What the last linear layer of `model` gets for images n,3,S,S: n,D, with gradients where they are on."""
+    found = []
+    hook = last_linear(model).register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    return found[0]
+
+
 @torch.inference_mode()
 def last_features(model, split, precision="fp32"):
-    """What the last linear layer of `model` gets for every picture of `split`, float32 N,D, in order.
+    """`features_of` every picture of `split`, float32 N,D, in order.
 
     In evaluation mode and without augmentation; leaves the model as it was. ConfigError where there is no such layer.
     """
-    found, training = [], model.training
-    hook = last_linear(model).register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0].float()))
+    training = model.training
     try:
         model.eval()
         with mixed_precision(split.labels.device, precision):
-            for images, _, _ in batches(split, BATCH):
-                model(images)
+            return torch.cat([features_of(model, images).float() for images, _, _ in batches(split, BATCH)])
     finally:
-        hook.remove()
         model.train(training)
-    return torch.cat(found)
 
 
 def convolutions(model):

@@ -242,6 +242,41 @@ class Retraining(Training, Defense):
         require(self.pad >= 0, "pad", "0 or more pixels")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distinguishing(Defense):
+    """Options of a defense that tells poisoned pictures of the found set by how sensitive their features are."""
+
+    holds_clean: ClassVar[bool] = False
+
+    alpha_c: float = 0.2
+    """share of the found set, the least sensitive pictures, that is taken for clean, 0..1"""
+    alpha_p: float = 0.05
+    """share of it, the most sensitive ones, that is taken for poisoned, 0..1; both together are at most 1"""
+    feature_epochs: int = 2
+    """passes over the found set, without augmentation, that make the features"""
+    centre_epochs: int = 10
+    """passes that then drive the centres of the labels apart"""
+    feature_lr: float = 0.01
+    """learning rate of both, above 0"""
+    batch_size: int = 128
+    """images per step of both"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.alpha_c and 0 <= self.alpha_p and self.alpha_c + self.alpha_p <= 1 + 1e-9, "alpha_c and alpha_p",
+                "shares, 0 or more and at most 1 together")  # fmt: skip
+        require(self.feature_epochs >= 0 and self.centre_epochs >= 0, "feature_epochs and centre_epochs", "0 or more")
+        require(self.feature_lr > 0, "feature_lr", "positive")
+        require(self.batch_size >= 1, "batch_size", "1 or more images")
+
+    @property
+    def prior(self):
+        return f"clean={self.alpha_c} poison={self.alpha_p}"
+
+    def work(self, clean, found):
+        return f"a network that tells pictures apart, {self.feature_epochs} + {self.centre_epochs} epochs on {found} pictures"
+
+
 def find_record(name, record_path):
     """Path of a record's folder, given as such or by its name below record_path; MissingError where there is none."""
     places = [Path(name), Path(record_path) / name]

@@ -70,7 +70,7 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
             generator = _seeded(config.random_seed, epoch, device, workers)
             shown = batches(split, config.batch_size, generator=generator, augment=augment, drop_last=drop_last, part=crew.part(workers),
                             order=order and order(model, generator))  # fmt: skip
-            mean = crew.mean(*_epoch(network, shown, rates, weights, loss, optimizer, config.precision, after_step, bar), workers)
+            mean = crew.mean(*one_pass(network, shown, rates, weights, loss, optimizer, config.precision, after_step, bar), workers)
             crew.settle(model, workers)
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} after epoch {epoch + 1}: lower --lr, which is {config.lr}")
@@ -113,7 +113,7 @@ def one_cycle(epoch, share, config):
 SCHEDULES = {"cosine": cosine, "one_cycle": one_cycle}
 
 
-def _epoch(model, order, rates, weights, loss, optimizer, precision, after_step, bar):
+def one_pass(model, order, rates, weights, loss, optimizer, precision, after_step, bar):
     """One pass, a rate and the loss's weight for every step; (sum of the losses, left on the device, pictures)."""
     model.train()
     total, count = 0, 0
