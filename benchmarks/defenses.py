@@ -50,6 +50,7 @@ SETTINGS = {
     },
     "baselines": {
         "anp": "--steps 200",
+        "d_st": "--epochs 20",
         "trap_and_replace": "--epochs 30",
     },
     "published": {"awm": "--clean_count 500"},

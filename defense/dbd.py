@@ -114,7 +114,7 @@ from torch import nn
 import models
 from utils import run, seeds
 from utils.batch import augmentation, batches, mixed_precision
-from utils.channels import last_linear
+from utils.channels import features_of, last_linear
 from utils.train import adam, fit
 from utils.views import pairs, views
 
@@ -133,13 +133,7 @@ class Contrast(nn.Module):
         self.projection = nn.Sequential(nn.Linear(wide, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Linear(wide, CODE))
 
     def forward(self, images):
-        features = []
-        hook = last_linear(self.network).register_forward_pre_hook(lambda _layer, inputs: features.append(inputs[0]))
-        try:
-            self.network(images)
-        finally:
-            hook.remove()
-        return self.projection(features[0])
+        return self.projection(features_of(self.network, images))
 
 
 class Probe(nn.Module):

@@ -335,7 +335,7 @@ def found_poison(folder, victim):
 
 
 def test_unlearning_removes_the_backdoor(places, run, victim):
-    done = run("defense/d_br.py", *places, "--result_file", "victim", "--save_folder_name", "d_br")
+    done = run("defense/d_br.py", *places, "--result_file", "victim", "--save_folder_name", "d_br", "--centre_epochs", 2)
     folder = victim / "defense" / "d_br"
     poisoned, clean = found_poison(folder, victim)
     row = results(folder)
