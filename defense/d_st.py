@@ -8,14 +8,17 @@ any other picture to its own second view alone. Then the last layer is trained, 
 by a thousandth of the weight to get those taken for poisoned wrong.
 
     python defense/d_st.py --result_file badnet_cifar10
-    python defense/d_st.py --result_file badnet_digits --epochs 20     # a minute or two on two cores
+    python defense/d_st.py --result_file badnet_digits --epochs 20     # minutes on two cores
 
 Both shares are declared priors (column `prior`). What `d_br` says of turns, shifts and a known port holds here too. In the released code a clean
 picture is also drawn to the others with its label, the poisoned among them, and the best epoch by test ACC counts; here both
 pictures of a pair must be taken for clean, and the last epoch counts. The loss that the classifier maximises has the bound of `d_br`.
 Views are those of SimCLR without the blur, projected by one hidden layer; the network is the victim's.
 
-TODO_ST
+On the digits (resnet9 of width 16, bf16, --epochs 20, seed 0, n = 1, with the rates of config/dataset/digits.yaml) pictures are told apart as `d_br` says. The
+ASR of badnet falls from 99.3 to 0.2 % and the ACC from 99.6 to 91.6, that of blended from 100 to 14.9 and the ACC from 99.8 to 66.4; a
+clean set, learned this way, gives an ACC of 89.4 instead of 100. So few epochs do not finish: the contrastive loss still falls, most of all
+blended's. In 10 epochs without the slow start that network learned nothing at a --contrastive_lr of 0.1 or of the published 0.5.
 """
 
 from dataclasses import dataclass
