@@ -61,8 +61,8 @@ from tqdm import tqdm
 from utils import run, seeds
 from utils.batch import augmentation, batches, lengths
 from utils.errors import UserError
-from utils.sensitivity import CLEAN, POISONED, bounded, distinguish, stage
-from utils.train import cross_entropy, load_state, one_pass, save_state, sgd
+from utils.sensitivity import CLEAN, POISONED, bounded, distinguish
+from utils.train import cross_entropy, load_state, one_pass, save_state, sgd, stage
 
 
 def repair(model, record, config):

@@ -74,8 +74,9 @@ from torch import nn
 from utils import run, seeds
 from utils.batch import augmentation
 from utils.channels import features_of, last_linear
-from utils.sensitivity import CLEAN, UNKNOWN, bounded, distinguish, fresh, stage
-from utils.train import fit
+from utils.sensitivity import CLEAN, UNKNOWN, bounded, distinguish
+from utils.train import fit, fresh, stage
+from utils.unlearn import probe
 from utils.views import pairs, views
 
 PROJECTED = 128  # dimensions in which views are compared
@@ -95,23 +96,6 @@ class Projected(nn.Module):
         return F.normalize(self.projection(features_of(self.network, images)).float())
 
 
-class Probe(nn.Module):
-    """A frozen network, whose batch norms keep their statistics, with its last linear layer in training."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network.requires_grad_(False)
-        last_linear(network).requires_grad_(True)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.network.eval()
-        return self
-
-    def forward(self, images):
-        return self.network(images)
-
-
 def repair(model, record, config):
     kinds = distinguish(record, config)
     network = fresh(record, "extractor", config)
@@ -120,7 +104,7 @@ def repair(model, record, config):
     known = (kinds != UNKNOWN).nonzero().flatten()
     loss = partial(mixed_loss, clean=kinds[known] == CLEAN, weight=config.poison_weight, bound=config.bound)
     plan = stage(config, epochs=config.head_epochs, batch_size=config.contrastive_batch, lr=config.classifier_lr, weight_decay=0.0)
-    fit(Probe(network), record.train.view(known), plan, loss=loss, augment=augmentation(record.spec),
+    fit(probe(network), record.train.view(known), plan, loss=loss, augment=augmentation(record.spec),
         on_epoch=partial(record.report, "classifier"), checkpoint=record.state / "classifier.safetensors")  # fmt: skip
     return network.requires_grad_(True).train(model.training)
 

@@ -105,17 +105,16 @@ if __name__ == "__main__":
 
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import models
-from utils import run, seeds
+from utils import run
 from utils.batch import augmentation, batches, mixed_precision
 from utils.channels import features_of, last_linear
-from utils.train import adam, fit
+from utils.train import adam, fit, fresh, stage
+from utils.unlearn import probe
 from utils.views import pairs, views
 
 BATCH = 250  # pictures per pass that only looks
@@ -134,23 +133,6 @@ class Contrast(nn.Module):
 
     def forward(self, images):
         return self.projection(features_of(self.network, images))
-
-
-class Probe(nn.Module):
-    """A network of which the last linear layer alone trains: all else is in evaluation mode, batch norms included."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network.requires_grad_(False)
-        last_linear(network).requires_grad_(True)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.network.eval()
-        return self
-
-    def forward(self, images):
-        return self.network(images)
 
 
 class MixMatch(nn.Module):
@@ -179,8 +161,7 @@ class MixMatch(nn.Module):
 
 
 def repair(model, record, config):
-    torch.manual_seed(seeds.number("dbd", config.random_seed))
-    network = models.build(record.model, record.spec, record.width).to(record.train.labels.device)
+    network = fresh(record, "dbd", config)
     contrasted(network, record, config)
     with_head(network, record, config)
     record.report("decoupled", network)
@@ -202,13 +183,14 @@ def contrasted(network, record, config):
 def with_head(network, record, config):
     """Train the last linear layer of `network`, the rest of which is frozen, with the symmetric cross-entropy."""
 
-    def loss(probe, images, labels, index):
-        return symmetric(probe(images), labels, config.alpha, config.beta).mean()
+    def loss(model, images, labels, index):
+        return symmetric(model(images), labels, config.alpha, config.beta).mean()
 
-    fit(Probe(network), record.train,
-        stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr, lr_min=config.head_lr),
+    fit(probe(network), record.train,
+        stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr, lr_min=config.head_lr,
+              weight_decay=0.0),
         loss=loss, optimizer=adam, augment=augmentation(record.spec), checkpoint=record.state / "head.safetensors",
-        on_epoch=lambda _probe, **values: record.report("head", network, **values))  # fmt: skip
+        on_epoch=lambda _model, **values: record.report("head", network, **values))  # fmt: skip
 
 
 def tuned(network, record, config):
@@ -221,15 +203,9 @@ def tuned(network, record, config):
 
     return fit(network.requires_grad_(True), record.train,
                stage(config, epochs=config.epochs, steps=config.steps, batch_size=3 * config.batch_size, lr=config.mixmatch_lr,
-                     lr_min=config.mixmatch_lr),
+                     lr_min=config.mixmatch_lr, weight_decay=0.0),
                loss=MixMatch(config, record.spec.classes), optimizer=adam, augment=augmentation(record.spec), order=order,
                on_epoch=partial(record.report, "mixmatch"), checkpoint=record.state / "mixmatch.safetensors")  # fmt: skip
-
-
-def stage(config, **changes):
-    """What `fit` asks for."""
-    usual = {"lr_min": 0.0, "schedule": "cosine", "momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "compile": "none"}
-    return SimpleNamespace(**{**usual, "random_seed": config.random_seed, "precision": config.precision, **changes})
 
 
 def nt_xent(codes, temperature):

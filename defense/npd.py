@@ -90,7 +90,6 @@ if __name__ == "__main__":
 
 from collections import OrderedDict
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +99,7 @@ from utils import run, seeds
 from utils.batch import batches, to_unit
 from utils.channels import BATCH, Moments, convolutions, feature_maps
 from utils.errors import ConfigError
-from utils.train import fit
+from utils.train import fit, stage
 from utils.unlearn import Still, precise, unlikelihood
 
 
@@ -112,21 +111,16 @@ def repair(model, record, config):
     settle(norm, model, record.clean)
     record.report("inserted", model)
     train = partial(fit, Still(model, [polarizer, norm]), record.clean)
-    train(stage(config, config.warmup_epochs, config.warmup_lr), on_epoch=partial(record.report, "warmup"),
+    plan = partial(stage, config, batch_size=config.batch_size, momentum=config.momentum, weight_decay=config.weight_decay)
+    train(plan(epochs=config.warmup_epochs, lr=config.warmup_lr, lr_min=config.warmup_lr), on_epoch=partial(record.report, "warmup"),
           checkpoint=record.state / "warmup.safetensors")  # fmt: skip
     record.report("warm", model)
     loss = partial(polarizing, config=config, draws=drawn(record, config) if config.targets == "random" else None)
-    train(stage(config, config.epochs, config.polarizer_lr), loss=loss, on_epoch=partial(record.report, "polarize"),
+    train(plan(epochs=config.epochs, lr=config.polarizer_lr, lr_min=config.polarizer_lr), loss=loss, on_epoch=partial(record.report, "polarize"),
           checkpoint=record.state / "polarize.safetensors")  # fmt: skip
     for parameter, need in needs:
         parameter.requires_grad_(need)
     return model.train(training)
-
-
-def stage(config, epochs, rate):
-    """What `fit` asks for; the rate is constant."""
-    same = {name: getattr(config, name) for name in ("batch_size", "momentum", "weight_decay", "random_seed", "precision")}
-    return SimpleNamespace(epochs=epochs, lr=rate, lr_min=rate, schedule="cosine", nesterov=False, compile="none", **same)
 
 
 def place(model, images, name=None):

@@ -80,28 +80,26 @@ if __name__ == "__main__":
 import copy
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from utils import run
-from utils.train import adam, fit
+from utils.train import adam, fit, stage
 from utils.unlearn import Still, precise, unlikelihood
 
 
 def repair(model, record, config):
     training = model.training
     victim = copy.deepcopy(model).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    options = SimpleNamespace(epochs=config.epochs, batch_size=config.batch_size, lr=config.unlearn_lr, lr_min=config.unlearn_lr,
-                              schedule="cosine", weight_decay=config.weight_decay, compile="none", random_seed=config.random_seed,
-                              precision=config.precision)  # fmt: skip
+    plan = stage(config, epochs=config.epochs, batch_size=config.batch_size, lr=config.unlearn_lr, lr_min=config.unlearn_lr,
+                 weight_decay=config.weight_decay)  # fmt: skip
 
     def loss(copied, images, labels, index):
         change = perturbation(copied, victim, images, labels, config)
         return unlearning(copied, victim, images, labels, change, config)
 
-    fit(Still(model), record.clean, options, loss=loss, optimizer=adam, on_epoch=partial(record.report, "unlearn"),
+    fit(Still(model), record.clean, plan, loss=loss, optimizer=adam, on_epoch=partial(record.report, "unlearn"),
         checkpoint=record.state / "unlearn.safetensors")  # fmt: skip
     return model.train(training)
 

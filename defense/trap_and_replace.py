@@ -93,7 +93,6 @@ import math
 import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import safetensors
 import safetensors.torch
@@ -107,7 +106,7 @@ from utils.batch import augmentation, to_unit
 from utils.config import digest
 from utils.data import Split
 from utils.preview import preview
-from utils.train import adam, fit, sgd
+from utils.train import adam, fit, sgd, stage
 
 PICTURES = 8  # whose reconstruction is kept
 SMALL_HEAD = 100_000  # parameters
@@ -164,7 +163,8 @@ def trapped(name, width, record, config):
                 print(f"stage 1 is taken from {path}; its {file.metadata()['seconds']} s do not count in this run", file=sys.stderr)
         else:
             begin = time.perf_counter()
-            fit(trap, poisoned_rest(record), stage(config, epochs=config.epochs, batch_size=config.batch_size, lr=config.trap_lr),
+            fit(trap, poisoned_rest(record), stage(config, epochs=config.epochs, batch_size=config.batch_size, lr=config.trap_lr,
+                                                   weight_decay=config.weight_decay),
                 loss=partial(trap_loss, reconstruction=config.reconstruction, smoothness=config.smoothness), optimizer=adam,
                 augment=augmentation(record.spec), drop_last=True, on_epoch=partial(record.report, "trap"),
                 checkpoint=record.state / "trap.safetensors")  # fmt: skip
@@ -184,8 +184,10 @@ def replaced(name, width, stem, record, config):
     size = sum(parameter.numel() for parameter in head.parameters())
     optimizer, rate = OPTIMIZERS[config.head_optimizer or ("adam" if size <= SMALL_HEAD else "sgd")]
     loss = partial(cutmix_loss if config.cutmix else smoothed, label_smoothing=config.label_smoothing)
-    fit(Replaced(own, head), record.clean, stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr or rate),
-        loss=loss, optimizer=optimizer, augment=augmentation(record.spec), drop_last=True,
+    plan = stage(
+        config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr or rate, weight_decay=config.weight_decay
+    )
+    fit(Replaced(own, head), record.clean, plan, loss=loss, optimizer=optimizer, augment=augmentation(record.spec), drop_last=True,
         on_epoch=partial(record.report, "head"), checkpoint=record.state / "head.safetensors")  # fmt: skip
     for hook in hooks:
         hook.remove()
@@ -196,12 +198,6 @@ def fresh(name, width, record, purpose, config):
     """A network with random weights, on the device; stem and head of both stages differ by `purpose`."""
     torch.manual_seed(seeds.number(purpose, config.random_seed))
     return models.build(name, record.spec, width).to(record.clean.labels.device)
-
-
-def stage(config, **changes):
-    """What `fit` asks for; the rate falls to 0 along a cosine."""
-    same = {name: getattr(config, name) for name in ("weight_decay", "random_seed", "precision")}
-    return SimpleNamespace(lr_min=0.0, schedule="cosine", momentum=0.9, nesterov=False, compile="none", **same, **changes)
 
 
 def key(name, width, record, config):

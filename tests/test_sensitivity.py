@@ -21,6 +21,7 @@ from utils.channels import last_linear
 from utils.data import Split
 from utils.errors import ConfigError, UserError
 from utils.sensitivity import CLEAN, POISONED, UNKNOWN
+from utils.train import fresh
 
 BOTH = pytest.mark.parametrize("method", [d_br, d_st], ids=["d_br", "d_st"])
 
@@ -273,7 +274,7 @@ def test_each_stage_trains_its_own_layers(tmp_path, monkeypatch):
     kinds = torch.tensor([CLEAN, CLEAN, UNKNOWN, POISONED]).repeat(15)
     monkeypatch.setattr(d_st, "distinguish", lambda record, config: kinds)
     config = options(d_st, epochs=1, head_epochs=1, contrastive_batch=24, contrastive_lr=0.01, classifier_lr=0.1)
-    nets = {name: sensitivity.fresh(record, "extractor", config) for name in ("fresh", "extracted")}
+    nets = {name: fresh(record, "extractor", config) for name in ("fresh", "extracted")}
     d_st.extract(nets["extracted"], kinds, replace(record, state=tmp_path / "one"), config)
     victim = network()
     found = d_st.repair(victim.eval(), record, config)

@@ -3,7 +3,6 @@
 import copy
 import sys
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch.func import functional_call
 
 from utils import choice
 from utils.batch import augmentation
-from utils.train import fit
+from utils.train import fit, stage
 
 THRESHOLDS = tuple(step / 20 for step in range(19))  # 0 to 0.9, from weak to strong
 REPORTS = 20  # stages of a mask that the judge sees
@@ -49,9 +48,7 @@ def learn(mask, model, split, loss, record, config, *, epochs):
     `loss(mask, images, labels, index)` is minimised. Batches are normalised by their own statistics; those that the model
     keeps stay as they are, and so do its parameters. The state after every epoch is kept, and the judge sees some of them.
     """
-    options = SimpleNamespace(epochs=epochs, batch_size=config.batch_size, lr=config.mask_lr, lr_min=config.mask_lr, schedule="cosine",
-                              warmup=0.0, momentum=0.9, nesterov=False, weight_decay=0.0, compile="none", random_seed=config.random_seed,
-                              precision=config.precision)  # fmt: skip
+    options = stage(config, epochs=epochs, batch_size=config.batch_size, lr=config.mask_lr, lr_min=config.mask_lr, weight_decay=0.0)
 
     def on_epoch(mask, *, epoch, **values):
         if epoch % max(1, epochs // REPORTS) == 0:

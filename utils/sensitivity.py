@@ -7,16 +7,14 @@ has only begun to learn knows triggers before it knows pictures; a trigger that 
 import math
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-import models
 from utils import seeds
 from utils.batch import batches, mixed_precision
 from utils.channels import features_of
-from utils.train import fit
+from utils.train import fit, fresh, stage
 
 CLEAN, UNKNOWN, POISONED = 0, 1, 2
 TURN, SHIFT = 180.0, 0.2  # largest turn in degrees, and shift as a share of the side
@@ -41,19 +39,6 @@ def distinguish(record, config):
     clean, _, poisoned = kinds.bincount(minlength=3).tolist()
     print(f"taking {clean} of {len(kinds)} pictures for clean and {poisoned} for poisoned", file=sys.stderr)
     return kinds
-
-
-def fresh(record, purpose, config):
-    """The victim's network with new random weights, which differ by `purpose`, on the device."""
-    torch.manual_seed(seeds.number(purpose, config.random_seed))
-    return models.build(record.model, record.spec, record.width).to(record.train.labels.device)
-
-
-def stage(config, **changes):
-    """What `fit` asks for: epochs, batch_size and lr must be among the changes; the rest is the usual unless it is, too."""
-    usual = {"lr_min": 0.0, "schedule": "cosine", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "compile": "none",
-             "random_seed": config.random_seed, "precision": config.precision}  # fmt: skip
-    return SimpleNamespace(**{**usual, **changes})
 
 
 def centre_loss(model, images, labels, index, *, classes):

@@ -4,6 +4,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import safetensors
 import safetensors.torch
@@ -88,11 +89,24 @@ def retrain(record, flagged, config):
     `config` is a config.Retraining.
     """
     print(f"removing {int(flagged.sum())} of {len(flagged)} pictures, and training anew on the others", file=sys.stderr)
-    torch.manual_seed(seeds.number("retrain", config.random_seed))
-    model = models.build(record.model, record.spec, record.width).to(flagged.device)
-    return fit(model, record.train.view((~flagged).nonzero().flatten()), config, drop_last=True,
+    return fit(fresh(record, "retrain", config), record.train.view((~flagged).nonzero().flatten()), config, drop_last=True,
                loss=partial(cross_entropy, label_smoothing=config.label_smoothing), augment=augmentation(record.spec, config.pad),
                on_epoch=partial(record.report, "retrain"), checkpoint=record.state / "retrain.safetensors")  # fmt: skip
+
+
+def fresh(record, purpose, config):
+    """The victim's network with new random weights, which differ by `purpose`, on the device."""
+    torch.manual_seed(seeds.number(purpose, config.random_seed))
+    return models.build(record.model, record.spec, record.width).to(record.train.labels.device)
+
+
+def stage(config, **changes):
+    """The options of one stage of a method, as `fit` asks for them: its seed and precision, and of SGD what is usual.
+
+    epochs, batch_size and lr must be among the changes.
+    """
+    usual = {"lr_min": 0.0, "schedule": "cosine", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "compile": "none"}
+    return SimpleNamespace(**{**usual, "random_seed": config.random_seed, "precision": config.precision, **changes})
 
 
 def cosine(epoch, share, config):

@@ -1,8 +1,10 @@
-"""What defenses have in common that unlearn perturbed pictures while a network, or most of it, is held still."""
+"""What several defenses have in common that hold a network, or most of it, still while something is learned or unlearned."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from utils.channels import last_linear
 
 
 class Still(nn.Module):
@@ -25,6 +27,12 @@ class Still(nn.Module):
 
     def forward(self, images):
         return self.network(images)
+
+
+def probe(network):
+    """`network` with its last linear layer alone in training: all else is frozen, and held still."""
+    network.requires_grad_(False)
+    return Still(network, [last_linear(network).requires_grad_(True)])
 
 
 def unlikelihood(logits, classes):
