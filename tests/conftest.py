@@ -30,6 +30,8 @@ def few(script):
         "steps": 2,
         "mask_epochs": 1,
         "warmup_epochs": 1,
+        "search_epochs": 1,
+        "curve_epochs": 1,
         "generator_epochs": 1,
         "feature_epochs": 1,
         "centre_epochs": 1,

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = frozenset({"random_seed", "poison_seed", "data_seed"})
 # What may change between two runs of the same experiment: where things lie and how the run is watched.
 NOT_IDENTITY = frozenset({"record_path", "save_folder_name", "result_file", "dataset_path", "cache_path", "download",
-                          "device", "compile", "resident_gb", "eval_every", "score_batch", "overwrite", "debug", "dry_run"})  # fmt: skip
+                          "device", "compile", "resident_gb", "eval_every", "score_batch", "together", "overwrite", "debug",
+                          "dry_run"})  # fmt: skip
 # What a defense that trains anew takes over from the victim's training.
 RECIPE = ("epochs", "batch_size", "lr", "lr_min", "schedule", "warmup", "momentum", "nesterov", "weight_decay", "label_smoothing", "pad")
 SWITCHES = {

@@ -1,4 +1,4 @@
-"""Pictures for people: a trigger on eight images; the scores of a network's feature maps."""
+"""Pictures for people: a trigger on eight images; the scores of a network's feature maps; triggers that were found."""
 
 import io
 
@@ -54,6 +54,25 @@ def score_chart(layers):
             y = top + high - 11 - (high - 30) * (values[channel] - low) / span
             radius = 2.5 if channel in gone else 1.5
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill="#d01c1c" if channel in gone else "#4a6fa5")
+    return png(canvas)
+
+
+def trigger_chart(masks, patterns, titles, marked):
+    """PNG bytes: of every trigger its mask (1,S,S, white = 1) and its pattern (3,S,S) side by side, all in [0, 1].
+
+    `titles` stand above them, red where `marked`.
+    """
+    side, columns = 96, 5
+    wide, high = 2 * (side + GAP) + GAP, side + 24 + GAP
+    canvas = Image.new("RGB", (wide * min(columns, len(titles)) + GAP, high * -(-len(titles) // columns) + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    pairs = zip(masks.expand_as(patterns), patterns, strict=True)
+    for number, (pair, title, red) in enumerate(zip(pairs, titles, marked, strict=True)):
+        left, top = GAP + number % columns * wide, GAP + number // columns * high
+        draw.text((left, top), title, "#d01c1c" if red else "black")
+        for place, image in enumerate(pair):
+            picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().cpu().contiguous().numpy())
+            canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left + place * (side + GAP), top + 16))
     return png(canvas)
 
 
