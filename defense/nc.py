@@ -73,10 +73,9 @@ COLUMNS = ["class", "norm", "index", "flagged", "success"]
 
 
 def repair(model, record, config):
-    masks, patterns, works = find(model, record, config)
+    masks, patterns, success = find(model, record, config)
     norms = masks.sum((1, 2, 3))
-    index, flagged = judge(norms, works, config.threshold)
-    success = reach(model, record.clean, masks, patterns, config)
+    index, flagged = anomalies(norms, success >= config.goal, config.threshold)
     keep(record, masks, patterns, norms, index, flagged, success)
     record.report("searched", model)
     targets = flagged.nonzero().flatten().tolist()
@@ -90,12 +89,12 @@ def repair(model, record, config):
 
 
 def find(model, record, config):
-    """(masks K,1,S,S, patterns K,3,S,S, which of them reached the goal, bool K) of all classes, the model being left as it was."""
+    """(masks K,1,S,S, patterns K,3,S,S, share of the pictures that each leads to its class, K) of all classes; leaves the model as it was."""
     training, needs = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     groups = torch.arange(record.spec.classes, device=record.clean.labels.device).split(config.together)
     try:
-        done = [search(model, record.clean, group, config, record.state / f"triggers_{group[0]}.safetensors") for group in groups]
+        done = [search(model, record.clean, group, config, record.state / f"triggers_{group[0]}_{group[-1]}.safetensors") for group in groups]
     finally:
         model.train(training)
         for parameter, need in zip(model.parameters(), needs, strict=True):
@@ -107,8 +106,8 @@ class Search(nn.Module):
     """The triggers of some classes (int64 K) under way. A checkpoint keeps all of it.
 
     `raw` holds for each class 4,S,S numbers: mask and pattern are (1 + tanh)/2 of them. The buffers are of length K: `penalty`
-    is lambda, `sought` says which searches go on, `norm` and `best` are the smallest mask's size and raw numbers among
-    those triggers that reached the goal; before one has, the norm is infinite.
+    is lambda, `sought` says which searches go on; `norm`, `best` and `success` are those of the smallest mask that has reached the
+    goal; before one has, the norm is infinite and the others are of the last mask.
     """
 
     def __init__(self, classes, size, config):
@@ -117,7 +116,7 @@ class Search(nn.Module):
         start = (2 * torch.stack(start).to(classes.device).clamp(0.01, 0.99) - 1).atanh()  # K,4,S,S
         self.raw = nn.ParameterList(start.unbind())
         numbers, none = torch.zeros(len(classes), device=classes.device), torch.zeros_like(classes)
-        buffers = {"classes": classes, "best": start, "penalty": numbers + config.penalty, "norm": numbers + torch.inf, "mark": numbers + torch.inf,
+        buffers = {"classes": classes, "best": start, "success": numbers, "penalty": numbers + config.penalty, "norm": numbers + torch.inf, "mark": numbers + torch.inf,
                    "hits": none, "misses": none, "stale": none, "rose": none.bool(), "fell": none.bool(), "sought": ~none.bool()}  # fmt: skip
         for name, value in buffers.items():
             self.register_buffer(name, value.clone())
@@ -128,12 +127,13 @@ class Search(nn.Module):
 
     @torch.no_grad()
     def advance(self, success, goal):
-        """Take in the success of an epoch, K shares: keep the smallest masks that work, change lambda, end searches."""
+        """Take in the success of the triggers after an epoch, K shares: keep the smallest masks that work, change lambda, end searches."""
         raw = torch.stack(list(self.raw))
         works, norm = self.sought & (success >= goal), unit(raw)[0].sum((1, 2, 3))
-        better = works & (norm < self.norm)
-        self.best = torch.where(better[:, None, None, None], raw, self.best)
-        self.norm = torch.where(better, norm, self.norm)
+        taken = torch.where(works, norm < self.norm, self.sought & self.norm.isinf())
+        self.best = torch.where(taken[:, None, None, None], raw, self.best)
+        self.success = torch.where(taken, success, self.success)
+        self.norm = torch.where(taken & works, norm, self.norm)
         self.schedule(works)
 
     def schedule(self, works):
@@ -150,7 +150,7 @@ class Search(nn.Module):
 
 
 def search(model, split, classes, config, checkpoint):
-    """(masks K,1,S,S, patterns K,3,S,S, whether they reached the goal) of `classes`, each as if it were alone.
+    """(masks K,1,S,S, patterns K,3,S,S, success K) of `classes`, each as if it were alone.
 
     All searches share the passes through the frozen `model`; one that has ended takes no part in the next ones. Where the goal was
     never reached the trigger is the last one.
@@ -159,32 +159,38 @@ def search(model, split, classes, config, checkpoint):
     optimizer = torch.optim.Adam(state.raw.parameters(), config.search_lr, betas=(0.5, 0.9), fused=True)
     done = load_state(checkpoint, state, optimizer)
     for epoch in tqdm(range(done, config.search_epochs), desc=f"triggers from class {classes[0]}", unit=" epochs", disable=None):
-        rows = state.sought.nonzero().flatten().tolist()  # once per epoch
-        if not rows:
+        rows = state.sought.nonzero().flatten()  # once per epoch
+        if not len(rows):
             break
-        state.advance(descend(model, split, state, rows, optimizer, epoch, config), config.goal)
+        descend(model, split, state, rows, optimizer, epoch, config)
+        state.advance(reach(model, split, state, rows, config), config.goal)
         save_state(checkpoint, state, optimizer, epoch + 1)
-    works = state.norm.isfinite()
-    last = torch.stack([raw.detach() for raw in state.raw])
-    return *unit(torch.where(works[:, None, None, None], state.best, last)), works
+    return *unit(state.best), state.success
 
 
 def descend(model, split, state, rows, optimizer, epoch, config):
-    """One pass over the pictures for the classes at positions `rows`; for all of them, K, the share that was led to the class."""
-    device = split.labels.device
-    rows_there = torch.tensor(rows, device=device)
-    hits, targets, penalty = torch.zeros(len(rows), device=device), state.classes[rows_there, None], state.penalty[rows_there]
-    for images, _, _ in batches(split, config.search_batch, generator=seeds.generator("trigger batches", config.random_seed, epoch, device=device)):
-        masks, patterns = state.triggers(rows)
+    """One pass over the pictures for the triggers at positions `rows`."""
+    device, places, targets = split.labels.device, rows.tolist(), state.classes[rows]
+    generator = seeds.generator("trigger batches", config.random_seed, epoch, device=device)
+    for images, _, _ in batches(split, config.search_batch, generator=generator):
+        masks, patterns = state.triggers(places)
         with mixed_precision(device, config.precision):
-            logits = outputs(model, images, masks, patterns)  # n,K,classes
-            told = targets.expand(-1, len(images)).T
+            logits = outputs(model, images, masks, patterns)
+            told = targets.expand(len(images), -1)
             value = F.cross_entropy(logits.flatten(0, 1), told.flatten(), reduction="none").view(told.shape).mean(0)
         optimizer.zero_grad(set_to_none=True)  # Adam leaves alone what gets no gradient
-        (value + penalty * masks.sum((1, 2, 3))).sum().backward()
+        (value + state.penalty[rows] * masks.sum((1, 2, 3))).sum().backward()
         optimizer.step()
-        hits += (logits.detach().argmax(2) == told).sum(0)
-    return torch.zeros_like(state.penalty).index_copy(0, rows_there, (hits / len(split)).to(state.penalty.dtype))
+
+
+@torch.no_grad()
+def reach(model, split, state, rows, config):
+    """Share K of all pictures that each of the triggers at positions `rows` leads to its class, 0 for the others."""
+    (masks, patterns), targets, hits = state.triggers(rows.tolist()), state.classes[rows], 0
+    with mixed_precision(split.labels.device, config.precision):
+        for images, _, _ in batches(split, config.search_batch):
+            hits = hits + (outputs(model, images, masks, patterns).argmax(2) == targets).sum(0)
+    return torch.zeros_like(state.success).index_copy(0, rows, (hits / len(split)).to(state.success.dtype))
 
 
 def outputs(model, images, masks, patterns):
@@ -203,7 +209,7 @@ def unit(raw):
     return (raw.tanh() / 2 + 0.5).split((1, 3), 1)
 
 
-def judge(norms, works, threshold):
+def anomalies(norms, works, threshold):
     """(anomaly index, flagged) of K classes by the sizes of their masks; `works` says which triggers reached the goal.
 
     The index is the distance from the median in units of the median absolute deviation; where that is zero, of what is not at the
@@ -214,20 +220,6 @@ def judge(norms, works, threshold):
     index = away.abs() / (CONSISTENT * away.abs().quantile(0.5))
     index = index.nan_to_num(0.0, posinf=torch.inf)  # 0 / 0 is at the median
     return index, works & (index > threshold) & (away < 0)
-
-
-@torch.no_grad()
-def reach(model, split, masks, patterns, config):
-    """Share K of all pictures that each trigger leads to its class."""
-    training, hits, classes = model.training, 0, torch.arange(len(masks), device=masks.device)
-    model.eval()
-    for images, _, _ in batches(split, config.search_batch):
-        parts = zip(masks.split(config.together), patterns.split(config.together), strict=True)
-        with mixed_precision(split.labels.device, config.precision):
-            found = torch.cat([outputs(model, images, *part).argmax(2) for part in parts], 1)
-        hits = hits + (found == classes).sum(0)
-    model.train(training)
-    return hits / len(split)
 
 
 def keep(record, masks, patterns, norms, index, flagged, success):

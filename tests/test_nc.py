@@ -1,0 +1,303 @@
+"""Neural Cleanse: planted triggers, its search and its rules against plain references, and what it does to a real record."""
+
+import copy
+import csv
+import dataclasses
+import io
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from defense import nc
+from tests.test_fmp import found_record
+from tests.test_scripts import results
+from utils import seeds
+from utils.data import Spec, Split
+from utils.errors import ConfigError
+
+SIDE, STRIPE, TARGET = 18, 3, 2  # pixels, rows of a class's stripe, class of the planted trigger
+
+
+def options(**changes):
+    return nc.Config(result_file="x", **{"precision": "fp32", "search_batch": 16, "lr": 0.05, **changes})
+
+
+class Stripes(nn.Module):
+    """The brightest of six stripes, of three widths, is the class; with `planted` a bright 2x2 corner outweighs them all."""
+
+    def __init__(self, planted):
+        super().__init__()
+        weight = torch.zeros(6, SIDE, SIDE)
+        for label in range(6):
+            wide = 14 - label % 3
+            weight[label, label * STRIPE : (label + 1) * STRIPE, :wide] = 30 / (STRIPE * wide)
+        if planted:
+            weight[TARGET, -2:, -2:] = 60 / 4
+        self.layer = nn.Linear(SIDE * SIDE, 6, bias=False)
+        self.layer.weight.data = weight.flatten(1)
+
+    def forward(self, images):
+        return self.layer(images.mean(1).flatten(1))
+
+
+def striped(tmp_path, count=48):
+    """A record of dark noisy pictures in which the stripe of the class is bright; the corner never is."""
+    record, said = found_record(tmp_path, 1)
+    labels = torch.arange(count) % 6
+    images = torch.randint(0, 40, (count, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(SIDE) // STRIPE == labels[:, None]
+    images[..., :14] += 150 * rows[:, None, :, None]
+    clean = Split(images.to(torch.uint8), labels, labels)
+    spec = Spec("stripes", 6, SIDE, (0.0,) * 3, (1.0,) * 3, False, {})
+    return dataclasses.replace(record, spec=spec, train=clean, clean=clean, clean_index=torch.arange(count)), said
+
+
+def table(content):
+    return list(csv.DictReader(io.StringIO(content)))
+
+
+def test_a_planted_trigger_is_found_at_its_place(tmp_path, capsys):
+    record, said = striped(tmp_path)
+    model = Stripes(True).train()
+    corner = torch.zeros(1, 3, SIDE, SIDE)
+    corner[..., -2:, -2:] = 1
+    shown = record.clean.images / 255 * (1 - corner) + corner
+    assert (model(shown).argmax(1) == TARGET).all(), "the backdoor works"
+    found = nc.repair(model, record, options(epochs=3, search_epochs=60, search_batch=24))
+    assert found is model and found.training and all(parameter.requires_grad for parameter in found.parameters())
+    assert said[0] == "searched" and said.count("finetune") == 3 and "flagged: class 2 (norm" in capsys.readouterr().err
+    rows, kept = table((tmp_path / "kept" / "triggers.csv").read_text()), load_file(tmp_path / "kept" / "triggers.safetensors")
+    assert [row["class"] for row in rows if row["flagged"] == "1"] == [str(TARGET)]
+    norms = [float(row["norm"]) for row in rows]
+    assert norms[TARGET] < 4.1 < 8 < min(norms[:TARGET] + norms[TARGET + 1 :]), norms
+    mask = kept["mask"][TARGET, 0]
+    assert kept["mask"].shape == (6, 1, SIDE, SIDE) and kept["pattern"].shape == (6, 3, SIDE, SIDE)
+    assert mask[-2:, -2:].sum() > 0.9 * mask.sum() and kept["pattern"][TARGET, :, -2:, -2:].min() > 0.9
+    assert float(rows[TARGET]["success"]) >= 0.98 and kept["flagged"].tolist() == [label == TARGET for label in range(6)]
+    Image.open(tmp_path / "kept" / "triggers.png").verify()
+
+
+def test_where_nothing_stands_out_nothing_is_trained(tmp_path, capsys):
+    record, said = striped(tmp_path)
+    model = Stripes(False).train()
+    model.register_buffer("statistics", torch.ones(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert nc.repair(model, record, options(epochs=3, search_epochs=60, search_batch=24)) is model and model.training
+    assert said == ["searched"] and "no class is flagged: the model stays as it is" in capsys.readouterr().err
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    rows = table((tmp_path / "kept" / "triggers.csv").read_text())
+    assert len(rows) == 6 and {row["flagged"] for row in rows} == {"0"} and min(float(row["success"]) for row in rows) >= 0.98
+
+
+class Plain:
+    """The rules of lambda and of the end of one search, step by step."""
+
+    def __init__(self, penalty, goal):
+        self.penalty, self.goal = penalty, goal
+        self.above = self.below = self.waited = 0
+        self.directions, self.smallest, self.aim, self.over = set(), None, None, False
+
+    def epoch(self, success, norm):
+        """Whether the mask is the smallest so far that works."""
+        better = False
+        if success >= self.goal:
+            self.above, self.below = self.above + 1, 0
+            if self.smallest is None or norm < self.smallest:
+                self.smallest, better = norm, True
+        else:
+            self.above, self.below = 0, self.below + 1
+        if self.above == nc.PATIENCE:
+            self.penalty, self.above = self.penalty * 2, 0
+            self.directions.add("up")
+        elif self.below == nc.PATIENCE:
+            self.penalty, self.below = self.penalty / 2**1.5, 0
+            self.directions.add("down")
+        if self.smallest is not None:
+            if self.aim is None or self.smallest < 0.99 * self.aim:
+                self.aim, self.waited = self.smallest, 0
+            else:
+                self.waited += 1
+        self.over = self.directions == {"up", "down"} and self.waited >= nc.STALE
+        return better
+
+
+def test_lambda_and_the_end_follow_a_plain_state_machine():
+    generator = torch.Generator().manual_seed(0)
+    count, ends = 40, []
+    state = nc.Search(torch.arange(count), 1, options())
+    slow = [Plain(1e-3, 0.98) for _ in range(count)]
+    likely = torch.linspace(0, 1, count)
+    for epoch in range(120):
+        runs = torch.rand(count, generator=generator) < likely if epoch % 7 == 0 else runs  # noqa: F821
+        success = torch.where(runs, 0.98 + 0.02 * torch.rand(count, generator=generator), 0.97)
+        norms = (0.9 * 0.97**epoch + 0.05 * torch.rand(count, generator=generator)).clamp(0.02, 0.98)
+        for raw, norm in zip(state.raw, norms, strict=True):
+            raw.data[0] = (2 * norm - 1).atanh()
+        before = state.sought.tolist()
+        state.advance(success, 0.98)
+        for row, plain in enumerate(slow):
+            if before[row]:
+                better = plain.epoch(float(success[row]), float(nc.unit(state.raw[row].detach()[None])[0]))
+                assert float(state.penalty[row]) == pytest.approx(plain.penalty, rel=1e-5)
+                assert bool(state.sought[row]) != plain.over
+                assert torch.equal(state.best[row], state.raw[row]) or not better
+                assert float(state.norm[row]) == pytest.approx(torch.inf if plain.smallest is None else plain.smallest)
+                ends += [epoch] * plain.over
+            else:
+                assert not state.sought[row], "what has ended stays so"
+    assert 5 < len(ends) < count and min(ends) >= nc.STALE and len(set(ends)) > 3, ends
+    assert {len(plain.directions) for plain in slow} == {1, 2}
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def searched_alone(model, images, labels, config):
+    """One class's search: a loop over batches, Adam written out; (mask, pattern, success, epochs)."""
+    (label,) = labels
+    size = images.shape[-1]
+    raw = torch.rand(4, size, size, generator=seeds.generator("trigger", 0, label)).clamp(0.01, 0.99)
+    raw = torch.log(raw / (1 - raw)) / 2  # atanh(2u - 1)
+
+    def logits_of(images, raw):
+        mask, pattern = (torch.tanh(raw[:1]) + 1) / 2, (torch.tanh(raw[1:]) + 1) / 2
+        return torch.cat([model(((1 - mask) * image + mask * pattern)[None]) for image in images])
+
+    plain, first, second, steps, best = Plain(config.penalty, config.goal), 0, 0, 0, None
+    for epoch in range(config.search_epochs):
+        order = torch.randperm(len(images), generator=seeds.generator("trigger batches", 0, epoch))
+        for index in order.split(config.search_batch):
+            raw = raw.detach().requires_grad_()
+            norm = (torch.tanh(raw[0]) + 1).abs().sum() / 2
+            loss = F.cross_entropy(logits_of(images[index], raw), torch.full((len(index),), label)) + plain.penalty * norm
+            (slope,) = torch.autograd.grad(loss, raw)
+            steps, first, second = steps + 1, 0.5 * first + 0.5 * slope, 0.9 * second + 0.1 * slope**2
+            with torch.no_grad():
+                raw = raw - config.search_lr * (first / (1 - 0.5**steps)) / ((second / (1 - 0.9**steps)).sqrt() + 1e-8)
+        share = float((logits_of(images, raw).argmax(1) == label).double().mean())
+        if plain.epoch(share, float((torch.tanh(raw[0]) + 1).sum() / 2)):
+            best = raw, share
+        if plain.over:
+            break
+    last, share = best or (raw, share)
+    return (torch.tanh(last[:1]) + 1) / 2, (torch.tanh(last[1:]) + 1) / 2, share, epoch + 1
+
+
+def test_searching_together_equals_one_class_at_a_time_in_float64(double, tmp_path, monkeypatch):
+    monkeypatch.setattr(nc, "STALE", 3)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(64, 4)).train()
+    model[1].running_mean += 0.3
+    model[4].weight.data *= 4
+    before = copy.deepcopy(model.state_dict())
+    images = torch.rand(13, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    record, _ = found_record(tmp_path, 1)
+    clean = Split(images, torch.arange(13) % 4, torch.arange(13) % 4)
+    record = dataclasses.replace(record, clean=clean, spec=Spec("x", 4, 6, (0.0,) * 3, (1.0,) * 3, False, {}))
+    config = options(search_batch=5, search_epochs=40, penalty=0.02, goal=0.9)
+    fast = []
+    for together in (4, 1, 3):
+        place = dataclasses.replace(record, state=tmp_path / str(together))
+        fast.append(nc.find(model, place, dataclasses.replace(config, together=together)))
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    slow = [searched_alone(copy.deepcopy(model).eval(), images, [label], config) for label in range(4)]
+    for found in fast:
+        for part, name in enumerate(("mask", "pattern")):
+            torch.testing.assert_close(found[part], torch.stack([one[part] for one in slow]), rtol=0, atol=1e-6, msg=name)
+        assert found[2].tolist() == pytest.approx([one[2] for one in slow])
+    lengths = [one[3] for one in slow]
+    assert min(lengths) < 40 and len(set(lengths)) > 1, f"one must end before another: {lengths}"
+
+
+def test_the_outlier_rule_by_hand():
+    def rule(norms, works=None, threshold=2.0):
+        works = torch.ones(len(norms), dtype=torch.bool) if works is None else torch.tensor(works)
+        index, flagged = nc.anomalies(torch.tensor(norms, dtype=torch.float32), works, threshold)
+        return [round(value, 4) for value in index.tolist()], flagged.nonzero().flatten().tolist()
+
+    assert rule([10.0, 11, 12, 13, 2]) == ([0.6745, 0.0, 0.6745, 1.349, 6.0704], [4])
+    assert rule([10.0, 11, 12, 13, 30])[1] == [], "a large mask is no trigger"
+    assert rule([10.0, 11, 12, 13, 2], [True] * 4 + [False])[1] == [], "nor is one that does not work"
+    assert rule([10.0, 11, 12, 13, 2], threshold=6.1)[1] == []
+    assert rule([5.0, 5, 5, 5, 1, 9]) == ([0, 0, 0, 0, torch.inf, torch.inf], [4]), "no deviation: all others are far away"
+    assert rule([5.0] * 4) == ([0.0] * 4, []) and rule([3.0]) == ([0.0], []) and rule([1.0, 9.0]) == ([0.6745] * 2, [])
+    norms = torch.rand(8, generator=torch.Generator().manual_seed(0)).mul(100).tolist()
+    middle = statistics.median(norms)
+    spread = 1.4826 * statistics.median(abs(norm - middle) for norm in norms)
+    assert rule(norms)[0] == pytest.approx([abs(norm - middle) / spread for norm in norms], abs=1e-3)
+
+
+def test_stamped_pictures_keep_their_labels(tmp_path):
+    record, _ = striped(tmp_path, 40)
+    generator = torch.Generator().manual_seed(0)
+    masks, patterns = torch.rand(6, 1, SIDE, SIDE, generator=generator), torch.rand(6, 3, SIDE, SIDE, generator=generator)
+    union = nc.with_stamped(record.clean, masks, patterns, [1, 4], options())
+    assert len(union) == 40 + 2 * 8 and torch.equal(union.images[:40], record.clean.images) and union.images.dtype == torch.uint8
+    chosen = []
+    for place, target in enumerate((1, 4)):
+        for number in range(40 + 8 * place, 48 + 8 * place):
+            wanted = (1 - masks[target]) * record.clean.images + masks[target] * patterns[target] * 255
+            known = ((wanted - union.images[number]).abs().amax((1, 2, 3)) < 0.51).nonzero().flatten().tolist()
+            assert len(known) == 1 and union.labels[number] == record.clean.truth[known[0]]
+            chosen.append((target, known[0]))
+    assert len(set(chosen)) == 16 and {position for target, position in chosen if target == 1} != {p for t, p in chosen if t == 4}
+    assert len(nc.with_stamped(record.clean[:2], masks, patterns, [0], options(share=0.01))) == 3, "one at least"
+
+
+@pytest.mark.parametrize("stop", [3, 17])
+def test_an_interrupted_search_ends_with_the_same_triggers(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr(nc, "STALE", 3)
+    record, _ = striped(tmp_path)
+    model, config = Stripes(True), options(search_epochs=12, together=4)
+    whole = nc.find(model, dataclasses.replace(record, state=tmp_path / "whole"), config)
+    descend, calls = nc.descend, []
+
+    def breaking(*arguments):
+        calls.append(arguments)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return descend(*arguments)
+
+    monkeypatch.setattr(nc, "descend", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        nc.find(model, record, config)
+    again = nc.find(model, record, config)
+    assert all(torch.equal(*pair) for pair in zip(whole, again, strict=True))
+    assert all(parameter.requires_grad for parameter in model.parameters()), "an interruption leaves the model trainable"
+    done = len(calls)
+    assert all(torch.equal(*pair) for pair in zip(whole, nc.find(model, record, config), strict=True)) and len(calls) == done
+
+
+@pytest.mark.parametrize(("option", "value"), [("share", 0), ("search_epochs", 0), ("together", 0), ("goal", 1.5), ("threshold", -1)])
+def test_options_out_of_range(option, value):
+    with pytest.raises(ConfigError, match=option):
+        options(**{option: value})
+
+
+def test_a_weak_search_leaves_the_weights_as_they_are(places, run, small):
+    """After one epoch no trigger works, so that none is flagged."""
+    words = ["--search_epochs", 1, "--save_folder_name", "nc_weak", "--result_file", "small"]
+    said = run("defense/nc.py", *places, *words).stderr
+    folder = small / "defense" / "nc_weak"
+    assert "no class is flagged" in said and (folder / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+    assert {"triggers.csv", "triggers.png", "triggers.safetensors"} <= {path.name for path in folder.iterdir()}
+    row = results(folder)
+    assert row["acc"] == row["acc_before"] and row["asr"] == row["asr_before"] and row["selection"] == "fixed"
+
+
+def test_neural_cleanse_finds_and_removes_the_backdoor(places, run, victim):
+    """With all 64 clean pictures and 80 epochs: see the docstring; here a shorter search on 32."""
+    short = ["--clean_count", 32, "--search_batch", 4, "--search_epochs", 25, "--epochs", 30]
+    run("defense/nc.py", *places, "--result_file", "victim", "--precision", "fp32", *short)
+    row, rows = results(victim / "defense" / "nc"), table((victim / "defense" / "nc" / "triggers.csv").read_text())
+    assert rows[0]["flagged"] == "1" and float(rows[0]["norm"]) < min(float(other["norm"]) for other in rows[1:]) / 3
+    assert float(row["asr_before"]) > 0.9 and float(row["asr"]) < 0.3 and float(row["acc"]) > 0.9
