@@ -82,19 +82,23 @@ def repair(model, record, config):
     if not targets:
         print("no class is flagged: the model stays as it is", file=sys.stderr)
         return model
-    print(f"flagged: {', '.join(f'class {target} (norm {norms[target]:.1f}, index {index[target]:.1f})' for target in targets)}", file=sys.stderr)
+    told = ", ".join(f"class {target} (norm {norms[target]:.1f}, index {index[target]:.1f})" for target in targets)
+    print(f"flagged: {told}", file=sys.stderr)
     union = with_stamped(record.clean, masks, patterns, targets, config)
     return fit(model, union, config, augment=augmentation(record.spec),
                on_epoch=partial(record.report, "finetune"), checkpoint=record.state / "finetune.safetensors")  # fmt: skip
 
 
 def find(model, record, config):
-    """(masks K,1,S,S, patterns K,3,S,S, share of the pictures that each leads to its class, K) of all classes; leaves the model as it was."""
+    """(masks K,1,S,S, patterns K,3,S,S, success K) of the triggers of all classes; leaves the model as it was.
+
+    The success is the share of the clean pictures that a trigger leads to its class.
+    """
     training, needs = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     groups = torch.arange(record.spec.classes, device=record.clean.labels.device).split(config.together)
     try:
-        done = [search(model, record.clean, group, config, record.state / f"triggers_{group[0]}_{group[-1]}.safetensors") for group in groups]
+        done = [search(model, record.clean, classes, config, record.state) for classes in groups]
     finally:
         model.train(training)
         for parameter, need in zip(model.parameters(), needs, strict=True):
@@ -116,8 +120,8 @@ class Search(nn.Module):
         start = (2 * torch.stack(start).to(classes.device).clamp(0.01, 0.99) - 1).atanh()  # K,4,S,S
         self.raw = nn.ParameterList(start.unbind())
         numbers, none = torch.zeros(len(classes), device=classes.device), torch.zeros_like(classes)
-        buffers = {"classes": classes, "best": start, "success": numbers, "penalty": numbers + config.penalty, "norm": numbers + torch.inf, "mark": numbers + torch.inf,
-                   "hits": none, "misses": none, "stale": none, "rose": none.bool(), "fell": none.bool(), "sought": ~none.bool()}  # fmt: skip
+        buffers = {"classes": classes, "best": start, "success": numbers, "penalty": numbers + config.penalty,
+                   "norm": numbers + torch.inf, "mark": numbers + torch.inf, "hits": none, "misses": none, "stale": none, "rose": none.bool(), "fell": none.bool(), "sought": ~none.bool()}  # fmt: skip
         for name, value in buffers.items():
             self.register_buffer(name, value.clone())
 
@@ -149,12 +153,13 @@ class Search(nn.Module):
         self.sought = self.sought & ~(self.rose & self.fell & (self.stale >= STALE))
 
 
-def search(model, split, classes, config, checkpoint):
+def search(model, split, classes, config, folder):
     """(masks K,1,S,S, patterns K,3,S,S, success K) of `classes`, each as if it were alone.
 
     All searches share the passes through the frozen `model`; one that has ended takes no part in the next ones. Where the goal was
-    never reached the trigger is the last one.
+    never reached the trigger is the last one. A checkpoint stands in `folder`.
     """
+    checkpoint = folder / f"triggers_{classes[0]}_{classes[-1]}.safetensors"
     state = Search(classes, split.images.shape[-1], config)
     optimizer = torch.optim.Adam(state.raw.parameters(), config.search_lr, betas=(0.5, 0.9), fused=True)
     done = load_state(checkpoint, state, optimizer)
@@ -228,7 +233,8 @@ def keep(record, masks, patterns, norms, index, flagged, success):
     rows = [{"class": number, "norm": f"{norm:.4f}", "index": f"{away:.4f}", "flagged": bad, "success": f"{share:.4f}"}
             for number, (norm, away, bad, share) in enumerate(table)]  # fmt: skip
     record.keep("triggers.csv", files.csv_text(rows, COLUMNS).encode())
-    record.keep("triggers.safetensors", {"mask": masks, "pattern": patterns, "norm": norms, "index": index, "flagged": flagged, "success": success})
+    found = {"mask": masks, "pattern": patterns, "norm": norms, "index": index, "flagged": flagged, "success": success}
+    record.keep("triggers.safetensors", found)
     titles = [f"class {row['class']}: norm {float(row['norm']):.1f}" for row in rows]
     record.keep("triggers.png", trigger_chart(masks, stamp(torch.full_like(patterns, 0.5), masks, patterns), titles, flagged.tolist()))
 
