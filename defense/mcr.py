@@ -1,7 +1,24 @@
 """Mode Connectivity Repair: join the victim and a fine-tuned copy by a curve of networks that all do well on clean pictures, and take one between.
 
 Zhao, Chen, Das, Ramamurthy, Lin, "Bridging Mode Connectivity in Loss Landscapes and Adversarial Robustness", ICLR 2020
-(arXiv 2005.00060).
+(arXiv 2005.00060). The curve is (1-s)^2 start + 2s(1-s) bend + s^2 end in the space of all weights; the bend starts midway and
+is trained at a random s per batch. The backdoor is hoped to be lost between the ends. Sees the clean pictures.
+
+    python defense/mcr.py --result_file badnet_cifar10
+    python defense/mcr.py --result_file badnet_cifar10 --selection fixed --position 0.1 --save_folder_name mcr_fixed   # a known port's position
+    python defense/mcr.py --result_file badnet_cifar10 --selection oracle --save_folder_name mcr_oracle
+
+Four fifths of the clean pictures fine-tune the copy by the recipe of `ft`, train the bend and give the batch norms their statistics, anew for every
+network that is looked at; by one fifth the s of 0.1 ... 0.9 is chosen that lies farthest from both ends and keeps the accuracy, of two equally far
+the one nearer to the copy. fixed and oracle use all pictures for everything. The returned network has the statistics it was chosen with.
+The paper mostly joins two models that were attacked; the defender of the record has one, so that the other end is that one fine-tuned.
+Not copied from a known port: gradients that are never set to zero, ACC and ASR that change places in the saved table, and a rate of 3e-5. On the
+digits that rate leaves the straight line: the mean clean loss at the nine positions stays at 0.0105 for badnet and 0.0044 for blended, while
+that of 0.01 lowers it to 0.0096 and 0.0042; the default was decided by this, not by the ASR.
+
+On the digits it does not help (resnet9 of width 16, 64 clean pictures, fp32, seed 0, n = 1). The ASR of badnet is 99.3 before, 96.2 at the fine-tuned end and 99.1
+at the chosen s = 0.5, that of blended 100.0 everywhere: where both ends have the backdoor and lie close together, so does all between. The ACC
+goes from 99.6 to 99.8, from 99.8 to 99.8, and for a clean model from 100.0 to 99.4.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,22 @@
 """Neural Cleanse: a class that an unusually small patch leads every picture to is the target; teach the network to ignore that patch.
 
 Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao, "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural
-Networks", IEEE S&P 2019.
+Networks", IEEE S&P 2019. For every class a mask m of one channel and a pattern are sought, so that (1 - m) x + m pattern is
+taken for that class: the cross-entropy plus lambda |m|_1 is minimised, and lambda rises while the goal is kept and falls while it
+is not. A class whose mask is smaller than the median by more than --threshold median absolute deviations (times 1.4826) is flagged; its
+trigger is put on a fifth of the clean pictures, which keep their labels, and the network trains on with all of them. Sees the clean pictures.
+
+    python defense/nc.py --result_file badnet_cifar10
+    python defense/nc.py --result_file badnet_cifar100 --together 50     # more classes at once where the memory allows
+
+Where no class is flagged the model comes back as it was: a row equal to "no defense" means that nothing was found. The searches of --together classes
+share their passes, and each ends on its own. Deviations: the goal is checked after every epoch, on all clean pictures, where the authors' code
+takes the mean over the epoch's steps, in which the mask changes; lambda starts at --penalty and not at 0; a gain that ends the waiting is
+1 % since the last one; only a trigger that reached the goal is flagged. The pictures with a trigger are added to the clean ones, for each flagged
+class some of its own, and augmented like them. Not copied from a known port: a saved model that is not the trained one, and masks and
+patterns that are stretched and rounded on their way through picture files.
+
+NUMBERS
 """
 
 from dataclasses import dataclass
@@ -120,8 +135,9 @@ class Search(nn.Module):
         start = (2 * torch.stack(start).to(classes.device).clamp(0.01, 0.99) - 1).atanh()  # K,4,S,S
         self.raw = nn.ParameterList(start.unbind())
         numbers, none = torch.zeros(len(classes), device=classes.device), torch.zeros_like(classes)
-        buffers = {"classes": classes, "best": start, "success": numbers, "penalty": numbers + config.penalty,
-                   "norm": numbers + torch.inf, "mark": numbers + torch.inf, "hits": none, "misses": none, "stale": none, "rose": none.bool(), "fell": none.bool(), "sought": ~none.bool()}  # fmt: skip
+        buffers = {"classes": classes, "best": start, "success": numbers, "penalty": numbers + config.penalty, "norm": numbers + torch.inf,
+                   "mark": numbers + torch.inf, "hits": none, "misses": none, "stale": none, "rose": none.bool(), "fell": none.bool(),
+                   "sought": ~none.bool()}  # fmt: skip
         for name, value in buffers.items():
             self.register_buffer(name, value.clone())
 
