@@ -16,7 +16,11 @@ takes the mean over the epoch's steps, in which the mask changes; lambda starts 
 class some of its own, and augmented like them. Not copied from a known port: a saved model that is not the trained one, and masks and
 patterns that are stretched and rounded on their way through picture files.
 
-NUMBERS
+On the digits (resnet9 of width 16, 64 clean pictures, fp32, seed 0, n = 1) the target of badnet is flagged with a norm of 1.3, the others having 56 to 141,
+at an index of 2.3, close to the threshold: the norms of the others differ much. The ASR falls from 99.3 to 0.0 and the ACC from 99.6 to 99.2. With
+--search_epochs 40 --search_batch 16, twice the steps per epoch, blended has its target flagged (norm 19.9, index 7.8) together with two harmless classes
+(48.3 and 56.7; the others 76 to 89), and the ASR falls from 100.0 to 0.4 at an ACC of 98.8 after 99.8; of a clean model nothing is flagged
+(54 to 130, largest index 1.8), and it stays as it is, at 100.0. Of 64 pictures one may fail the goal of 0.98, so that norms are rough there.
 """
 
 from dataclasses import dataclass

@@ -295,8 +295,9 @@ def test_a_weak_search_leaves_the_weights_as_they_are(places, run, small):
 
 
 def test_neural_cleanse_finds_and_removes_the_backdoor(places, run, victim):
-    """With all 64 clean pictures and 80 epochs: see the docstring; here a shorter search on 32."""
-    short = ["--clean_count", 32, "--search_batch", 4, "--search_epochs", 25, "--epochs", 30]
+    """A shorter search than the docstring's, on 32 pictures; measured: norm 1.6, the others 36 to 148. The index of the target varies with
+    those, 5.9 here and 2.3 there, hence the threshold."""
+    short = ["--clean_count", 32, "--search_batch", 4, "--search_epochs", 25, "--epochs", 30, "--threshold", 1]
     run("defense/nc.py", *places, "--result_file", "victim", "--precision", "fp32", *short)
     row, rows = results(victim / "defense" / "nc"), table((victim / "defense" / "nc" / "triggers.csv").read_text())
     assert rows[0]["flagged"] == "1" and float(rows[0]["norm"]) < min(float(other["norm"]) for other in rows[1:]) / 3
