@@ -9,7 +9,7 @@ defense on five attacks and on a clean model, on the digits; `published` the sam
 (100 epochs, 10 % poisoned, 5 % clean), for a GPU. Finished runs are not repeated, interrupted ones go on: with --minutes the script stops
 in time, run under way included, and the same command goes on from there. The seed is that of everything: the poison, the
 victim, the clean pictures, the defense. With --save the rows of all records found go to benchmarks/results/defenses.csv, in place
-of older ones of the same plan, and the tables to defense/README.md.
+of older ones of the same plan, the tables to defense/README.md, and a picture of `baselines` to benchmarks/results/defenses.png.
 """
 
 import argparse
@@ -20,11 +20,14 @@ import sys
 import time
 from pathlib import Path
 
+from PIL import Image, ImageDraw
+
 from benchmarks import attacks
 from utils import files
+from utils.preview import GAP, png
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "benchmarks/results/defenses.csv", ROOT / "defense/README.md"
+RESULTS, PAGE, PICTURE = ROOT / "benchmarks/results/defenses.csv", ROOT / "defense/README.md", ROOT / "benchmarks/results/defenses.png"
 COLUMNS = ["plan", "attack", "row", "options", "model", "recipe", "precision", "defense", "variant", "stage", "clean_budget", "seed", "acc", "asr", "ra",
            "seconds", "device", "version"]  # fmt: skip
 VICTIMS = {
@@ -50,7 +53,9 @@ SETTINGS = {
     },
     "baselines": {
         "anp": "--steps 200",
-        "d_st": "--epochs 20",
+        "nc": "--search_epochs 40 --search_batch 16",
+        "sau": "--epochs 30",
+        "d_st": "--epochs 10",
         "trap_and_replace": "--epochs 30",
     },
     "published": {"awm": "--clean_count 500"},
@@ -84,6 +89,8 @@ def main():
     print(tables(rows))
     if options.save:
         attacks.publish(RESULTS, files.csv_text(rows, COLUMNS), PAGE, tables(rows))
+        if shown := [row for row in rows if row["plan"] == "baselines"]:
+            files.write(PICTURE, heat_map(shown))
     sys.exit(f"error: these runs failed: {', '.join(failed)}" if failed else 0)
 
 
@@ -193,6 +200,36 @@ def overview(which, rows):
 
 def means(rows, keys):
     return " / ".join(f"{statistics.mean(100 * float(row[key]) for row in rows):.1f}" for key in keys) if rows else "–"
+
+
+def heat_map(rows):
+    """PNG bytes: for every defense the mean ASR on each attack in red, and in blue the ACC that it costs on each victim, in percent."""
+    names = ["none", *rows_of(rows[0]["plan"])]
+    victims = [name for name in VICTIMS[rows[0]["plan"]] if any(row["attack"] == name for row in rows)]
+    columns = [("asr", name) for name in victims if name != "clean"] + [("acc", name) for name in victims]
+    wide, high, left, top = 76, 22, 140, 56
+    canvas = Image.new("RGB", (left + wide * len(columns) + GAP, top + high * len(names) + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    found = {}
+    for row in rows:
+        for key in ("asr", "acc"):
+            found.setdefault((row["row"], key, row["attack"]), []).append(100 * float(row[key]))
+    for place, (key, attack) in enumerate(columns):
+        x = left + place * wide + (GAP if key == "acc" else 0)
+        draw.text((x + 4, 8), "ASR on" if key == "asr" else "ACC lost on", "black", font_size=12)
+        draw.text((x + 4, 26), attack, "black", font_size=12)
+        for line, name in enumerate(names):
+            values = found.get((name, key, attack))
+            if values:
+                value = statistics.mean(values) - (statistics.mean(found["none", "acc", attack]) if key == "acc" else 0)
+                value, full = (value, 100) if key == "asr" else (-value, 30)
+                fade = 255 - round(255 * min(max(value / full, 0), 1) * 0.8)
+                y = top + line * high
+                draw.rectangle((x, y, x + wide - 2, y + high - 2), (255, fade, fade) if key == "asr" else (fade, fade, 255))
+                draw.text((x + 22, y + 3), f"{value:.1f}", "black", font_size=12)
+    for line, name in enumerate(names):
+        draw.text((8, top + line * high + 3), name, "black", font_size=12)
+    return png(canvas)
 
 
 if __name__ == "__main__":

@@ -338,9 +338,18 @@ PASSES = {
     "nad": (2.3, {"epochs": 1, "teacher_epochs": 1}),
     "ft_sam": (2, {"epochs": 1}),
     "i_bau": (17, {"rounds": 1}),
+    "nc": (13.3, {"search_epochs": 1, "epochs": 1}),  # ten classes
+    "sau": (12.3, {"epochs": 1}),
+    "npd": (5.7, {"epochs": 1, "warmup_epochs": 1}),
+    "mcr": (2.3, {"epochs": 1, "curve_epochs": 1}),
     "ep": (0.7, {}),
     "spectral": (1.2, {"epochs": 1}),
     "ac": (1.3, {"epochs": 1}),
+    "abl": (4.3, {"isolate_epochs": 1, "epochs": 1, "unlearn_epochs": 1}),
+    "nab": (2.6, {"isolate_epochs": 1, "pseudo_epochs": 1, "epochs": 1}),
+    "dbd": (3.3, {"ssl_epochs": 1, "head_epochs": 1, "epochs": 1, "steps": 5}),
+    "d_br": (2.9, {"feature_epochs": 1, "centre_epochs": 1, "epochs": 1}),
+    "d_st": (4.8, {"feature_epochs": 1, "centre_epochs": 1, "epochs": 1, "head_epochs": 1}),
 }
 TARGETS = {"fmp": "", "awm": "", "trap_and_replace": "at least 3"}
 PARTS = {
