@@ -59,6 +59,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from utils import run
 from utils.channels import last_features
+from utils.isolate import highest
 from utils.train import retrain
 
 TOGETHER = 16  # labels decomposed at once: bounds the memory
@@ -97,17 +98,6 @@ def score(features, labels, classes):
         scores[torch.cat(positions)] = found[real]
         tops[chunk] = (values[:, -1].clamp(min=0) / sizes).sqrt()
     return scores, tops
-
-
-def highest(scores, labels, classes, share):
-    """bool N: of every label the floor(share x count) pictures of highest score; of equal ones the first."""
-    order = scores.argsort(descending=True, stable=True)
-    order = order[labels[order].argsort(stable=True)]  # by label, and by score within
-    counts = labels.bincount(minlength=classes)
-    rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
-    flagged = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    flagged[order] = rank < (share * counts + 1e-9).floor()[labels[order]]
-    return flagged
 
 
 def main(config):

@@ -35,6 +35,9 @@ def few(script):
         "generator_epochs": 1,
         "feature_epochs": 1,
         "centre_epochs": 1,
+        "isolate_epochs": 1,
+        "unlearn_epochs": 1,
+        "pseudo_epochs": 1,
         **({"width": 8} if script.startswith("attack") else {}),
     }
     return [str(word) for key, value in short.items() if key in known for word in (f"--{key}", value)]

@@ -278,6 +278,34 @@ class Distinguishing(Defense):
         return f"a network that tells pictures apart, {self.feature_epochs} + {self.centre_epochs} epochs on {found} pictures"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Isolating(Retraining):
+    """Options of a defense that first isolates the pictures whose labels are learned too easily: see utils/isolate.py."""
+
+    isolated: float = 0.01
+    """share of the found set that is isolated, which the defender declares, above 0, up to 0.5"""
+    isolate_epochs: int = 20
+    """passes over the found set before the losses are ranked"""
+    isolate_lr: float | None = None
+    """learning rate of these passes, which stays as it is; by default --lr"""
+    gamma: float = 0.5
+    """loss below which the training of these passes pushes a picture up again"""
+    floor: Literal["lga", "flooding"] = "lga"
+    """lga: sign(l - gamma) l, the paper's local gradient ascent; flooding: |l - gamma| + gamma. Taken picture by picture the gradient is the
+    same, and so is the result"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.isolated <= 0.5, "isolated", "a share above 0, up to 0.5")
+        require(self.isolate_epochs >= 1, "isolate_epochs", "1 or more")
+        require(self.isolate_lr is None or self.isolate_lr > 0, "isolate_lr", "positive")
+        require(self.gamma >= 0, "gamma", "0 or more")
+
+    @property
+    def prior(self):
+        return f"isolated={self.isolated}"
+
+
 def find_record(name, record_path):
     """Path of a record's folder, given as such or by its name below record_path; MissingError where there is none."""
     places = [Path(name), Path(record_path) / name]

@@ -1,0 +1,112 @@
+"""Non-Adversarial Backdoor: plant a backdoor of one's own, whose stamp on every picture overrules the trigger of the attack.
+"""
+
+from dataclasses import dataclass
+
+from utils.config import Isolating, require
+from utils.launch import launch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Isolating):
+    isolated: float = 0.05
+    """share of the found set that is isolated, which the defender declares, above 0, up to 0.5"""
+    trusted: float = 0.5
+    """share of every label, of highest loss, that the network behind the pseudo-labels is trained on, above 0, up to 1"""
+    pseudo_epochs: int = 20
+    """passes over the trusted pictures"""
+    stamp_size: int = 2
+    """side of the stamp in pixels, 1 or more"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.trusted <= 1, "trusted", "a share above 0, up to 1")
+        require(self.pseudo_epochs >= 1, "pseudo_epochs", "1 or more")
+        require(self.stamp_size >= 1, "stamp_size", "1 or more pixels")
+
+    def work(self, clean, found):
+        return (f"the victim's network anew, three times: {self.isolate_epochs} epochs on {found} pictures, {self.pseudo_epochs} on "
+                f"{self.trusted:.0%} of them, {self.epochs} on all")  # fmt: skip
+
+
+if __name__ == "__main__":
+    launch(Config)
+
+import dataclasses
+import sys
+from collections import OrderedDict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+from utils import run, seeds
+from utils.batch import augmentation
+from utils.data import Split
+from utils.isolate import highest, isolate, logits
+from utils.train import cross_entropy, fit
+
+
+class Stamp(nn.Module):
+    """Paints the upper left corner of pictures N,3,S,S in [0, 1]; the colour is in the state dict, so that no plain network takes it."""
+
+    def __init__(self, colour, size):
+        super().__init__()
+        self.register_buffer("colour", colour.detach().clone())  # 1,3,1,1
+        self.size = size
+
+    def forward(self, images):
+        images = images.clone()
+        images[..., : self.size, : self.size] = self.colour.to(images.dtype)
+        return images
+
+
+def rebuild(model, config):
+    """The network `model` behind the stamp in the mean colour of the data, which its normalisation makes 0; the weights are shared."""
+    stamp = Stamp(model.normalize.mean, config.stamp_size)
+    return nn.Sequential(OrderedDict(stamp=stamp, normalize=model.normalize, network=model.network))
+
+
+def repair(model, record, config):
+    _, index, losses = isolate(record, config)
+    labels = record.train.labels.clone()
+    labels[index] = pseudo_labels(record, index, losses, config)
+    stamped = labels != record.train.labels
+    record.keep("isolated.safetensors", {"index": index, "loss": losses, "pseudo_label": labels[index], "stamped": stamped[index]})
+    print(f"stamping {int(stamped.sum())} of {len(index)} isolated pictures, whose pseudo-label is not the given one", file=sys.stderr)
+
+    plain = fresh(record, "nab", config)
+    model = rebuild(plain, config)
+    loss = partial(stamped_cross_entropy, stamp=model.stamp, stamped=stamped, label_smoothing=config.label_smoothing)
+    fit(plain, Split(record.train.images, labels, labels), config, drop_last=True, loss=loss, augment=augmentation(record.spec, config.pad),
+        on_epoch=lambda _, **values: record.report("train", model, **values), checkpoint=record.state / "train.safetensors")  # fmt: skip
+    return model
+
+
+def pseudo_labels(record, index, losses, config):
+    """What the isolated pictures at `index` show, int64, by a network that is trained on the trusted pictures alone."""
+    trusted = ~highest(-losses, record.train.labels, record.spec.classes, 1 - config.trusted)
+    trusted[index] = False
+    model = fit(fresh(record, "pseudo-labels", config), record.train.view(trusted.nonzero().flatten()),
+                dataclasses.replace(config, epochs=config.pseudo_epochs), drop_last=True, augment=augmentation(record.spec, config.pad),
+                loss=partial(cross_entropy, label_smoothing=config.label_smoothing), on_epoch=partial(record.report, "pseudo-labels"),
+                checkpoint=record.state / "pseudo.safetensors")  # fmt: skip
+    return logits(model, record.train.view(index)).argmax(1)
+
+
+def fresh(record, purpose, config):
+    """The victim's network with random weights, which differ by `purpose`, on the device."""
+    torch.manual_seed(seeds.number(purpose, config.random_seed))
+    return models.build(record.model, record.spec, record.width).to(record.train.labels.device)
+
+
+def stamped_cross_entropy(model, images, labels, index, *, stamp, stamped, label_smoothing):
+    """Cross-entropy of a batch in which the pictures that are `stamped` (bool by position) bear the stamp, after the augmentation."""
+    images = torch.where(stamped[index].view(-1, 1, 1, 1), stamp(images), images)
+    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+
+
+def main(config):
+    run.defend(__name__, config, repair, stage="in-training")
