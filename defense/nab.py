@@ -11,7 +11,7 @@ from utils.launch import launch
 class Config(Isolating):
     isolated: float = 0.05
     """share of the found set that is isolated, which the defender declares, above 0, up to 0.5"""
-    trusted: float = 0.5
+    trusted: float = 0.3
     """share of every label, of highest loss, that the network behind the pseudo-labels is trained on, above 0, up to 1"""
     pseudo_epochs: int = 20
     """passes over the trusted pictures"""
