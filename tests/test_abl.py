@@ -131,7 +131,7 @@ def test_the_loss_of_unlearning_equals_the_equations_in_float64():
         found = abl.unlearning(network, images, labels, index, isolated=isolated, bound=bound)
         wanted = 0.0
         for row, position in enumerate(index.tolist()):
-            chances = network(images[row : row + 1]).softmax(1)[0]
+            chances = network(images[row : row + 1]).softmax(1)[0].detach()
             wanted -= math.log(chances[labels[row]]) / 6
             other = position % 4
             chance = network(isolated.images[other : other + 1] / 255).softmax(1)[0, isolated.labels[other]].item()
@@ -149,28 +149,24 @@ def test_a_picture_past_the_bound_has_no_gradient():
     torch.testing.assert_close(found, [parameter.grad for parameter in network.parameters()], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("rate", [0.002, 0.02])
-def test_unlearning_does_not_collapse(rate, tmp_path):
-    """However long it lasts: the isolated pictures go up to the bound, the others and the batch norms stay."""
+def test_unlearning_does_not_collapse(tmp_path):
+    """However large its steps: the isolated pictures pass the bound and stop, the others and the batch norms stay."""
     record, _ = found_record(tmp_path, 40)
     data = split(80)
     images, labels = data.images.clone(), data.labels.clone()
     images[:16, :, -6:, -6:], labels[:16] = 255, 0
-    data, record = Split(images, labels, labels), replace(record, spec=replace(SPEC, classes=4, flip=False))
+    data, record = Split(images, labels, labels), replace(record, spec=replace(SPEC, classes=4))
     network = train.fit(model(), data, options(epochs=12))
-    rest = data[torch.arange(16, 80)]
-
-    def loss(part):
-        return F.cross_entropy(isolate.logits(network, part), part.labels).item()
+    isolated, rest = data[torch.arange(16)], data[torch.arange(16, 80)]
 
     def right():
         return (isolate.logits(network, rest).argmax(1) == rest.labels).float().mean().item()
 
-    before = right()
-    assert before > 0.9 and loss(data[torch.arange(16)]) < 0.5
-    buffers = {name: value.clone() for name, value in network.named_buffers()}
-    abl.unlearn(network, data[torch.arange(16)], rest, record, config(unlearn_epochs=60, unlearn_lr=rate))
-    assert math.log(4) < loss(data[torch.arange(16)]) < 4 * math.log(4) and right() > before - 0.1
+    before, buffers = right(), {name: value.clone() for name, value in network.named_buffers()}
+    assert before > 0.9
+    abl.unlearn(network, isolated, rest, record, config(unlearn_epochs=30, unlearn_lr=0.02))
+    loss = F.cross_entropy(isolate.logits(network, isolated), isolated.labels).item()
+    assert math.log(4) < loss < 40 and right() > before - 0.2
     assert all(torch.equal(value, buffers[name]) for name, value in network.named_buffers())
 
 
@@ -184,14 +180,14 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     for stage in ("isolate", "train", "trained", "unlearn"):
 
         def report(name, network, stage=stage, **values):
-            if name == stage:
+            if name == stage and values.get("epoch", 2) == 2:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):  # in the second epoch of the stage
             abl.repair(None, replace(record, report=report), short)
     again = abl.repair(None, record, short).state_dict()
-    assert said == ["isolate"] * 2 + ["train"] * 2 + ["trained"] + ["unlearn"] * 2 and list(again) == list(whole)
-    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert said == ["trained", "unlearn"], "what was done is not done again"
+    assert list(again) == list(whole) and all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def test_a_label_without_pictures_and_fewer_pictures_than_a_batch(tmp_path):
