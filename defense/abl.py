@@ -57,30 +57,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from utils import run
 from utils.batch import augmentation, to_unit
 from utils.isolate import isolate
 from utils.train import cross_entropy, fit
-
-
-class Settled(nn.Module):
-    """A network in training whose batch norms keep their statistics: those of pictures that are all poison suit no others."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def train(self, mode=True):
-        super().train(mode)
-        for module in self.network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
-
-    def forward(self, images):
-        return self.network(images)
+from utils.unlearn import Still
 
 
 def repair(model, record, config):
@@ -100,7 +82,7 @@ def unlearn(model, isolated, rest, record, config):
     """Train `model` to lose the labels of the split `isolated` and to keep those of `rest`; it is changed and returned."""
     stage = dataclasses.replace(config, epochs=config.unlearn_epochs, lr=config.unlearn_lr, lr_min=config.unlearn_lr, momentum=0.0,
                                 nesterov=False, weight_decay=0.0)  # fmt: skip
-    fit(Settled(model), rest, stage, drop_last=True, loss=partial(unlearning, isolated=isolated, bound=config.bound),
+    fit(Still(model), rest, stage, drop_last=True, loss=partial(unlearning, isolated=isolated, bound=config.bound),
         augment=augmentation(record.spec, config.pad), on_epoch=partial(record.report, "unlearn"),
         checkpoint=record.state / "unlearn.safetensors")  # fmt: skip
     return model

@@ -61,32 +61,37 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import models
-from utils import run, seeds
+from utils import run
 from utils.batch import augmentation
 from utils.data import Split
 from utils.isolate import highest, isolate, logits
-from utils.train import cross_entropy, fit
+from utils.train import cross_entropy, fit, fresh
 
 
 class Stamp(nn.Module):
-    """Paints the upper left corner of pictures N,3,S,S in [0, 1]; the colour is in the state dict, so that no plain network takes it."""
+    """Paints `patch` 1,3,k,k over the upper left corner of pictures N,3,S,S in [0, 1]; it is in the state dict, so that no plain network takes it."""
 
-    def __init__(self, colour, size):
+    def __init__(self, patch):
         super().__init__()
-        self.register_buffer("colour", colour.detach().clone())  # 1,3,1,1
-        self.size = size
+        self.register_buffer("patch", patch)
 
     def forward(self, images):
         images = images.clone()
-        images[..., : self.size, : self.size] = self.colour.to(images.dtype)
+        images[..., : self.patch.shape[2], : self.patch.shape[3]] = self.patch.to(images.dtype)
         return images
 
 
-def rebuild(model, config):
-    """The network `model` behind the stamp in the mean colour of the data, which its normalisation makes 0; the weights are shared."""
-    stamp = Stamp(model.normalize.mean, config.stamp_size)
+def stamping(model, size):
+    """The network `model` behind a stamp in the mean colour of the data, which its normalisation makes 0; the weights are shared."""
+    stamp = Stamp(model.normalize.mean.repeat(1, 1, size, size))
     return nn.Sequential(OrderedDict(stamp=stamp, normalize=model.normalize, network=model.network))
+
+
+def rebuild(model, weights):
+    """A network of `models.build` in the form of this defense's model.safetensors, `weights`, with these loaded."""
+    model = stamping(model, weights["stamp.patch"].shape[2])
+    model.load_state_dict(weights)
+    return model
 
 
 def repair(model, record, config):
@@ -98,7 +103,7 @@ def repair(model, record, config):
     print(f"stamping {int(stamped.sum())} of {len(index)} isolated pictures, whose pseudo-label is not the given one", file=sys.stderr)
 
     plain = fresh(record, "nab", config)
-    model = rebuild(plain, config)
+    model = stamping(plain, config.stamp_size)
     loss = partial(stamped_cross_entropy, stamp=model.stamp, stamped=stamped, label_smoothing=config.label_smoothing)
     fit(plain, Split(record.train.images, labels, labels), config, drop_last=True, loss=loss, augment=augmentation(record.spec, config.pad),
         on_epoch=lambda _, **values: record.report("train", model, **values), checkpoint=record.state / "train.safetensors")  # fmt: skip
@@ -114,12 +119,6 @@ def pseudo_labels(record, index, losses, config):
                 loss=partial(cross_entropy, label_smoothing=config.label_smoothing), on_epoch=partial(record.report, "pseudo-labels"),
                 checkpoint=record.state / "pseudo.safetensors")  # fmt: skip
     return logits(model, record.train.view(index)).argmax(1)
-
-
-def fresh(record, purpose, config):
-    """The victim's network with random weights, which differ by `purpose`, on the device."""
-    torch.manual_seed(seeds.number(purpose, config.random_seed))
-    return models.build(record.model, record.spec, record.width).to(record.train.labels.device)
 
 
 def stamped_cross_entropy(model, images, labels, index, *, stamp, stamped, label_smoothing):

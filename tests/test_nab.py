@@ -25,7 +25,7 @@ def config(**changes):
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_the_stamp_is_the_mean_colour_in_the_upper_left_corner(size):
     spec = replace(SPEC, mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
-    whole = nab.rebuild(models.build("resnet9", spec, 4), config(stamp_size=size))
+    whole = nab.stamping(models.build("resnet9", spec, 4), size)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) / 2
     before, found = images.clone(), whole.stamp(images)
     for channel, mean in enumerate(spec.mean):
@@ -39,20 +39,21 @@ def test_the_stamp_is_the_mean_colour_in_the_upper_left_corner(size):
 
 def test_the_rebuilt_network_stamps_and_no_plain_one_takes_its_weights():
     plain = models.build("resnet9", SPEC, 4).eval()
-    whole = nab.rebuild(plain, config()).eval()
+    whole = nab.stamping(plain, 2).eval()
     images = torch.rand(4, 3, 32, 32)
     stamped = images.clone()
     stamped[..., :2, :2] = torch.tensor(SPEC.mean).view(3, 1, 1)
     assert torch.equal(whole(images), plain(stamped)) and not torch.equal(whole(images), plain(images))
-    assert set(whole.state_dict()) == {*plain.state_dict(), "stamp.colour"}
-    with pytest.raises(RuntimeError, match="stamp.colour"):
+    assert set(whole.state_dict()) == {*plain.state_dict(), "stamp.patch"}
+    with pytest.raises(RuntimeError, match="stamp.patch"):
         models.build("resnet9", SPEC, 4).load_state_dict(whole.state_dict())
-    nab.rebuild(models.build("resnet9", SPEC, 4), config()).load_state_dict(whole.state_dict())
+    again = nab.rebuild(models.build("resnet9", SPEC, 4), whole.state_dict()).eval()
+    assert torch.equal(again(images), whole(images))
 
 
 def test_the_loss_stamps_by_position_in_float64():
     network, found = Double(model()).eval(), split(9)
-    stamp, stamped = nab.Stamp(torch.full((1, 3, 1, 1), 0.5), 2), torch.arange(9) % 3 == 0
+    stamp, stamped = nab.Stamp(torch.full((1, 3, 2, 2), 0.5)), torch.arange(9) % 3 == 0
     index = torch.tensor([6, 1, 3, 8])
     images, labels = found.images[index] / 255, found.labels[index]
     wanted = 0.0
@@ -89,7 +90,7 @@ def test_the_stamp_overrules_the_trigger():
     poisoned = patched & (torch.arange(160) < 80)  # told as 0; the other half as what they are, with the stamp
     images[patched, :, -8:, -8:], labels[poisoned] = 255, 0
     plain = model()
-    whole = nab.rebuild(plain, config(stamp_size=8))
+    whole = nab.stamping(plain, 8)
     loss = partial(nab.stamped_cross_entropy, stamp=whole.stamp, stamped=patched & ~poisoned, label_smoothing=0.0)
     train.fit(plain, Split(images, labels, labels), options(epochs=80), loss=loss)
     truth = torch.arange(160) % 4
@@ -142,7 +143,9 @@ def test_a_label_without_pictures_and_fewer_pictures_than_a_batch(tmp_path):
     assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
-@pytest.mark.parametrize("changes", [{"isolated": 0.0}, {"trusted": 0.0}, {"trusted": 1.1}, {"pseudo_epochs": 0}, {"stamp_size": 0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"isolated": 0.0}, {"trusted": 0.0}, {"trusted": 1.1}, {"pseudo_epochs": 0}, {"stamp_size": 0}], ids=str
+)
 def test_options_out_of_range(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         config(**changes)
@@ -157,8 +160,7 @@ def test_the_backdoor_is_weaker_on_digits(places, run, small):
     assert (row["stage"], row["prior"], row["clean_budget"]) == ("in-training", "isolated=0.05", "0")
     assert torch.isin(kept["index"], load_file(small / "poison.safetensors")["train_index"]).sum() >= 40
     _, _, exam, _, spec = record.load(small, config(cache_path=places[3]), torch.device("cpu"))
-    whole = nab.rebuild(models.build("resnet9", spec, 8), config())
-    whole.load_state_dict(load_file(folder / "model.safetensors"))
+    whole = nab.rebuild(models.build("resnet9", spec, 8), load_file(folder / "model.safetensors"))
     again = metrics.evaluate(whole, exam, row["precision"])
     assert again == {name: float(row[name]) for name in again}
     assert again["asr"] < 0.6 and again["acc"] > 0.9

@@ -10,11 +10,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-import models
-from utils import seeds
 from utils.batch import augmentation, batches
 from utils.device import exact
-from utils.train import fit
+from utils.train import fit, fresh
 
 BATCH = 250  # pictures per pass
 
@@ -25,8 +23,7 @@ def isolate(record, config):
     The network is the victim's with new random weights, trained on the found set for config.isolate_epochs with floored
     losses, and otherwise as `config`, a config.Isolating, says; it has not converged, and is not meant to.
     """
-    torch.manual_seed(seeds.number("isolate", config.random_seed))
-    model = models.build(record.model, record.spec, record.width).to(record.train.labels.device)
+    model = fresh(record, "isolate", config)
     rate = config.isolate_lr or config.lr
     fit(model, record.train, dataclasses.replace(config, epochs=config.isolate_epochs, lr=rate, lr_min=rate), drop_last=True,
         loss=partial(floored_cross_entropy, gamma=config.gamma, floor=config.floor), augment=augmentation(record.spec, config.pad),
