@@ -226,7 +226,7 @@ def heat_map(rows):
                 fade = 255 - round(255 * min(max(value / full, 0), 1) * 0.8)
                 y = top + line * high
                 draw.rectangle((x, y, x + wide - 2, y + high - 2), (255, fade, fade) if key == "asr" else (fade, fade, 255))
-                draw.text((x + 22, y + 3), f"{value:.1f}", "black", font_size=12)
+                draw.text((x + 22, y + 3), f"{round(value, 1) + 0.0:.1f}", "black", font_size=12)
     for line, name in enumerate(names):
         draw.text((8, top + line * high + 3), name, "black", font_size=12)
     return png(canvas)
