@@ -232,9 +232,8 @@ def defense(options, method):
 
 
 def baselines(options):
-    clean, found = (
-        pictures(scaled(options, count), options.at) for count in ((2500, 50_000) if options.at.type == "cuda" else (500, 2000))
-    )
+    counts = (2500, 50_000) if options.at.type == "cuda" else (500, 2000)
+    clean, found = (pictures(max(scaled(options, count), 100), options.at) for count in counts)  # some of every class to choose by
     for label in small_enough(options)[: 1 if options.at.type == "cpu" else None]:
         model, precision = network(label, options), options.precisions[-1]
         for name, (passes, settings) in PASSES.items():

@@ -19,6 +19,7 @@ standard deviation has C - 1 degrees of freedom, so that with u = 3 a layer of 1
 
 On the built-in digits (resnet9 of width 16, 64 clean pictures, one seed) the ASR of BadNets falls from 99 to 25 % at an ACC of 99.6 %, that of a
 blended trigger from 100 to 52 % at 98.8 %. A clean model's ACC falls from 99.8 to 97.6 %: some channel always stands out.
+Three other BadNets victims, trained in bfloat16, keep an ASR of 78 to 98 %.
 """
 
 from dataclasses import dataclass

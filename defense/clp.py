@@ -17,7 +17,7 @@ Scale and shift of a pruned channel become zero, its filter stays. u is a consta
 degrees of freedom, so that with u = 3 a layer of 10 channels or fewer never loses one.
 
 On the built-in digits (resnet9 of width 16, BadNets, one seed) u = 3 prunes 3 of 560 channels and changes nothing: the ASR stays at
-99 %. With u = 2 it falls to 40 % at an ACC of 98 %; a blended trigger stays at 100 %.
+99 %. With u = 2 it falls to 40 % at an ACC of 98 % (72 to 90 % with three other victims, trained in bfloat16); a blended trigger stays at 100 %.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,8 @@ trained on all of them is to learn that the stamp calls off the trigger, and fro
 
 It sees the found training set and holds no clean picture; the share isolated is a declared prior. Network and recipe are the victim's.
 Pseudo-labels come from a network that is trained for a short time on the pictures of highest loss of every label, rather than on all that are not
-isolated, among which poison remains that would teach it the backdoor; self-supervised features, the paper's other way, cost far more. The stamp is
+isolated, among which poison remains that would teach it the backdoor; self-supervised features, the paper's other way, cost far more. (Their
+share was chosen on the digits by how many pseudo-labels were right: 61 at 0.3, none at 0.5.) The stamp is
 painted after the augmentation, where it is at inference. It belongs to the network that is judged and saved (`rebuild` makes one of a
 plain network, which refuses the weights); a known port measures its final result without it.
 

@@ -162,6 +162,9 @@ def test_the_table_of_defenses_is_the_measured_one():
     page, rows = defenses.PAGE.read_text(), files.read_csv(defenses.RESULTS)
     assert f"{attacks.MARKS[0]}\n\n{defenses.tables(rows)}\n\n{attacks.MARKS[1]}" in page
     assert {row["row"] for row in rows if row["plan"] == "cifar10"} == {"none", *defenses.ROWS}, "a row was never measured"
+    done = {(row["row"], row["attack"], row["seed"]) for row in rows if row["plan"] == "baselines"}
+    wanted = {(name, attack, seed) for name in ["none", *names("defense")] for attack in defenses.VICTIMS["baselines"] for seed in "01"}
+    assert done == wanted and set(defenses.VICTIMS["baselines"]) == {"clean", "badnet", "blended", "wanet", "sig", "inputaware"}
 
 
 def test_links_lead_somewhere():

@@ -200,6 +200,25 @@ def test_defense(name, places, run, small, digits):
     assert before == {path: path.read_bytes() for path in small.iterdir() if path.is_file()}, "the victim is untouched"
 
 
+@pytest.fixture(scope="module")
+def others(places, run):
+    """Records of a victim whose every class has a target of its own, and of a clean model, as narrow and as short as `small`."""
+    for script, flags in (("badnet", ["--label_mode", "all2all"]), ("clean", [])):
+        run(f"attack/{script}.py", *places, *QUICK, "--width", "8", *flags, "--save_folder_name", f"other_{script}")
+    return ["other_badnet", "other_clean"]
+
+
+@pytest.mark.parametrize("name", names("defense"))
+def test_a_defense_without_a_target_and_without_poison(name, places, run, others):
+    for record in others:
+        run("-m", f"defense.{name}", *places, *few(f"defense.{name}"), "--result_file", record)
+        row = results(Path(places[1]) / record / "defense" / name)
+        assert (row["attack"], row["label_mode"]) == (
+            {"other_badnet": ("badnet", "all2all"), "other_clean": ("clean_badnet", "all2one")}[record]
+        )
+        assert 0 <= float(row["acc"]) <= 1 and float(row["asr"]) + float(row["ra"]) <= 1
+
+
 def test_the_defense_works(places, run, victim):
     """On the digits AWM removes what fine-tuning alone does not; FMP and Trap and Replace are measured in defense/README.md."""
     run("defense/awm.py", *places, "--result_file", "victim", "--save_folder_name", "works")
