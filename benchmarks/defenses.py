@@ -186,18 +186,27 @@ def overview(which, rows):
     ]
     facts = [*dict.fromkeys(f"{row['model']}, {row['recipe']}" for row in rows), " and ".join(sorted({row["precision"] for row in rows})),
              " or ".join(sorted({row["device"] for row in rows})), *flags, "ACC / ASR / RA"]  # fmt: skip
-    lines = ["| defense | clean pictures | " + " | ".join(f"{name} ACC" if name == "clean" else name for name in across) + " | seconds | n |",
-             "|---|---:|" + "---:|" * (len(across) + 2)]  # fmt: skip
+    lines = ["| defense | clean pictures | " + " | ".join(f"{name} ACC" if name == "clean" else name for name in across)
+             + " | repaired | seconds | n |", "|---|---:|" + "---:|" * (len(across) + 3)]  # fmt: skip
+    unharmed = {(row["attack"], row["seed"]): row for row in rows if row["row"] == "none"}
     for name in ["none", *rows_of(which)]:
         same = [row for row in rows if row["row"] == name]
         if same:
             shown = [[row for row in same if row["attack"] == attack] for attack in across]
             counts = {len(group) for group in shown if group}
+            attacked = [row for row in same if row["attack"] != "clean"]
+            good = sum(repaired(row, unharmed[row["attack"], row["seed"]]) for row in attacked)
             cells = [f"`{name}`" + (f" `{same[0]['options']}`" if same[0]["options"] else ""), same[0]["clean_budget"] or "–",
                      *(means(group, ("acc",) if attack == "clean" else ("acc", "asr", "ra")) for attack, group in zip(across, shown, strict=True)),
-                     f"{statistics.mean(float(row['seconds']) for row in same):.0f}", " to ".join(map(str, sorted(counts)))]  # fmt: skip
+                     f"{good} of {len(attacked)}", f"{statistics.mean(float(row['seconds']) for row in same):.0f}", " to ".join(map(str, sorted(counts)))]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return [f"### all defenses, {which}", "; ".join(facts), "\n".join(lines)]
+
+
+def repaired(row, victim):
+    """Whether a row counts as repaired: ASR at most 10 %, no more than 5 points of ACC lost, and an RA of at least 0.8 ACC."""
+    acc, asr, ra = (float(row[key]) for key in ("acc", "asr", "ra"))
+    return asr <= 0.1 and acc >= float(victim["acc"]) - 0.05 and ra >= 0.8 * acc
 
 
 def means(rows, keys):
