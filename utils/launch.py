@@ -5,6 +5,7 @@
 
 import errno
 import importlib
+import os
 import signal
 import sys
 import traceback
@@ -30,7 +31,12 @@ def launch(Config):
         options = config.parse(Config, sys.argv[1:], description, f"{script.parent.name}/{script.name}")
         importlib.import_module(f"{script.parent.name}.{script.stem}").main(options)
 
-    sys.exit(guard(work, debug="--debug" in sys.argv))
+    code = guard(work, debug="--debug" in sys.argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun threads of gloo may outlive the interpreter, which then aborts a finished run
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def guard(work, *, debug=False):
