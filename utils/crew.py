@@ -59,6 +59,7 @@ def joined(workers, device):
     except RuntimeError as error:
         if not _lost(error):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would come before the sentence
         if workers.rank:
             sys.exit(1)  # whoever ended has said why, and the first process says what follows
         raise UserError("another process of this training has ended; the same command resumes after the last finished epoch") from error
