@@ -3,6 +3,7 @@
     python compare.py record/
     python compare.py record/ --format csv --output all.csv
     python compare.py record/ --html report.html
+    python compare.py benchmarks/results/cpu.csv
 
 ACC: clean test images classified right; ASR: triggered images that get the attacker's label; RA: the same images
 given their true class; all in percent (csv: fractions). Runs that differ in nothing but their seeds share a cell, which
@@ -26,7 +27,7 @@ from typing import NamedTuple
 from utils import page, published
 from utils.errors import MissingError, RefusedError, UserError
 from utils.files import write
-from utils.finished import METRICS, TABLE, find_runs, read_all
+from utils.finished import METRICS, TABLE, find_runs, read_all, read_table
 from utils.tables import FOOTNOTES, IN_TRAINING, ORACLE, group, spread
 
 LATEX = str.maketrans({
@@ -200,10 +201,14 @@ def save(path, content):
 
 def compare(folders, form, output, html, figures):
     """Make the table and list what is not in it; raises MissingError or RefusedError where there is nothing to show."""
+    sheets = [Path(name) for name in folders if name.endswith(".csv")]
+    folders = [name for name in folders if not name.endswith(".csv")]
     left_out = [(folder, "no such folder") for folder in folders if not os.path.isdir(folder)]
-    if not (paths := find_runs(filter(os.path.isdir, folders))):
+    if not (paths := find_runs(filter(os.path.isdir, folders)) + sheets):
         raise MissingError(f"no run at or below {', '.join(folders)}: name the folder of the records, often record/")
-    runs, damaged = read_all(paths)
+    runs, damaged = read_all([path for path in paths if path not in sheets])
+    for more, refused in map(read_table, sheets):
+        runs, damaged = runs + more, damaged + refused
     tables, left_out = group(runs), left_out + damaged
     readable = form in ("text", "markdown") and not output
     if runs and output:
@@ -229,7 +234,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="compare.py", description=idea, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a record, a folder of records, or any above them")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="FOLDER",
+        help="a record, a folder of records, any above them, or a table that sweep.py --results has written",
+    )
     parser.add_argument("--format", choices=["text", "markdown", "csv", "latex"], default="text", help="default: text")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there instead of printing it")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of everything there too: one file, for any browser")

@@ -5,6 +5,8 @@
     python sweep.py config/sweep/demo.yaml --engine serial -- --dataset_path ~/data
 
 Every run is the command that you would type, and leaves the record that it would leave; its output goes to record/.sweep/.
+With --results FILE.csv the results of every run are added to a table of rows as soon as it is done, and a run that the table has
+already is not repeated, even where its record is gone: the sweep can go on with an empty folder, or on another machine.
 Options after -- are for every script. config/sweep/README.md says how a grid is written, and how to use a cluster.
 
 Exit codes: 0 all runs are done, 1 some failed, 2 usage, 3 no such grid, 130 and 143 interrupted: the same command goes on.
@@ -12,11 +14,13 @@ Exit codes: 0 all runs are done, 1 some failed, 2 usage, 3 no such grid, 130 and
 
 import argparse
 import collections
+import csv
+import json
 import os
 import sys
 from pathlib import Path
 
-from utils import engines, grid
+from utils import engines, files, grid
 from utils.errors import ConfigError, UserError
 from utils.launch import guard
 
@@ -29,14 +33,55 @@ def sweep(options, rest):
     cells = grid.cells(grid.read(options.grid), _pairs(rest))
     grid.check(cells, records)
     states = {cell.path: grid.state(cell, records) for cell in cells}
+    if options.results:
+        states = _with_results(options.results, cells, states)
     if options.dry_run:
         return _plan(cells, states, records)
+    if options.results:
+        _collect(options.results, [cell for cell in cells if states[cell.path] == "done"], records)
     jobs = _jobs(cells, states, options)
     print(f"{_count(states)}; {len(jobs)} to run", flush=True)
+    by_name = {str(cell.path): cell for cell in cells}
     work = engines.ENGINES[options.engine](jobs, address=options.address, cpus=options.cpus, gpus=options.gpus)
     for number, (job, code) in enumerate(work, 1):
         print(f"[{number}/{len(jobs)}] {job.name}: {_outcome(job, code)}", flush=True)
-    _report(cells, records)
+        if options.results and code == 0:
+            _collect(options.results, [by_name[job.name]], records)
+    _report(cells, options)
+
+
+def _with_results(path, cells, states):
+    """`states`, in which a run that the table at `path` has is recorded; a victim only where none of its defenses is missing."""
+    rows = {row["run"] for row in _rows(path)}
+    lacking = {cell.victim.path for cell in cells if cell.victim and str(cell.path) not in rows and states[cell.path] != "done"}
+    spared = {cell.path for cell in cells if str(cell.path) in rows and cell.path not in lacking}
+    return {path: "recorded" if path in spared and state != "done" else state for path, state in states.items()}
+
+
+def _rows(path):
+    """The rows of a table of results, none where there is no table yet; ConfigError where it is another kind of file."""
+    try:
+        rows = files.read_csv(path) if path.exists() else []
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"--results {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not all(row.get("run") for row in rows):
+        raise ConfigError(f"--results {path} is no table of a sweep's results: it has no column run; name another file")
+    return rows
+
+
+def _collect(path, cells, records):
+    """Put the results of finished runs into the table at `path`, in place of older rows of the same runs."""
+    found = {}
+    for cell in cells:
+        (row,) = files.read_csv(records / cell.path / "results.csv")
+        told = json.loads((records / cell.path / "record.json").read_text())["command"]
+        found[str(cell.path)] = {"run": str(cell.path), **row, "command": told}
+    with files.locked(records / grid.LOGS / "results.lock"):
+        kept = [row for row in _rows(path) if row["run"] not in found]
+        rows = [*kept, *found.values()]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        if found:
+            files.write(path, files.csv_text(rows, columns))
 
 
 def _jobs(cells, states, options):
@@ -44,8 +89,8 @@ def _jobs(cells, states, options):
     jobs, place = {}, Path.cwd()  # on other machines the paths start elsewhere
     for cell in cells:
         known, after = states[cell.path], cell.victim and str(cell.victim.path)
-        lost = after and after not in jobs and states[cell.victim.path] != "done"
-        if known == "done" or lost or known == "failed" and not options.retry_failed:
+        lost = after and after not in jobs and states[cell.victim.path] not in ("done", "recorded")
+        if known in ("done", "recorded") or lost or known == "failed" and not options.retry_failed:
             continue
         jobs[str(cell.path)] = engines.Job(
             str(cell.path), cell.words(options.record_path), place / options.record_path / cell.path, place / options.record_path / cell.log,
@@ -74,11 +119,14 @@ def _last_lines(log):
     return "\n".join([os.path.relpath(log), *(f"    {line}" for line in _printed(log)[-TAIL:])])
 
 
-def _report(cells, records):
+def _report(cells, options):
     """Print the counts and, where not all is done, what failed before and what waits for it."""
+    records = options.record_path
     states = {cell.path: grid.state(cell, records) for cell in cells}
+    if options.results:
+        states = _with_results(options.results, cells, states)
     print(_count(states))
-    if all(state == "done" for state in states.values()):
+    if all(state in ("done", "recorded") for state in states.values()):
         return
     for cell in cells:
         if states[cell.path] in ("failed", "other"):
@@ -116,6 +164,7 @@ def main(argv):
     parser.add_argument("--dry_run", action="store_true", help="list every run with its state, folder and command, and do nothing")
     parser.add_argument("--retry_failed", action="store_true", help="run again what failed before")
     parser.add_argument("--record_path", type=Path, default=Path("record"), help="folder that holds the records (default: record)")
+    parser.add_argument("--results", type=Path, metavar="FILE.csv", help="add the results of every run to this table, and skip what it has")
     parser.add_argument("--engine", choices=list(engines.ENGINES), default="ray",
                         help="ray: many runs at once, here or on a cluster; serial: one after the other (default: ray)")  # fmt: skip
     parser.add_argument(

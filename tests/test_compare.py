@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import compare
+from utils import files
 
 ROOT = Path(compare.__file__).parent
 COLUMNS = (
@@ -481,6 +482,37 @@ def test_a_terminal_without_the_signs_gets_the_table(tmp_path):
     three_seeds(tmp_path)
     ascii_only = shell(tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert ascii_only.returncode == 0 and "93.0 ? 3.6 (3)" in ascii_only.stdout
+
+
+def results_of(row, folder):
+    """A table of results with this row of a victim, and a row of a defense of a victim that is not there."""
+    path = folder / "all.csv"
+    lost = {**row, "run": "lost/defense/ft", "defense": "ft", "stage": "repair"}
+    files.write(path, files.csv_text([{**row, "run": "x"}, lost], ["run", *row, "command"]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "lost/defense/ft: the table has no row of its victim"),
+        ({"acc": "1.5"}, "acc is 1.5"),
+        ({"acc": "good"}, "could not convert"),
+        ({"asr": "0.9", "ra": "0.2"}, "ASR + RA is 1.1"),
+        ({"command": "python 'a"}, "No closing quotation"),
+    ],
+)
+def test_rows_of_a_table_are_checked(tmp_path, run, changes, reason):
+    row = dict.fromkeys([*COLUMNS, "command"], "") | {"attack": "badnet", "defense": "none", "acc": "0.9", "asr": "0.5", "ra": "0.3"}
+    code, out, err = run(results_of(row | changes, tmp_path))
+    assert code == (4 if changes else 0) and reason in out + err
+
+
+@pytest.mark.parametrize("content", [b"", b"run,acc\n", b"\xff\xfe", b"run,command\n\0,\0\n"])
+def test_a_file_that_is_no_table_is_refused(tmp_path, run, content):
+    (tmp_path / "x.csv").write_bytes(content)
+    code, _, err = run(tmp_path / "x.csv")
+    assert code == 4 and err.startswith("error: ") and "x.csv" in err
 
 
 def test_torch_is_not_imported():

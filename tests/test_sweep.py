@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, names
-from utils import engines, grid
+from utils import engines, files, grid
 from utils.errors import ConfigError, MissingError
 
 QUICK = {"epochs": 1, "width": 8}
@@ -177,6 +178,37 @@ def test_one_after_the_other(sweep, tmp_path, places):
     assert typed.stdout.startswith("already done: record/digits-badnet"), "what is shown is what was run"
     other = sweep(SMALL, "--engine", "serial", rest=["--batch_size", "32"], code=1)
     assert "4 other" in other.stdout and "holds another configuration (batch_size 64 there and 32 here)" in other.stdout
+
+
+def test_a_table_of_results_outlives_the_records(sweep, tmp_path, run):
+    words = ("--engine", "serial", "--results", "all.csv")
+    assert sweep(SMALL, *words).stdout.endswith("4 runs: 4 done\n")
+    rows = files.read_csv(tmp_path / "all.csv")
+    assert [row["run"] for row in rows] == [str(cell.path) for cell in grid.cells(SMALL)]
+    for row in rows:
+        (made,) = files.read_csv(tmp_path / "record" / row["run"] / "results.csv")
+        assert made.items() <= row.items() and row["command"].startswith("python ")
+    shown = run("compare.py", tmp_path / "record", "--format", "csv").stdout
+    assert [line.split(",")[8:] for line in run("compare.py", tmp_path / "all.csv", "--format", "csv").stdout.splitlines()] == [
+        line.split(",")[8:] for line in shown.splitlines()
+    ], "the same numbers as from the folders"
+    run("compare.py", tmp_path / "all.csv", "--html", tmp_path / "page.html")
+
+    shutil.rmtree(tmp_path / "record")
+    assert sweep(SMALL, *words).stdout == "4 runs: 4 recorded; 0 to run\n4 runs: 4 recorded\n"
+    more = {**SMALL, "defense": [*SMALL["defense"], "clp"], "exclude": [{"attack": "clean", "defense": "clp"}]}
+    again = sweep(more, *words).stdout
+    assert again.startswith("5 runs: 2 new, 3 recorded; 2 to run\n"), "the one victim that is needed again, and its missing defense"
+    assert len(files.read_csv(tmp_path / "all.csv")) == 5
+    victim = next(row for row in files.read_csv(tmp_path / "all.csv") if row["run"] == rows[0]["run"])
+    assert {key: victim[key] for key in ("acc", "asr", "ra")} == {key: rows[0][key] for key in ("acc", "asr", "ra")}
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"run\n\xff\n", b"run,acc\n,1\n"])
+def test_another_file_is_no_table_of_results(sweep, tmp_path, content):
+    (tmp_path / "other.csv").write_bytes(content)
+    done = sweep(SMALL, "--engine", "serial", "--results", "other.csv", code=2)
+    assert done.stderr.startswith("error: --results other.csv") and (tmp_path / "other.csv").read_bytes() == content
 
 
 def test_a_failure_stops_nothing_but_its_defenses(sweep, tmp_path):

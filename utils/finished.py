@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,9 +119,14 @@ def parse_results(text):
     rows = list(csv.DictReader(io.StringIO(text)))
     if len(rows) != 1:
         raise ValueError(f"{len(rows)} rows instead of 1")
-    if missing := sorted(name for name in NEEDED if rows[0].get(name) is None):
+    return parse_row(rows[0])
+
+
+def parse_row(row):
+    """The same of a row, column -> text; ValueError where it is not one that a run has written."""
+    if missing := sorted(name for name in NEEDED if row.get(name) is None):
         raise ValueError(f"no value for {', '.join(missing)}")
-    row = {name: printable(value) for name, value in rows[0].items()}
+    row = {name: printable(value) for name, value in row.items()}
     numbers = {name: float(row[name]) if row[name] else None for name in (*METRICS, "seconds")}
     for name in ("pratio", "pratio_effective"):
         float(row.get(name) or 0)
@@ -130,6 +136,43 @@ def parse_results(text):
     if (total := (numbers["asr"] or 0) + (numbers["ra"] or 0)) > 1 + 2e-6:  # either may be rounded to 6 digits
         raise ValueError(f"ASR + RA is {total:.6g}, more than 1")
     return row, numbers
+
+
+def read_table(path):
+    """(runs, [(path, why it is left out)]) of a table of results with a row for every run, as sweep.py --results writes it.
+
+    Such runs have no folder: their options are those of the command that stands in the row. RefusedError where it is another file.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise RefusedError(f"{path} is unusable: {printable(error)}") from error
+    if not rows or not {"run", "command", "defense"} <= set(rows[0]):
+        raise RefusedError(f"{path} is no table of results, which has columns run, command and defense; sweep.py --results writes one")
+    victims, runs, left_out = {}, [], []
+    for row in sorted(rows, key=lambda row: row["defense"] != "none"):
+        name = printable(row["run"])
+        try:
+            found, numbers = parse_row(row)
+            victim = None if row["defense"] == "none" else victims[name.split("/")[0]]
+            run = Run(path / name, found, numbers, options_of(found, victim), {"files": {}, "command": found["command"]}, victim)
+        except KeyError:
+            left_out.append((path / name, "the table has no row of its victim"))
+        except ValueError as error:
+            left_out.append((path / name, printable(error)))
+        else:
+            runs.append(run)
+            victims[name] = run
+    return runs, left_out
+
+
+def options_of(row, victim):
+    """{option: value as text} of the run in a row: its seeds, and what its command says."""
+    words = shlex.split(row["command"])[2:]
+    options = {word[2:]: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
+    seeds = {"random_seed": "defense_seed" if victim else "seed", "data_seed": "data_seed", "poison_seed": "poison_seed"}
+    return {**options, **{option: row[column] for option, column in seeds.items() if row.get(column)}}
 
 
 def printable(value):

@@ -17,7 +17,7 @@ from utils.errors import ConfigError, MissingError
 
 AXES = ("dataset", "model", "pratio", "seed", "attack", "defense")
 OPTIONS = ("attack_options", "defense_options")
-STATES = ("new", "partial", "failed", "other", "done")
+STATES = ("new", "partial", "failed", "other", "recorded", "done")
 LONGEST = 120  # characters of a folder's name
 LOGS = ".sweep"  # folder of the logs, below that of the records
 
@@ -86,7 +86,7 @@ def cells(grid, extra=None):
             raise ConfigError(f"exclude {entry} fits no run of the grid: correct or delete it")
     if not found:
         raise ConfigError("the grid has no run: name at least one attack")
-    return list(found.values())
+    return sorted(found.values(), key=lambda cell: (cell.victim or cell).options["random_seed"])  # all of the first seed come first
 
 
 def check(found, record_path):
