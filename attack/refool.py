@@ -26,7 +26,7 @@ class Config(Attack):
     """share of pictures with a double reflection; the others have one out of focus"""
     scenes: int = 200
     """number of scenes that are reflected"""
-    blend_size: int = 160
+    blend_size: int = 64
     """side in pixels at which pictures are mixed, rounded to a multiple of their own"""
     reflection_folder: str | None = None
     """folder of pictures to reflect instead"""
@@ -88,21 +88,23 @@ def make_trigger(config, spec, stage, parts):
 def _mixed(config, images, scenes, drawn, side):
     picture, scene = (F.interpolate(part, (side, side), mode="bilinear").clamp(0, 1) ** GAMMA for part in (images, scenes))
     alpha = (0.55 + 0.4 * drawn[:, 7] if config.alpha is None else torch.full_like(drawn[:, 7], config.alpha)).view(-1, 1, 1, 1)
-    double = (drawn[:, 1] < config.ghost_ratio).view(-1, 1, 1, 1)
-    mixed = torch.where(
-        double, alpha * picture + (1 - alpha) * ghost(scene, drawn), alpha * picture + unfocused(scene, picture, alpha, drawn)
-    )
+    mixed = alpha * picture
+    double = drawn[:, 1] < config.ghost_ratio
+    for kind, reflection in ((double, ghost), (~double, unfocused)):
+        chosen = kind.nonzero().flatten()
+        if len(chosen):
+            mixed[chosen] += reflection(scene[chosen], picture[chosen], alpha[chosen], drawn[chosen])
     return F.interpolate(mixed.clamp(0, 1) ** (1 / GAMMA), images.shape[2:], mode="area")
 
 
-def ghost(scene, drawn):
-    """a R + (1 - a) R shifted by 3 to 8 of 560 pixels right and down, zeros coming in; a is u or |1 - u|, u from 0.15 to 0.5."""
+def ghost(scene, picture, alpha, drawn):
+    """(1 - alpha) times a R + (1 - a) R shifted by 3 to 8 of 560 pixels right and down, zeros coming in; a is u or |1 - u|, u from 0.15 to 0.5."""
     share = (0.15 + 0.35 * drawn[:, 5] - (drawn[:, 4] < 0.5).float()).abs().view(-1, 1, 1, 1)
     shift = -2 * (3 + (6 * drawn[:, 2:4]).floor()) / PAPER_SIZE  # in the units of affine_grid, where the picture is 2 wide
     moves = torch.eye(2, 3, device=scene.device).repeat(len(scene), 1, 1)
     moves[:, :, 2] = shift
     moved = F.grid_sample(scene, F.affine_grid(moves, list(scene.shape), align_corners=False), align_corners=False)
-    return share * scene + (1 - share) * moved
+    return (1 - alpha) * (share * scene + (1 - share) * moved)
 
 
 def unfocused(scene, picture, alpha, drawn):
