@@ -40,9 +40,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import models
 from utils import generator, poison, run, seeds
 from utils.batch import augmentation, batches, mixed_precision, to_unit
+from utils.optimizers import OPTIMIZERS
+from utils.train import trained, untrained
 
 WIDTHS = 32, 64, 128
 NORM, DIVERSITY = 100, 1  # weights in the loss
@@ -55,7 +56,7 @@ def prepare(config, workshop):
     mask, pattern = (generator.Autoencoder(3, outputs, WIDTHS).to(device, memory_format=torch.channels_last).train() for outputs in (1, 3))
     _learn_masks(mask, workshop, config)
     mask.eval().requires_grad_(False)
-    victim = models.build(config.model, workshop.spec, config.width).to(device, memory_format=torch.channels_last).train()
+    victim = untrained(config.model, config.width, workshop.spec, train).to(memory_format=torch.channels_last).train()
     _learn_patterns(pattern, victim, mask, workshop, config)
     others = poison.choose(train.truth, OTHERS / len(train), config.poison_seed, purpose="cross pictures")
     return {**generator.keep(mask=mask, pattern=pattern, victim=victim), "others": train.images[others]}
@@ -80,10 +81,10 @@ def _learn_patterns(pattern, victim, mask, workshop, config):
     Pictures are cropped and mirrored after they get their trigger, as those of a stored set will be: otherwise G puts
     triggers on the border, where a crop cuts them off.
     """
-    device, augment = workshop.train.images.device, augmentation(workshop.spec, config.pad)
+    device, augment = workshop.train.images.device, augmentation(workshop.spec, config.pad, config.padding)
     relabel = poison.relabelling(config.label_mode, config.attack_target, workshop.spec.classes)
     optimizer, schedule = _adam(pattern, config.generator_epochs)
-    steps = torch.optim.SGD(victim.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    steps = OPTIMIZERS[config.optimizer](trained(victim), config)
     for epoch in tqdm(range(config.generator_epochs), desc="patterns", disable=None):
         drawn = _generator(config, "crops", epoch, device)
         for images, labels, _ in _order(workshop, config, "patterns", epoch):

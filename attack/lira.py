@@ -47,9 +47,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import models
 from utils import generator, poison, run, seeds
 from utils.batch import augmentation, batches, mixed_precision
+from utils.optimizers import OPTIMIZERS
+from utils.train import trained, untrained
 
 WIDTHS = 16, 32, 64, 128
 
@@ -61,14 +62,14 @@ def prepare(config, workshop):
     """
     train, device = workshop.train, workshop.train.images.device
     relabel = poison.relabelling(config.label_mode, config.attack_target, workshop.spec.classes)
-    victim = models.build(config.model, workshop.spec, config.width).to(device, memory_format=torch.channels_last).train()
+    victim = untrained(config.model, config.width, workshop.spec, train).to(memory_format=torch.channels_last).train()
     drawing = generator.Autoencoder(3, 3, WIDTHS).to(device, memory_format=torch.channels_last).train()
-    steps = torch.optim.SGD(victim.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    steps = OPTIMIZERS[config.optimizer](trained(victim), config)
     strokes = torch.optim.Adam(drawing.parameters(), config.generator_lr)
     for epoch in tqdm(range(config.generator_epochs), desc="generator", disable=None):
         old = copy.deepcopy(drawing).eval().requires_grad_(False)
         order = batches(train, config.batch_size, generator=seeds.generator("lira", config.poison_seed, epoch, device=device),
-                        augment=augmentation(workshop.spec, config.pad), drop_last=True)  # fmt: skip
+                        augment=augmentation(workshop.spec, config.pad, config.padding), drop_last=True)  # fmt: skip
         for images, labels, _ in order:
             with mixed_precision(device, config.precision):
                 cost = F.cross_entropy(victim(changed(drawing, images, config.epsilon)), relabel(labels))

@@ -7,6 +7,7 @@ Every part times ours in turn with a reference, in one process with the same mem
 
 fit       an epoch of `utils.train.fit` over a bare loop of forward, backward and step on batches that lie ready as floats;
           on a GPU with and without --compile and CUDA graphs, on both sides
+compile   forward, backward and step with --compile default over the same without, and how long the kernels take to be made
 stream    the same for pictures of 224 pixels in image folders that stay in their file (--resident_gb 0)
 field     an epoch as the field writes it (benchmarks/plain.py) over one of ours
 evaluate  ACC, ASR and RA over one bare forward pass of the same pictures
@@ -39,9 +40,9 @@ from torchvision.transforms.functional import to_pil_image
 import models
 from benchmarks import plain
 from benchmarks.plain import SPEC, pictures
-from utils import data, files, metrics, poison, train
+from utils import data, files, metrics, optimizers, poison, train
 from utils import device as devices
-from utils.batch import augmentation, batches
+from utils.batch import BATCH, augmentation, batches
 from utils.config import Attack
 from utils.record import Record
 from utils.workshop import Workshop
@@ -137,7 +138,7 @@ def bare_epoch(model, split, config):
 
     def epoch():
         model.to(memory_format=torch.channels_last).train()
-        optimizer = train.sgd(model.parameters(), config)
+        optimizer = optimizers.sgd(model.parameters(), config)
         for images, labels in ready:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = F.cross_entropy(bare(images), labels)
@@ -146,6 +147,19 @@ def bare_epoch(model, split, config):
             optimizer.step()
 
     return epoch
+
+
+def compiled(options):
+    for name in options.models:
+        precision, count = options.precisions[-1], scaled(options, 50_000 if options.at.type == "cuda" else 2048)
+        config = dataclasses.replace(options.config, epochs=1, precision=precision)
+        model, split = network(name, options), pictures(count, options.at)
+        kernels = bare_epoch(copy.deepcopy(model), split, dataclasses.replace(config, compile="default"))
+        first = timed(kernels, options.at)
+        row = compare(kernels, bare_epoch(model, split, config), options)
+        what = f"{name}, {precision}, batch {config.batch_size}, {count} pictures"
+        yield {"what": f"{what}, with --compile default over without", **row}
+        yield {"what": f"{what}, making the kernels", "value": round(first - row["seconds"], 1), "unit": "seconds", "n": 1}
 
 
 def stream(options):
@@ -184,7 +198,7 @@ def evaluate(options):
         for precision in options.precisions:
             model = network(name, options).to(memory_format=torch.channels_last).eval()
             test, backdoor = pictures(count, options.at), pictures(count * 9 // 10, options.at)
-            ready = [images.clone() for split in (test, backdoor) for images, _, _ in batches(split, metrics.BATCH)]
+            ready = [images.clone() for split in (test, backdoor) for images, _, _ in batches(split, BATCH)]
 
             exam = metrics.Exam(test, backdoor)
 
@@ -208,7 +222,7 @@ def stamp(options):
         if trigger is not None:
             seconds = [timed(lambda use=trigger: poison.stamp(split.images, use, index), options.at) for _ in range(options.pairs)]
             value = {"value": round(statistics.median(seconds), 3), "unit": f"seconds for {len(split)} pictures"}
-            yield {"what": name, **value, "target": "at most 1", "n": options.pairs}
+            yield {"what": name, **value, "target": "at most 2", "n": options.pairs}
 
 
 def closed_form(name, split):
@@ -309,8 +323,8 @@ def timed(work, device):
 
 def parts(label, spec):
     """What models.build takes for a name as result tables have it."""
-    name, _, width = label.partition("_w") if label.startswith("resnet9") else (label, "", "")
-    return name, spec, int(width) if width else None
+    name, _, width = label.rpartition("_w")
+    return (name, spec, int(width)) if name in models.DEFAULT_WIDTH and width.isdigit() else (label, spec, None)
 
 
 def network(label, options):
@@ -352,7 +366,7 @@ PASSES = {
 }
 TARGETS = {"fmp": "", "awm": "", "trap_and_replace": "at least 3"}
 PARTS = {
-    "stamp": stamp, "fit": fit, "evaluate": evaluate, "field": field, "stream": stream,
+    "stamp": stamp, "fit": fit, "compile": compiled, "evaluate": evaluate, "field": field, "stream": stream,
     **{name: (lambda options, name=name: defense(options, name)) for name in TARGETS},
     "baselines": baselines, "start": start, "memory": memory,
 }  # fmt: skip

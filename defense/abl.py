@@ -52,7 +52,6 @@ class Config(Isolating):
 if __name__ == "__main__":
     launch(Config)
 
-import dataclasses
 import math
 from functools import partial
 
@@ -60,9 +59,9 @@ import torch
 import torch.nn.functional as F
 
 from utils import run
-from utils.batch import augmentation, to_unit
+from utils.batch import to_unit
 from utils.isolate import isolate
-from utils.train import cross_entropy, fit
+from utils.train import augmentation_of, cross_entropy, fit, stage
 from utils.unlearn import Still
 
 
@@ -73,7 +72,7 @@ def repair(model, record, config):
     others[index] = False
     rest = record.train.view(others.nonzero().flatten())
     fit(model, rest, config, drop_last=True, loss=partial(cross_entropy, label_smoothing=config.label_smoothing),
-        augment=augmentation(record.spec, config.pad), on_epoch=partial(record.report, "train"),
+        augment=augmentation_of(config, record.spec, rest), on_epoch=partial(record.report, "train"),
         checkpoint=record.state / "train.safetensors")  # fmt: skip
     record.report("trained", model)
     return unlearn(model, record.train[index], rest, record, config)
@@ -81,10 +80,10 @@ def repair(model, record, config):
 
 def unlearn(model, isolated, rest, record, config):
     """Train `model` to lose the labels of the split `isolated` and to keep those of `rest`; it is changed and returned."""
-    stage = dataclasses.replace(config, epochs=config.unlearn_epochs, lr=config.unlearn_lr, lr_min=config.unlearn_lr, momentum=0.0,
-                                nesterov=False, weight_decay=0.0)  # fmt: skip
-    fit(Still(model), rest, stage, drop_last=True, loss=partial(unlearning, isolated=isolated, bound=config.bound),
-        augment=augmentation(record.spec, config.pad), on_epoch=partial(record.report, "unlearn"),
+    plan = stage(config, epochs=config.unlearn_epochs, batch_size=config.batch_size, lr=config.unlearn_lr, lr_min=config.unlearn_lr,
+                 momentum=0.0, weight_decay=0.0)  # fmt: skip
+    fit(Still(model), rest, plan, drop_last=True, loss=partial(unlearning, isolated=isolated, bound=config.bound),
+        augment=augmentation_of(config, record.spec, rest), on_epoch=partial(record.report, "unlearn"),
         checkpoint=record.state / "unlearn.safetensors")  # fmt: skip
     return model
 

@@ -62,8 +62,9 @@ from tqdm import tqdm
 from utils import run, seeds
 from utils.batch import augmentation, batches, lengths
 from utils.errors import UserError
+from utils.optimizers import sgd
 from utils.sensitivity import CLEAN, POISONED, bounded, distinguish
-from utils.train import cross_entropy, load_state, one_pass, save_state, sgd, stage
+from utils.train import cross_entropy, load_state, one_pass, save_state, stage
 
 
 def repair(model, record, config):

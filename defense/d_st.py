@@ -105,9 +105,10 @@ def repair(model, record, config):
     known = (kinds != UNKNOWN).nonzero().flatten()
     loss = partial(mixed_loss, clean=kinds[known] == CLEAN, weight=config.poison_weight, bound=config.bound)
     plan = stage(config, epochs=config.head_epochs, batch_size=config.contrastive_batch, lr=config.classifier_lr, weight_decay=0.0)
-    fit(probe(network), record.train.view(known), plan, loss=loss, augment=augmentation(record.spec),
-        on_epoch=partial(record.report, "classifier"), checkpoint=record.state / "classifier.safetensors")  # fmt: skip
-    return network.requires_grad_(True).train(model.training)
+    with probe(network) as last:
+        fit(last, record.train.view(known), plan, loss=loss, augment=augmentation(record.spec),
+            on_epoch=partial(record.report, "classifier"), checkpoint=record.state / "classifier.safetensors")  # fmt: skip
+    return network.train(model.training)
 
 
 def extract(network, kinds, record, config):

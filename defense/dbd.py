@@ -111,13 +111,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import run
-from utils.batch import augmentation, batches, mixed_precision
+from utils.batch import augmentation, look
 from utils.channels import features_of, last_linear
-from utils.train import adam, fit, fresh, stage
+from utils.optimizers import adam
+from utils.train import fit, fresh, stage
 from utils.unlearn import probe
 from utils.views import pairs, views
 
-BATCH = 250  # pictures per pass that only looks
 CODE = 128  # numbers that a view becomes
 FLOOR = 1e-4  # probability of a label that is not the given one, in the reverse cross-entropy: its logarithm must be finite
 
@@ -186,11 +186,12 @@ def with_head(network, record, config):
     def loss(model, images, labels, index):
         return symmetric(model(images), labels, config.alpha, config.beta).mean()
 
-    fit(probe(network), record.train,
-        stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr, lr_min=config.head_lr,
-              weight_decay=0.0),
-        loss=loss, optimizer=adam, augment=augmentation(record.spec), checkpoint=record.state / "head.safetensors",
-        on_epoch=lambda _model, **values: record.report("head", network, **values))  # fmt: skip
+    plan = stage(config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr, lr_min=config.head_lr,
+                 weight_decay=0.0)  # fmt: skip
+    with probe(network) as last:
+        fit(last, record.train, plan, loss=loss, optimizer=adam, augment=augmentation(record.spec),
+            on_epoch=lambda _model, **values: record.report("head", network, **values),
+            checkpoint=record.state / "head.safetensors")  # fmt: skip
 
 
 def tuned(network, record, config):
@@ -201,7 +202,7 @@ def tuned(network, record, config):
         known, unknown = halves(losses(network, record.train, config), labels, config.labelled)
         return positions(known, unknown, config.steps, config.batch_size, generator)
 
-    return fit(network.requires_grad_(True), record.train,
+    return fit(network, record.train,
                stage(config, epochs=config.epochs, steps=config.steps, batch_size=3 * config.batch_size, lr=config.mixmatch_lr,
                      lr_min=config.mixmatch_lr, weight_decay=0.0),
                loss=MixMatch(config, record.spec.classes), optimizer=adam, augment=augmentation(record.spec), order=order,
@@ -230,15 +231,9 @@ def symmetric(logits, labels, alpha, beta):
     return -alpha * logs - beta * math.log(FLOOR) * (1 - logs.exp())
 
 
-@torch.no_grad()
 def losses(network, split, config):
     """The symmetric cross-entropy of every picture with its given label, float32 N: in evaluation mode, without augmentation."""
-    training = network.training
-    network.eval()
-    with mixed_precision(split.labels.device, config.precision):
-        found = [symmetric(network(images), labels, config.alpha, config.beta) for images, labels, _ in batches(split, BATCH)]
-    network.train(training)
-    return torch.cat(found)
+    return look(network, split, lambda images, labels, _: symmetric(network(images), labels, config.alpha, config.beta), config.precision)
 
 
 def halves(losses, labels, share):

@@ -21,7 +21,7 @@ with the statistics of test pictures. A defense here never holds a test picture;
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import Defense, Training, require
+from utils.config import FineTuning, require
 from utils.launch import launch
 
 USUAL = {"alpha": 1 / 255, "epsilon": 1 / 255, "scored_images": 128}
@@ -29,7 +29,7 @@ FMT = {"alpha": 0.02, "epsilon": 0.06, "scored_images": 1024}  # as published fo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Defense):
+class Config(FineTuning):
     variant: Literal["released", "fmt", "random", "no_pruning"] | None = None
     """which maps go: released: ranked with the deviations below; fmt: by k-means; random: as many of each layer, but
     any; no_pruning: none, which leaves the fine-tuning"""
@@ -93,7 +93,6 @@ if __name__ == "__main__":
 
 import operator
 import sys
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -106,7 +105,7 @@ from tqdm import tqdm
 from models import Normalize
 from utils import run, seeds
 from utils.batch import augmentation, to_unit
-from utils.channels import convolutions, feature_maps, parameters_of, zeroing
+from utils.channels import convolutions, feature_maps, frozen, parameters_of, zeroing
 from utils.data import balanced_subset
 from utils.device import exact
 from utils.errors import ConfigError
@@ -199,7 +198,7 @@ def score_maps(model, images, labels, *, alpha, epsilon, seed, batch, steps, map
     step = partial(steps, images, start.clone(), alpha=alpha, epsilon=epsilon)
     training, scores = model.training, {}
     model.eval()
-    with exact(), _frozen(model):
+    with exact(), frozen(model):
         with torch.no_grad():
             clean = maps(model, images)
         moved = maps(model, start.requires_grad_())
@@ -310,19 +309,6 @@ def norms_by_last_convolution(model, doomed):
         elif isinstance(module, nn.BatchNorm2d):
             entries.append((module.weight, [channel for channel in channels if channel < module.num_features]))
     return entries
-
-
-@contextmanager
-def _frozen(model):
-    """Parameters need no gradient inside; the graph then holds only what leads to the images."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def main(config):

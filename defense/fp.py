@@ -20,12 +20,12 @@ Of blended, pruning leaves 0 % at an ACC of 87.0, and fine-tuning brings back 10
 
 from dataclasses import dataclass
 
-from utils.config import Choosing, Training
+from utils.config import Choosing, FineTuning
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Choosing):
+class Config(FineTuning, Choosing):
     batch_size: int = 256
     """images per step"""
 

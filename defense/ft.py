@@ -8,12 +8,12 @@ batch 256, 100 epochs, cosine schedule, training augmentation, last epoch.
 
 from dataclasses import dataclass
 
-from utils.config import Defense, Training
+from utils.config import FineTuning
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Defense):
+class Config(FineTuning):
     batch_size: int = 256
     """images per step"""
 

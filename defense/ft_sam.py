@@ -18,12 +18,12 @@ and from 100.0 to 1.8 for blended, where it leaves 100.0; the ACC from 100.0 to 
 
 from dataclasses import dataclass
 
-from utils.config import Defense, Training, require
+from utils.config import FineTuning, require
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Defense):
+class Config(FineTuning):
     batch_size: int = 256
     """images per step"""
     rho: float = 2.0

@@ -22,14 +22,16 @@ goes from 99.6 to 99.8, from 99.8 to 99.8, and for a clean model from 100.0 to 9
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from utils.config import Choosing, Training, require
+from utils.config import Choosing, FineTuning, require
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Choosing):
+class Config(FineTuning, Choosing):
+    relative_rates: ClassVar = ("lr", "lr_min", "curve_lr")
+
     batch_size: int = 256
     """images per step"""
     selection: Literal["val", "fixed", "oracle"] = "val"
@@ -66,12 +68,11 @@ from torch import nn
 from torch.func import functional_call
 
 from utils import choice, run
-from utils.batch import augmentation, batches, mixed_precision
-from utils.train import fit
+from utils.batch import BATCH, augmentation, batches, mixed_precision
+from utils.train import fit, trained
 
 # from weak to strong: by the distance from the nearer end; of two equally far the one nearer to the copy is the stronger
 POSITIONS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.5)
-BATCH = 250  # pictures per pass of the statistics
 REPORTS = 20  # stages of the curve that the judge sees
 
 
@@ -118,7 +119,7 @@ class Curve(nn.Module):
     def __init__(self, start, end):
         super().__init__()
         self._scratch = [copy.deepcopy(start).requires_grad_(False)]  # in a list: no part of this module, whose state a checkpoint keeps
-        self._forms = {name: parameter.shape for name, parameter in start.named_parameters()}
+        self._forms = {name: parameter.shape for name, parameter in start.named_parameters() if parameter.requires_grad}
         self.start, self.end = row(start), row(end)
         self.bend = nn.Parameter((self.start + self.end) / 2)
 
@@ -141,8 +142,8 @@ class Curve(nn.Module):
 
 
 def row(model):
-    """All parameters of a network as one row."""
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    """All learned parameters of a network as one row."""
+    return torch.cat([parameter.detach().flatten() for parameter in trained(model)])
 
 
 def anywhere(curve, images, labels, index):

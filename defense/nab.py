@@ -63,10 +63,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import run
-from utils.batch import augmentation
 from utils.data import Split
 from utils.isolate import highest, isolate, logits
-from utils.train import cross_entropy, fit, fresh
+from utils.train import augmentation_of, cross_entropy, fit, fresh
 
 
 class Stamp(nn.Module):
@@ -106,7 +105,8 @@ def repair(model, record, config):
     plain = fresh(record, "nab", config)
     model = stamping(plain, config.stamp_size)
     loss = partial(stamped_cross_entropy, stamp=model.stamp, stamped=stamped, label_smoothing=config.label_smoothing)
-    fit(plain, Split(record.train.images, labels, labels), config, drop_last=True, loss=loss, augment=augmentation(record.spec, config.pad),
+    relabelled = Split(record.train.images, labels, labels)
+    fit(plain, relabelled, config, drop_last=True, loss=loss, augment=augmentation_of(config, record.spec, relabelled),
         on_epoch=lambda _, **values: record.report("train", model, **values), checkpoint=record.state / "train.safetensors")  # fmt: skip
     return model
 
@@ -115,8 +115,9 @@ def pseudo_labels(record, index, losses, config):
     """What the isolated pictures at `index` show, int64, by a network that is trained on the trusted pictures alone."""
     trusted = ~highest(-losses, record.train.labels, record.spec.classes, 1 - config.trusted)
     trusted[index] = False
-    model = fit(fresh(record, "pseudo-labels", config), record.train.view(trusted.nonzero().flatten()),
-                dataclasses.replace(config, epochs=config.pseudo_epochs), drop_last=True, augment=augmentation(record.spec, config.pad),
+    split = record.train.view(trusted.nonzero().flatten())
+    model = fit(fresh(record, "pseudo-labels", config), split, dataclasses.replace(config, epochs=config.pseudo_epochs),
+                drop_last=True, augment=augmentation_of(config, record.spec, split),
                 loss=partial(cross_entropy, label_smoothing=config.label_smoothing), on_epoch=partial(record.report, "pseudo-labels"),
                 checkpoint=record.state / "pseudo.safetensors")  # fmt: skip
     return logits(model, record.train.view(index)).argmax(1)

@@ -22,12 +22,12 @@ distances weigh heavily at the rate of 0.05 that the digits are trained with.
 
 from dataclasses import dataclass
 
-from utils.config import Defense, Training, require
+from utils.config import FineTuning, require
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Defense):
+class Config(FineTuning):
     batch_size: int = 256
     """images per step"""
     teacher_epochs: int = 10

@@ -25,12 +25,12 @@ at an index of 2.3, close to the threshold: the norms of the others differ much.
 
 from dataclasses import dataclass
 
-from utils.config import Defense, Training, require
+from utils.config import FineTuning, require
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training, Defense):
+class Config(FineTuning):
     batch_size: int = 256
     """images per step of the fine-tuning"""
     search_epochs: int = 80
@@ -80,6 +80,7 @@ from tqdm import tqdm
 
 from utils import files, run, seeds
 from utils.batch import augmentation, batches, mixed_precision, to_unit
+from utils.channels import frozen
 from utils.data import Split
 from utils.preview import trigger_chart
 from utils.train import fit, load_state, save_state
@@ -113,15 +114,12 @@ def find(model, record, config):
 
     The success is the share of the clean pictures that a trigger leads to its class.
     """
-    training, needs = model.training, [parameter.requires_grad for parameter in model.parameters()]
-    model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    training = model.training
+    model.to(memory_format=torch.channels_last).eval()
     groups = torch.arange(record.spec.classes, device=record.clean.labels.device).split(config.together)
-    try:
+    with frozen(model):
         done = [search(model, record.clean, classes, config, record.state) for classes in groups]
-    finally:
-        model.train(training)
-        for parameter, need in zip(model.parameters(), needs, strict=True):
-            parameter.requires_grad_(need)
+    model.train(training)
     return tuple(torch.cat(parts) for parts in zip(*done, strict=True))
 
 

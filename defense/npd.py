@@ -96,17 +96,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import run, seeds
-from utils.batch import batches, to_unit
-from utils.channels import BATCH, Moments, convolutions, feature_maps
+from utils.batch import BATCH, batches, to_unit
+from utils.channels import Moments, convolutions, feature_maps, frozen
 from utils.errors import ConfigError
 from utils.train import fit, stage
 from utils.unlearn import Still, precise, unlikelihood
 
 
 def repair(model, record, config):
-    training, needs = model.training, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = model.training
     name = place(model, to_unit(record.clean.images[:1]), config.layer)
-    model.eval().requires_grad_(False)
+    model.eval()
+    with frozen(model):
+        insert_and_train(model, name, record, config)
+    return model.train(training)
+
+
+def insert_and_train(model, name, record, config):
+    """Insert the layer before the convolution `name` of `model`, which is frozen, and train it there."""
     polarizer, norm = insert(model, name)
     settle(norm, model, record.clean)
     record.report("inserted", model)
@@ -118,9 +125,6 @@ def repair(model, record, config):
     loss = partial(polarizing, config=config, draws=drawn(record, config) if config.targets == "random" else None)
     train(plan(epochs=config.epochs, lr=config.polarizer_lr, lr_min=config.polarizer_lr), loss=loss, on_epoch=partial(record.report, "polarize"),
           checkpoint=record.state / "polarize.safetensors")  # fmt: skip
-    for parameter, need in needs:
-        parameter.requires_grad_(need)
-    return model.train(training)
 
 
 def place(model, images, name=None):

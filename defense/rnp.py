@@ -20,7 +20,7 @@ fixed leaves badnet at an ACC of 79.0, oracle at 97.6, both at an ASR of 0.0: th
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from utils.config import Choosing, require
 from utils.launch import launch
@@ -28,6 +28,8 @@ from utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Choosing):
+    relative_rates: ClassVar = ("lr",)
+
     selection: Literal["val", "fixed", "oracle"] = "val"
     """val: choose the threshold by a fifth of the clean pictures, held back for that; fixed: take --threshold; oracle: by the test set,
     which every table here marks"""

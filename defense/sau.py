@@ -85,7 +85,8 @@ import torch
 import torch.nn.functional as F
 
 from utils import run
-from utils.train import adam, fit, stage
+from utils.optimizers import adam
+from utils.train import fit, stage
 from utils.unlearn import Still, precise, unlikelihood
 
 

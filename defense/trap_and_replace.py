@@ -101,12 +101,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.split import split
-from utils import files, run, seeds
+from utils import files, run
 from utils.batch import augmentation, to_unit
+from utils.channels import frozen
 from utils.config import digest
 from utils.data import Split
+from utils.optimizers import adam, sgd
 from utils.preview import preview
-from utils.train import adam, fit, sgd, stage
+from utils.train import fit, new, stage
 
 PICTURES = 8  # whose reconstruction is kept
 SMALL_HEAD = 100_000  # parameters
@@ -125,11 +127,11 @@ class Trap(nn.Module):
 
 
 class Replaced(nn.Module):
-    """A frozen stem, whose batch norms keep their statistics, with a head in training."""
+    """A stem whose batch norms keep their statistics, with a head in training."""
 
     def __init__(self, stem, head):
         super().__init__()
-        self.stem, self.head = stem.requires_grad_(False), head
+        self.stem, self.head = stem, head
 
     def train(self, mode=True):
         super().train(mode)
@@ -151,7 +153,7 @@ def repair(model, record, config):
 def trapped(name, width, record, config):
     """The network of stage 1, trained or taken from the record's shared folder; pictures of what its decoder rebuilds are kept."""
     device = record.clean.labels.device
-    whole = fresh(name, width, record, "trap", config)
+    whole = new(name, width, record.spec, record.train, "trap", config.random_seed)
     stem, head = split(name, whole, config.head_blocks)
     decoding = config.variant != "no_trap" and (config.reconstruction or config.smoothness)
     trap = Trap(stem, head, decoder_for(stem, record.spec.size) if decoding else None).to(device)
@@ -177,7 +179,7 @@ def trapped(name, width, record, config):
 
 def replaced(name, width, stem, record, config):
     """A network with the weights of `stem` and a new head, trained on the clean pictures."""
-    whole = fresh(name, width, record, "head", config)
+    whole = new(name, width, record.spec, record.train, "head", config.random_seed)
     own, head = split(name, whole, config.head_blocks)
     own.load_state_dict(stem.state_dict())
     hooks = [convolution.register_forward_pre_hook(partial(_drop, config.dropout)) for convolution in inner_convolutions(head)]
@@ -187,17 +189,12 @@ def replaced(name, width, stem, record, config):
     plan = stage(
         config, epochs=config.head_epochs, batch_size=config.head_batch_size, lr=config.head_lr or rate, weight_decay=config.weight_decay
     )
-    fit(Replaced(own, head), record.clean, plan, loss=loss, optimizer=optimizer, augment=augmentation(record.spec), drop_last=True,
-        on_epoch=partial(record.report, "head"), checkpoint=record.state / "head.safetensors")  # fmt: skip
+    with frozen(own):
+        fit(Replaced(own, head), record.clean, plan, loss=loss, optimizer=optimizer, augment=augmentation(record.spec), drop_last=True,
+            on_epoch=partial(record.report, "head"), checkpoint=record.state / "head.safetensors")  # fmt: skip
     for hook in hooks:
         hook.remove()
-    return whole.requires_grad_(True)
-
-
-def fresh(name, width, record, purpose, config):
-    """A network with random weights, on the device; stem and head of both stages differ by `purpose`."""
-    torch.manual_seed(seeds.number(purpose, config.random_seed))
-    return models.build(name, record.spec, width).to(record.clean.labels.device)
+    return whole
 
 
 def key(name, width, record, config):

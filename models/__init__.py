@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from models.normalize import Normalize
 
-__all__ = ["Normalize", "build", "check", "label", "names"]
+__all__ = ["Normalize", "build", "check", "fit_to", "label", "names"]
 
 TORCHVISION = (
     "convnext_tiny",
@@ -32,9 +32,9 @@ TORCHVISION = (
     "resnet50",
     "vit_b_16",
 )
-HELPERS = {"normalize", "split", "torchvision_nets"}  # the files of this folder that are no model
+HELPERS = {"layers", "normalize", "split", "torchvision_nets"}  # the files of this folder that are no model
 FROM_32_PIXELS = {"convnext_tiny", "densenet161", "vgg19_bn"}  # smaller pictures shrink to nothing in them
-DEFAULT_WIDTH = {"resnet9": 64}  # the models whose width can be chosen
+DEFAULT_WIDTH = {"airbench": 64, "preactresnet18": 64, "resnet9": 64}  # the models whose width can be chosen
 
 
 def __getattr__(name):
@@ -74,7 +74,7 @@ def build(name: str, spec, width: int | None = None) -> nn.Module:
     """The network `name` with random weights: pixels in [0, 1], float N,3,H,W -> logits N,classes.
 
     `spec` has `classes`, `size` (side in pixels), and `mean` and `std` (three floats each, in [0, 1] pixel units).
-    `width` is the number of channels of resnet9's first convolution; None is its default, 64.
+    `width` is the number of channels of the first trained convolution of a model in DEFAULT_WIDTH; None is its default.
     """
     check(name, width)
     if name in FROM_32_PIXELS and spec.size < 32:
@@ -91,3 +91,9 @@ def build(name: str, spec, width: int | None = None) -> nn.Module:
         options = {"width": width or DEFAULT_WIDTH[name]} if name in DEFAULT_WIDTH else {}
         network = importlib.import_module(f"models.{name}").build(spec.classes, **options)
     return nn.Sequential(OrderedDict(normalize=Normalize(spec.mean, spec.std), network=network))
+
+
+def fit_to(model: nn.Module, images) -> None:
+    """Make the weights that come from training images (float N,3,S,S in [0, 1]) and are not learned; most models have none."""
+    if hasattr(model.network, "fit_to"):
+        model.network.fit_to(model.normalize(images))

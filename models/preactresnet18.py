@@ -2,8 +2,8 @@
 
 He, Zhang, Ren and Sun, "Identity Mappings in Deep Residual Networks", ECCV 2016, https://arxiv.org/abs/1603.05027
 Form: the one of the backdoor literature for CIFAR. A 3x3 stem of stride 1, four stages of two basic blocks with 64,
-128, 256 and 512 channels, average pool, linear layer. Unlike the paper it has no batch norm after the last block.
-20 convolutions with 4,800 output channels together.
+128, 256 and 512 channels (at the default width), average pool, linear layer. Unlike the paper it has no batch norm
+after the last block. 20 convolutions with 4,800 output channels together.
 """
 
 from collections import OrderedDict
@@ -37,17 +37,17 @@ def stage(inputs, outputs, stride):
     return nn.Sequential(PreActBlock(inputs, outputs, stride), PreActBlock(outputs, outputs, stride=1))
 
 
-def build(classes):
-    """The network: float N,3,H,W -> logits N,classes."""
+def build(classes, width):
+    """The network with `width` channels in the first stage: float N,3,H,W -> logits N,classes. The paper's width is 64."""
     return nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(3, 64, 3, padding=1, bias=False),
-            layer1=stage(64, 64, stride=1),
-            layer2=stage(64, 128, stride=2),
-            layer3=stage(128, 256, stride=2),
-            layer4=stage(256, 512, stride=2),
+            conv1=nn.Conv2d(3, width, 3, padding=1, bias=False),
+            layer1=stage(width, width, stride=1),
+            layer2=stage(width, 2 * width, stride=2),
+            layer3=stage(2 * width, 4 * width, stride=2),
+            layer4=stage(4 * width, 8 * width, stride=2),
             pool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
-            linear=nn.Linear(512, classes),
+            linear=nn.Linear(8 * width, classes),
         )
     )

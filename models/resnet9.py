@@ -10,6 +10,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from models.layers import GlobalMaxPool, Scale
+
 LOGIT_SCALE = 0.125  # the global maxima are large; this keeps the first losses and gradients small
 
 
@@ -23,24 +25,6 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return x + self.second(self.first(x))
-
-
-class GlobalMaxPool(nn.Module):
-    """The largest value of each map, N,C,H,W -> N,C; AdaptiveMaxPool2d has no deterministic gradient on CUDA."""
-
-    def forward(self, x):
-        return x.amax((2, 3))
-
-
-class Scale(nn.Module):
-    """x times a constant."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        return x * self.factor
 
 
 def convolution(inputs, outputs):

@@ -1,14 +1,14 @@
-"""A residual network in two parts: a stem, and a head of the last residual blocks and what follows them."""
+"""A network in two parts: a stem, and a head of the last blocks (airbench's groups, residual blocks) and what follows them."""
 
 from torch import nn
 
 from utils.errors import ConfigError
 
-SPLITS = ("preactresnet18", "resnet18", "resnet34", "resnet50", "resnet9", "wrn16_1", "wrn16_1_leaky")
+SPLITS = ("airbench", "preactresnet18", "resnet18", "resnet34", "resnet50", "resnet9", "wrn16_1", "wrn16_1_leaky")
 
 
 def split(name: str, model: nn.Module, blocks: int = 1) -> tuple[nn.Sequential, nn.Sequential]:
-    """(stem, head) of a network that `models.build` has made; the head holds the last `blocks` residual blocks.
+    """(stem, head) of a network that `models.build` has made; the head holds the last `blocks` blocks.
 
     Both consist of the very modules of `model`, in its order: head(stem(pixels)) is model(pixels), and what trains one
     trains the other. Raises ConfigError for a network without such a split.
@@ -22,6 +22,6 @@ def split(name: str, model: nn.Module, blocks: int = 1) -> tuple[nn.Sequential, 
         steps += child if isinstance(child, nn.Sequential) else [child]
     places = [place for place, step in enumerate(steps) if any(True for _ in step.children())]  # all else are single layers
     if not 1 <= blocks <= len(places):
-        raise ConfigError(f"the head of {name} can hold 1 to {len(places)} residual blocks, not {blocks}")
+        raise ConfigError(f"the head of {name} can hold 1 to {len(places)} blocks, not {blocks}")
     cut = places[-blocks]
     return nn.Sequential(model.normalize, *steps[:cut]), nn.Sequential(*steps[cut:])

@@ -52,7 +52,9 @@ def test_recipes(name, tmp_path):
 def test_recipes_have_different_names_in_the_results():
     plain = parse("--dataset", "cifar10")
     changes = [{"lr_min": 0.001}, {"nesterov": True}, {"label_smoothing": 0.1}, {"pad": 2}, {"schedule": "one_cycle"},
-               {"momentum": 0.8}, {"recipe": "fast"}, {"epochs": 3}, {"batch_size": 5}, {"weight_decay": 0.1}]  # fmt: skip
+               {"momentum": 0.8}, {"recipe": "fast"}, {"epochs": 3}, {"batch_size": 5}, {"weight_decay": 0.1},
+               {"optimizer": "muon"}, {"optimizer": "muon", "muon_lr": 0.1}, {"bias_lr_scale": 2.0}, {"padding": "reflect"},
+               {"flip": "alternating"}, {"small_share": 0.5}, {"small_share": 0.5, "small_size": 20}]  # fmt: skip
     texts = [results.recipe(dataclasses.replace(plain, **change)) for change in [{}, *changes]]
     assert len(set(texts)) == len(texts)
     assert texts[0] == "backdoorbench: sgd lr 0.01 epochs 100 batch 128 decay 0.0005"

@@ -76,7 +76,7 @@ def test_retraining_leaves_out_what_is_flagged(tmp_path, monkeypatch):
         return nn.functional.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
     monkeypatch.setattr(train, "cross_entropy", loss)
-    monkeypatch.setattr(train, "augmentation", lambda spec, pad: lambda images, generator: images)
+    monkeypatch.setattr(train, "augmentation", lambda spec, *_: lambda images, generator, **_: images)
     flagged = torch.arange(40) % 5 == 2
     options = config.Retraining(result_file="x", epochs=1, batch_size=8, precision="fp32")
     model = train.retrain(record, flagged, options)

@@ -13,7 +13,7 @@ from tests.conftest import names
 ROOT = Path(__file__).resolve().parents[1]
 # a module may import from the lines above its own only
 ORDER = (
-    "errors files seeds models config finished tables published pictures page launch sources grid engines crew device stored data batch views channels generator patterns invert poison metrics choice unlearn train isolate sensitivity masks preview judge record workshop results run"
+    "errors files seeds models config finished tables published pictures page launch sources grid engines crew device stored data batch views channels generator patterns invert poison metrics choice unlearn optimizers train isolate sensitivity masks preview judge record workshop results run"
 ).split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 

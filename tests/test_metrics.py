@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import metrics
+from utils import batch, metrics
 from utils.data import Split
 
 
@@ -48,7 +48,7 @@ def test_asr_and_ra_share_their_images():
 
 
 def test_predict_is_in_order_and_leaves_the_mode(monkeypatch):
-    monkeypatch.setattr(metrics, "BATCH", 3)
+    monkeypatch.setattr(batch, "BATCH", 3)
     model = Reader().train()
     answers = [4, 2, 9, 0, 1, 1, 7]
     assert metrics.predict(model, shown(answers, answers, answers)).tolist() == answers

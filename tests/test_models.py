@@ -14,7 +14,7 @@ from models.split import SPLITS, split
 from utils.errors import ConfigError
 
 CLASSES = 7
-SMALL_NETS = ["preactresnet18", "resnet9", "resnet18", "vgg19_bn", "wrn16_1", "wrn16_1_leaky"]
+SMALL_NETS = ["airbench", "preactresnet18", "resnet9", "resnet18", "vgg19_bn", "wrn16_1", "wrn16_1_leaky"]
 CIFAR_FORMS = [*SMALL_NETS, "resnet34", "resnet50"]
 
 
@@ -122,12 +122,14 @@ def test_a_step_changes_every_parameter(name):
     before = {key: value.clone() for key, value in model.named_parameters()}
     loss = nn.functional.cross_entropy(model(pixels()), torch.tensor([0, 1]))
     loss.backward()
+    fixed = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert bool(fixed) == (name == "airbench")
     for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert key in fixed or parameter.grad is not None and parameter.grad.isfinite().all(), key
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     after = dict(model.named_parameters())
     unchanged = {key for key in before if torch.equal(before[key], after[key])}
-    assert not unchanged
+    assert unchanged == fixed
 
 
 @pytest.mark.parametrize("name", SMALL_NETS)
@@ -176,6 +178,75 @@ def test_preactresnet18_shortcut_reads_the_activated_input():
         torch.testing.assert_close(block(x), block.shortcut(torch.relu(block.bn1(x))))
 
 
+def test_a_narrow_preactresnet18_has_a_share_of_the_channels():
+    narrow = seeded("preactresnet18", width=16)
+    assert sum(conv.out_channels for conv in convolutions(narrow)) == 4800 // 4
+    assert narrow(pixels()).shape == (2, CLASSES)
+
+
+def test_airbench_is_the_papers():
+    model = models.build("airbench", spec(classes=10))
+    assert [conv.out_channels for conv in convolutions(model)] == [24, 64, 64, 256, 256, 256, 256]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_971_328  # filters 1,967,616, shifts 1,152, linear 2,560
+    assert [conv.out_channels for conv in convolutions(seeded("airbench", width=8))] == [24, 8, 8, 32, 32, 32, 32]
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        assert (norm.eps, norm.momentum, norm.weight.requires_grad, norm.bias.requires_grad) == (1e-12, 0.4, False, True)
+        assert norm.weight.eq(1).all() and norm.bias.eq(0).all()
+
+
+def test_airbench_computes_what_the_paper_says():
+    """The layers one after the other, in float64; the last max pool is the paper's 3x3 one."""
+    model = models.build("airbench", spec(classes=10), 8).double().eval()
+    net, state = model.network, model.network.state_dict()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.bias.data.normal_()
+
+    def normed(x, name):
+        mean, variance, shift = (state[f"{name}.{part}"].view(-1, 1, 1) for part in ("running_mean", "running_var", "bias"))
+        return (x - mean) / (variance + 1e-12).sqrt() + shift
+
+    def gelu(x):
+        return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+    images = pixels().double()
+    x = gelu(nn.functional.conv2d(model.normalize(images), state["whiten.weight"], state["whiten.bias"]))
+    for group in ("group1", "group2", "group3"):
+        x = nn.functional.conv2d(x, state[f"{group}.conv1.weight"], padding=1)
+        x = gelu(normed(nn.functional.max_pool2d(x, 2), f"{group}.norm1"))
+        x = gelu(normed(nn.functional.conv2d(x, state[f"{group}.conv2.weight"], padding=1), f"{group}.norm2"))
+    expected = nn.functional.max_pool2d(x, 3).flatten(1) @ state["linear.weight"].T / 9
+    assert net.scale.factor == 1 / 9
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-12)
+
+
+def test_airbench_whitens_patches():
+    model = models.build("airbench", spec(classes=10), 8).double()
+    generator = torch.Generator().manual_seed(0)
+    smooth = nn.functional.avg_pool2d(torch.rand(700, 3, 34, 34, generator=generator, dtype=torch.float64), 3, 1)
+    models.fit_to(model, smooth)
+    whitened = model.network.whiten(model.normalize(smooth)).movedim(1, -1).reshape(-1, 24)
+    assert torch.equal(model.network.whiten.weight[:12], -model.network.whiten.weight[12:])
+    moments = whitened[:, :12].T @ whitened[:, :12] / len(whitened)
+    patches = torch.stack([image[:, top : top + 2, left : left + 2].flatten() for image in model.normalize(smooth[:40])
+                           for top in range(31) for left in range(31)])  # fmt: skip
+    variances = torch.linalg.svdvals(patches).square() / len(patches)
+    assert (moments - moments.diag().diag()).abs().max() < 1e-9, "directions are uncorrelated"
+    torch.testing.assert_close(moments.diag(), variances / (variances + 5e-4), rtol=0.05, atol=0)
+    for conv in convolutions(model)[1:]:
+        inputs = min(conv.weight.shape[:2])
+        assert torch.equal(conv.weight[:inputs, :inputs, 1, 1], torch.eye(inputs).double()), "the identity to begin with"
+        assert conv.weight[:inputs].abs().sum() == inputs
+
+
+def test_models_without_such_a_layer_are_left_alone():
+    model = seeded("resnet9", width=3)
+    before = copy.deepcopy(model.state_dict())
+    models.fit_to(model, pixels())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 def test_wrn16_1_is_the_papers():
     model = seeded("wrn16_1")
     channels = [conv.out_channels for conv in convolutions(model) if conv.kernel_size == (3, 3)]
@@ -191,7 +262,7 @@ def test_trap_and_replace_splits_where_the_paper_does(name, total, head):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_stem_and_head_are_the_network(name):
-    model = seeded(name, width=8 if name == "resnet9" else None).eval()
+    model = seeded(name, width=8 if name in models.DEFAULT_WIDTH else None).eval()
     images, seen = pixels(), set()
     for blocks in (1, 2):
         stem, head = split(name, model, blocks)
@@ -203,9 +274,9 @@ def test_stem_and_head_are_the_network(name):
 
 
 def test_what_cannot_be_split_is_refused():
-    with pytest.raises(ConfigError, match=r"no split into stem and head for vgg19_bn; there is one for preactresnet18"):
+    with pytest.raises(ConfigError, match=r"no split into stem and head for vgg19_bn; there is one for airbench, preactresnet18"):
         split("vgg19_bn", seeded("vgg19_bn"))
-    with pytest.raises(ConfigError, match="1 to 8 residual blocks, not 9"):
+    with pytest.raises(ConfigError, match="1 to 8 blocks, not 9"):
         split("preactresnet18", seeded("preactresnet18"), 9)
 
 
@@ -264,7 +335,7 @@ def test_normalisation_follows_the_model_to_another_precision():
 
 
 def test_names_are_sorted_and_complete():
-    wanted = "preactresnet18 resnet9 vgg19_bn wrn16_1 wrn16_1_leaky resnet18 resnet34 resnet50 mobilenet_v3_large efficientnet_b3"
+    wanted = "airbench preactresnet18 resnet9 vgg19_bn wrn16_1 wrn16_1_leaky resnet18 resnet34 resnet50 mobilenet_v3_large efficientnet_b3"
     wanted = [*wanted.split(), "densenet161", "convnext_tiny", "vit_b_16"]
     assert models.names() == sorted(wanted)
 
@@ -277,7 +348,8 @@ def test_options_are_checked_before_torch_is_loaded():
 def test_labels():
     assert models.label("resnet9", None) == models.label("resnet9", 64) == "resnet9"
     assert models.label("resnet9", 16) == "resnet9_w16"
-    assert models.label("preactresnet18", None) == "preactresnet18"
+    assert models.label("preactresnet18", None) == models.label("preactresnet18", 64) == "preactresnet18"
+    assert [models.label(name, 32) for name in ("airbench", "preactresnet18")] == ["airbench_w32", "preactresnet18_w32"]
 
 
 def test_unknown_name_is_refused_with_the_nearest():
@@ -293,7 +365,7 @@ def test_files_that_are_no_model_are_refused(helper):
         models.build(helper, spec())
 
 
-@pytest.mark.parametrize("name, width", [("resnet18", 16), ("preactresnet18", 64), ("resnet9", 0), ("resnet9", -4)])
+@pytest.mark.parametrize("name, width", [("resnet18", 16), ("vgg19_bn", 64), ("resnet9", 0), ("resnet9", -4)])
 @pytest.mark.parametrize("call", [lambda name, width: models.build(name, spec(), width), models.label])
 def test_impossible_width_is_refused(call, name, width):
     with pytest.raises(ConfigError, match=f"width of {name}"):

@@ -228,7 +228,7 @@ def test_anp_equals_the_written_steps(changes):
     mask = masks.Mask(model, batch_norms(model))
     optimizer = torch.optim.SGD([mask.factors], 0.2, momentum=0.9)
     torch.manual_seed(5)
-    with masks.frozen(model):
+    with masks.normalised_by_batches(model):
         for batch in images:
             optimizer.zero_grad()
             anp.loss(mask, batch, labels, None, config=config).backward()
@@ -379,7 +379,7 @@ def test_rnp_weighs_the_clean_loss_alone():
     model, images, labels = float_network(), torch.rand(8, 3, 32, 32, dtype=torch.float64), torch.arange(8)
     mask = masks.Mask(model, batch_norms(model))
     mask.factors.data.uniform_()
-    with masks.frozen(model):
+    with masks.normalised_by_batches(model):
         value = rnp.loss(mask, images, labels, None, alpha=0.3)
     layers, parts = (model[1], model[4]), mask.factors.detach().split((4, 5))
     scales = [layer.weight.detach() * part for layer, part in zip(layers, parts, strict=True)]

@@ -99,7 +99,7 @@ def test_minus_the_log_of_all_other_classes():
     value = unlikelihood(sure, torch.tensor([0, 0]))
     torch.testing.assert_close(value.detach(), torch.tensor([60 - math.log(2), math.exp(-60) / 2]))
     (slope,) = torch.autograd.grad(value.sum(), sure)
-    torch.testing.assert_close(slope[0], torch.tensor([1.0, -0.5, -0.5])), "where 1 - p is 0 in float32 the gradient is not"
+    torch.testing.assert_close(slope[0], torch.tensor([1.0, -0.5, -0.5]))  # where 1 - p is 0 in float32 the gradient is not
     assert unlikelihood(logits.bfloat16(), classes).dtype == torch.float32
 
 

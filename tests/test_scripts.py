@@ -202,21 +202,41 @@ def test_defense(name, places, run, small, digits):
 
 @pytest.fixture(scope="module")
 def others(places, run):
-    """Records of a victim whose every class has a target of its own, and of a clean model, as narrow and as short as `small`."""
-    for script, flags in (("badnet", ["--label_mode", "all2all"]), ("clean", [])):
-        run(f"attack/{script}.py", *places, *QUICK, "--width", "8", *flags, "--save_folder_name", f"other_{script}")
-    return ["other_badnet", "other_clean"]
+    """{record: its attack and label mode}: a victim whose every class has a target of its own, a clean model, and a network of which
+    some parameters are never trained, all as narrow and as short as `small`."""
+    flags = {
+        "other_badnet": ["badnet", "--label_mode", "all2all"],
+        "other_clean": ["clean"],
+        "other_airbench": ["badnet", "--model", "airbench", "--recipe", "airbench"],
+    }
+    for record, (script, *words) in flags.items():
+        run(f"attack/{script}.py", *places, *QUICK, "--width", "8", *words, "--save_folder_name", record)
+    return {"other_badnet": ("badnet", "all2all"), "other_clean": ("clean_badnet", "all2one"), "other_airbench": ("badnet", "all2one")}
 
 
 @pytest.mark.parametrize("name", names("defense"))
 def test_a_defense_without_a_target_and_without_poison(name, places, run, others):
-    for record in others:
+    for record, made in others.items():
         run("-m", f"defense.{name}", *places, *few(f"defense.{name}"), "--result_file", record)
         row = results(Path(places[1]) / record / "defense" / name)
-        assert (row["attack"], row["label_mode"]) == (
-            {"other_badnet": ("badnet", "all2all"), "other_clean": ("clean_badnet", "all2one")}[record]
-        )
+        assert (row["attack"], row["label_mode"]) == made
         assert 0 <= float(row["acc"]) <= 1 and float(row["asr"]) + float(row["ra"]) <= 1
+
+
+FIXED = ("whiten.weight", "whiten.bias", "norm1.weight", "norm2.weight")  # of airbench
+
+
+@pytest.mark.parametrize("name", names("defense"))
+def test_what_airbench_never_trains_no_defense_trains(name, places, run, others):
+    """Filters of the first layer and scales of batch norms stay as the victim has them, or are switched off."""
+    folder = Path(places[1]) / "other_airbench"
+    if not (folder / "defense" / name / "record.json").is_file():
+        run("-m", f"defense.{name}", *places, *few(f"defense.{name}"), "--result_file", "other_airbench")
+    victim = safetensors.torch.load_file(folder / "model.safetensors")
+    repaired = safetensors.torch.load_file(folder / "defense" / name / "model.safetensors")
+    for key, value in victim.items():
+        if key.endswith(FIXED) and key in repaired and name != "awm":  # whose mask is soft
+            assert ((repaired[key] == value) | (repaired[key] == 0)).all(), key
 
 
 def test_the_defense_works(places, run, victim):
@@ -425,7 +445,7 @@ BAD = [
     (
         ["defense/trap_and_replace.py", "--result_file", "victim", "--save_folder_name", "deep", "--head_blocks", "9"],
         2,
-        "1 to 2 residual blocks",
+        "1 to 2 blocks",
     ),
     (["compare.py", "/nowhere"], 3, "/nowhere"),
 ]

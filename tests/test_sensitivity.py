@@ -187,7 +187,7 @@ def test_many_rounds_of_unlearning_do_not_collapse(tmp_path):
 
 
 def test_rounds_equal_plain_steps_in_float64(tmp_path, monkeypatch):
-    monkeypatch.setattr(d_br, "augmentation", lambda spec: lambda images, generator: images)
+    monkeypatch.setattr(d_br, "augmentation", lambda spec: lambda images, generator, **_: images)
     record, said = found_record(tmp_path, 24)
     bad, good = record.train[torch.arange(8)], record.train[torch.arange(8, 24)]  # of one batch each, whose order plays no part
     config = options(epochs=3, repair_lr=0.02)

@@ -29,7 +29,17 @@ def split(count=40):
 
 def options(**changes):
     recipe = {"epochs": 4, "batch_size": 16, "lr": 0.05, "lr_min": 0.0, "momentum": 0.9, "weight_decay": 5e-4}
-    usual = {"schedule": "cosine", "warmup": 0.2, "nesterov": False, "compile": "none", "random_seed": 0, "precision": "fp32"}
+    usual = {
+        "optimizer": "sgd",
+        "muon_lr": 0.1,
+        "bias_lr_scale": 1.0,
+        "schedule": "cosine",
+        "warmup": 0.2,
+        "nesterov": False,
+        "compile": "none",
+        "random_seed": 0,
+        "precision": "fp32",
+    }
     return SimpleNamespace(**recipe | usual | changes)
 
 
@@ -95,6 +105,30 @@ def test_augmentation_is_a_padded_crop_and_a_mirror_of_each_image():
         assert matching, "the result is no crop of its own image"
         seen.add(matching[0])
     assert len(seen) > 20 and {flip for *_, flip in seen} == {False, True}
+
+
+def test_reflected_borders_are_those_of_torch():
+    images = torch.randint(0, 256, (3, 3, 8, 10), dtype=torch.uint8)
+    assert torch.equal(batch.reflected(images, 2), F.pad(images.float(), (2,) * 4, "reflect").to(torch.uint8))
+    assert torch.equal(batch.reflected(images, 0), images)
+
+
+def test_alternating_flips_mirror_every_image_in_every_other_epoch():
+    data, config = split(), options(flip="alternating", pad=0, padding="zeros")
+    augment = train.augmentation_of(config, SPEC, data)
+    index = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:30]
+    mirrored = []
+    for epoch in range(4):
+        found = augment(data.images[index], torch.Generator().manual_seed(epoch), index=index, epoch=epoch)
+        own = (found == data.images[index]).flatten(1).all(1)
+        assert torch.equal(~own, (found == data.images[index].flip(-1)).flatten(1).all(1))
+        mirrored.append(~own)
+    assert torch.equal(mirrored[0], mirrored[2]) and torch.equal(mirrored[1], ~mirrored[0]) and torch.equal(mirrored[1], mirrored[3])
+    assert 5 < int(mirrored[0].sum()) < 25, "half of the images begin mirrored"
+    seen = []
+    watch = lambda images, generator, index, epoch: (seen.append((epoch, index)), images)[1]  # noqa: E731
+    train.fit(model(), data, options(epochs=2), augment=watch)
+    assert [epoch for epoch, _ in seen] == [0, 0, 0, 1, 1, 1] and all(len(index) in (8, 16) for _, index in seen)
 
 
 def test_no_mirror_where_it_would_change_the_class():
@@ -184,10 +218,12 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stop", [1, 3])
-def test_resumed_run_ends_with_the_same_weights(tmp_path, stop, precision):
-    data, config, file = split(), options(precision=precision), tmp_path / "fit.safetensors"
+@pytest.mark.parametrize(
+    ("stop", "precision", "optimizer"), [(1, "fp32", "sgd"), (3, "bf16", "sgd"), (1, "bf16", "muon"), (3, "fp32", "muon")]
+)
+def test_resumed_run_ends_with_the_same_weights(tmp_path, stop, precision, optimizer):
+    data, file = split(), tmp_path / "fit.safetensors"
+    config = options(precision=precision, optimizer=optimizer, bias_lr_scale=1.0 if optimizer == "sgd" else 4.0)
     whole = train.fit(model(), data, config, augment=batch.augmentation(SPEC))
 
     def kill(model, epoch, **_):

@@ -13,9 +13,10 @@ from defense import trap_and_replace as tar
 from models.split import split
 from tests.test_fmp import SPEC, found_record
 from utils import data
+from utils.channels import frozen
 from utils.errors import ConfigError
+from utils.optimizers import adam
 from utils.record import Record
-from utils.train import adam
 
 
 def options(**changes):
@@ -171,7 +172,7 @@ def test_stage_two_leaves_the_stem_alone(name, record, monkeypatch):
     own, head = split(name, whole)
     assert all(torch.equal(tensor, before[part]) for part, tensor in own.state_dict().items())
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in head.parameters()}
-    begun = split(name, tar.fresh(name, width, record, "head", options()))[1].state_dict()
+    begun = split(name, tar.new(name, width, record.spec, record.train, "head", options().random_seed))[1].state_dict()
     assert not all(torch.equal(tensor, begun[part]) for part, tensor in head.state_dict().items() if tensor.is_floating_point())
     assert all(parameter.requires_grad for parameter in whole.parameters()) and not any(
         layer._forward_pre_hooks for layer in whole.modules()
@@ -199,11 +200,11 @@ def test_a_frozen_stem_gives_the_head_the_same_gradients():
     images, labels = torch.rand(6, 3, 32, 32, dtype=torch.float64), torch.arange(6)
     network = tar.Replaced(stem, head).train()
     assert not stem.training and head.training and all(not layer.training for layer in stem.modules())
-    F.cross_entropy(network(images), labels).backward()
+    with frozen(stem):
+        F.cross_entropy(network(images), labels).backward()
     found = [parameter.grad.clone() for parameter in head.parameters()]
     assert all(parameter.grad is None for parameter in stem.parameters())
     model.zero_grad()
-    stem.requires_grad_(True)
     F.cross_entropy(head(stem(images)), labels).backward()
     assert all(torch.equal(one, parameter.grad) for one, parameter in zip(found, head.parameters(), strict=True))
 
@@ -268,7 +269,7 @@ def test_what_cannot_be_is_refused_before_any_work(record):
     record, said = record
     with pytest.raises(ConfigError, match="no split"):
         tar.repair(None, record, options(model="vgg19_bn"))
-    with pytest.raises(ConfigError, match="1 to 2 residual blocks"):
+    with pytest.raises(ConfigError, match="1 to 2 blocks"):
         tar.repair(None, record, options(head_blocks=3))
     for changes, words in (({"width": 8}, "width must be left out"), ({"variant": "head_only", "model": "resnet9"}, "model must be left out"),
                            ({"model": "resnet99"}, "resnet9"), ({"dropout": 1.0}, "dropout")):  # fmt: skip

@@ -17,6 +17,7 @@ from attack import adaptive_blend, bpp, inputaware, lc, lira, ssba, trojan_wm, t
 from attack import blind as blind_script
 from tests.conftest import ROOT, names
 from utils import data, generator, invert, patterns, poison, seeds
+from utils.channels import features_of
 from utils.data import Spec, Split
 from utils.errors import ConfigError, MissingError
 from utils.workshop import Workshop
@@ -586,7 +587,7 @@ def test_inversion_reaches_the_neurons():
     weights = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1].weight
     assert set(chosen.tolist()) == set(sorted(range(weights.shape[1]), key=lambda j: -float(weights[:, j].abs().sum()))[:2])
     found = invert.invert(model, train, mask, start, steps=50, rate=0.02)
-    before, after = (invert.features(model, picture[None])[0, chosen].sum() for picture in (start, found))
+    before, after = (features_of(model, picture[None])[0, chosen].sum() for picture in (start, found))
     assert after > 1.5 * before and 0 <= found.min() and found.max() <= 1
     bounded = invert.invert(model, train, mask, start, steps=50, rate=0.1, radius=0.3)
     assert (bounded - start).abs().max() <= 0.3 + 0.5 / 255 + 1e-6
@@ -595,7 +596,7 @@ def test_inversion_reaches_the_neurons():
 def test_features_are_what_the_last_layer_sees():
     model, images = clean_model(SPEC)[0], pictures(3) / 255
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-    torch.testing.assert_close(model(images), linear(invert.features(model, images)) / 8)  # resnet9 divides its logits by 8
+    torch.testing.assert_close(model(images), linear(features_of(model, images)) / 8)  # resnet9 divides its logits by 8
 
 
 def original(name):

@@ -1,15 +1,27 @@
 """What a network computes inside: the maps of its convolutions and batch norms, which can be read and switched off, and its last features."""
 
 import sys
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from utils.batch import batches, mixed_precision
+from utils.batch import BATCH, batches, look
 from utils.device import exact
 from utils.errors import ConfigError
 
-BATCH = 250  # pictures per pass
+
+@contextmanager
+def frozen(model):
+    """No parameter of `model` needs a gradient inside; afterwards those need one again that did before."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def last_linear(model):
@@ -31,19 +43,12 @@ def features_of(model, images):
     return found[0]
 
 
-@torch.inference_mode()
 def last_features(model, split, precision="fp32"):
     """`features_of` every picture of `split`, float32 N,D, in order.
 
     In evaluation mode and without augmentation; leaves the model as it was. ConfigError where there is no such layer.
     """
-    training = model.training
-    try:
-        model.eval()
-        with mixed_precision(split.labels.device, precision):
-            return torch.cat([features_of(model, images).float() for images, _, _ in batches(split, BATCH)])
-    finally:
-        model.train(training)
+    return look(model, split, lambda images, *_: features_of(model, images).float(), precision)
 
 
 def convolutions(model):
@@ -71,7 +76,7 @@ def feature_maps(model, images):
 
 
 def paired_norms(model):
-    """{convolution: batch norm} where the convolution's output goes to that BatchNorm2d and nowhere else.
+    """{convolution: batch norm} where the convolution's output goes to that BatchNorm2d and nowhere else, perhaps through a max pool.
 
     A batch norm of a residual sum is never paired. Nothing is paired, with a warning, in a model torch.fx cannot trace.
     """
@@ -81,10 +86,21 @@ def paired_norms(model):
     except Exception as error:  # tracing fails in whatever way the model's own code does
         print(f"warning: no batch norm is pruned, torch.fx cannot trace the model: {error}", file=sys.stderr)
         return {}
-    calls = [node for node in nodes if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d)]
-    users = {node.target: list(node.users) for node in calls}
-    return {name: user[0].target for name, user in users.items()
-            if len(user) == 1 and user[0].op == "call_module" and isinstance(modules[user[0].target], nn.BatchNorm2d)}  # fmt: skip
+    found = {}
+    for node in nodes:
+        if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d):
+            reader = _only_reader(node)
+            if reader is not None and isinstance(modules[reader.target], nn.MaxPool2d):  # the maximum of zeros is zero
+                reader = _only_reader(reader)
+            if reader is not None and isinstance(modules[reader.target], nn.BatchNorm2d):
+                found[node.target] = reader.target
+    return found
+
+
+def _only_reader(node):
+    """The one module that reads what a node of a traced network gives; None where others do, or something else."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_module" else None
 
 
 def parameters_of(model, doomed, *, norms=True, biases=True):

@@ -59,7 +59,8 @@ def choose(settings, show, model, record, config, held):
                 best = rows[-1]
                 break
     chosen = best and best["setting"]
-    show(chosen)
+    if not rows or chosen != rows[-1]["setting"]:
+        show(chosen)
     note([{"setting": "none", **before}, *rows], chosen, record)
     return chosen
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ NOT_IDENTITY = frozenset({"record_path", "save_folder_name", "result_file", "dat
                           "device", "compile", "resident_gb", "eval_every", "score_batch", "together", "overwrite", "debug",
                           "dry_run"})  # fmt: skip
 # What a defense that trains anew takes over from the victim's training.
-RECIPE = ("epochs", "batch_size", "lr", "lr_min", "schedule", "warmup", "momentum", "nesterov", "weight_decay", "label_smoothing", "pad")
+RECIPE = ("epochs", "batch_size", "lr", "lr_min", "schedule", "warmup", "optimizer", "momentum", "nesterov", "weight_decay", "muon_lr",
+          "bias_lr_scale", "label_smoothing", "pad", "padding", "flip", "small_share", "small_size")  # fmt: skip
+PUBLISHED_LR = 0.01  # of the victims that the published learning rates of fine-tuning defenses belong to
 SWITCHES = {
     "overwrite": "replace a finished or different run of this name; an interrupted one with the same options goes on",
     "dry_run": "say what would be read, trained and written, and do nothing",
@@ -86,6 +89,12 @@ class Training:
     """cosine: down along half a cosine, epoch by epoch; one_cycle: up and down in straight lines, step by step"""
     warmup: float = 0.2
     """share of a one_cycle's steps in which the rate rises, 0..1"""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """sgd: for all weights; muon: Muon for the convolutions, of which a batch norm must follow every one, and SGD for the rest"""
+    muon_lr: float = 0.24
+    """highest learning rate of Muon; it follows the schedule of --lr, which is that of SGD"""
+    bias_lr_scale: float = 1.0
+    """learning rate of biases and batch norms, as a multiple of --lr; they decay by as much per step as other weights do"""
     momentum: float = 0.9
     """of SGD"""
     nesterov: bool = False
@@ -104,10 +113,38 @@ class Training:
         require(0 <= self.momentum < 1, "momentum", "0 or more and below 1")
         require(self.momentum > 0 or not self.nesterov, "momentum", "above 0 for --nesterov")
         require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        require(self.muon_lr > 0, "muon_lr", "positive")
+        require(self.bias_lr_scale > 0, "bias_lr_scale", "positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attack(Training, Common):
+class FromScratch(Training):
+    """Options of training a network from random weights on a whole training set."""
+
+    label_smoothing: float = 0.0
+    """share of a training label that is spread over all classes (not where an attack brings a loss of its own), 0..1"""
+    pad: int = 4
+    """pixels by which a picture is padded before the random crop"""
+    padding: Literal["zeros", "reflect"] = "zeros"
+    """what the padded border shows: black, or the picture mirrored"""
+    small_share: float = 0.0
+    """share of the epochs, from the first on, in which the network sees smaller images, 0..1: less work for nearly the same accuracy"""
+    small_size: int = 24
+    """side in pixels of those smaller images"""
+    flip: Literal["random", "alternating"] = "random"
+    """how pictures are mirrored, where a mirrored picture keeps its class: random: half of each batch; alternating: every
+    picture in every other epoch"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1")
+        require(self.pad >= 0, "pad", "0 or more pixels")
+        require(0 <= self.small_share <= 1, "small_share", "a share from 0 to 1")
+        require(self.small_size >= 8, "small_size", "8 pixels or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack(FromScratch, Common):
     """Options of every attack."""
 
     why_all2one: ClassVar[str] = ""  # the reason, where an attack with wrong labels has no all2all form
@@ -121,14 +158,10 @@ class Attack(Training, Common):
     """side in pixels that pictures are resized to; by default the data set's own (required for folder)"""
     recipe: str = "backdoorbench"
     """how the victim is trained: a file of config/recipe, which single options override"""
-    label_smoothing: float = 0.0
-    """share of a training label that is spread over all classes (not where the attack brings a loss of its own), 0..1"""
-    pad: int = 4
-    """pixels by which a picture is padded before the random crop"""
     model: str = "preactresnet18"
     """architecture of the victim"""
     width: int | None = None
-    """channels of the first layer of resnet9 (64 unless given; 16 suits small CPUs)"""
+    """channels of the first layer of resnet9, airbench or preactresnet18 (64 unless given; 16 or 32 suit small CPUs)"""
     pratio: float = 0.1
     """poisoned share of the whole training set, 0..1"""
     attack_target: int = 0
@@ -143,8 +176,6 @@ class Attack(Training, Common):
         require(0 <= self.pratio <= 1, "pratio", "a share from 0 to 1")
         why = self.why_all2one or self.clean_label and "only pictures of the one target class are poisoned"
         require(self.label_mode == "all2one" or not why, "label_mode", f"all2one here: {why}")
-        require(0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1")
-        require(self.pad >= 0, "pad", "0 or more pixels")
         require(self.attack_target >= 0, "attack_target", "a class number, 0 or more")
         require(self.image_size is None or self.image_size >= 8, "image_size", "8 pixels or more")
         require(self.poison_seed >= 0, "poison_seed", "0 or more")
@@ -174,6 +205,8 @@ class Defense(Common):
     """Options of every defense."""
 
     holds_clean: ClassVar[bool] = True  # whether it works with clean pictures; one that does not is handed none
+    # options with learning rates that were published for a victim trained at PUBLISHED_LR; their defaults follow the victim's rate
+    relative_rates: ClassVar[tuple[str, ...]] = ()
 
     result_file: str
     """record to repair: a folder's path, or its name below record_path"""
@@ -212,6 +245,13 @@ class Defense(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuning(Training, Defense):
+    """Options of a defense that trains the victim on; its learning rates are by default relative to the victim's own."""
+
+    relative_rates: ClassVar[tuple[str, ...]] = ("lr", "lr_min")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Choosing(Defense):
     """Options of a defense that chooses one of several settings, from weak to strong, by itself."""
 
@@ -227,20 +267,10 @@ class Choosing(Defense):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Retraining(Training, Defense):
+class Retraining(FromScratch, Defense):
     """Options of a defense that trains the victim's network anew; what is not given is as in the victim's own training."""
 
     holds_clean: ClassVar[bool] = False
-
-    label_smoothing: float = 0.0
-    """share of a training label that is spread over all classes, 0..1"""
-    pad: int = 4
-    """pixels by which a picture is padded before the random crop"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1")
-        require(self.pad >= 0, "pad", "0 or more pixels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -442,7 +472,21 @@ def _dataset_options(Config, given):
         known -= {"width"}  # it is that of the model which the file names
     if issubclass(Config, Retraining):
         options |= {key: made[key] for key in RECIPE if key in made}
+    if issubclass(Config, Defense):
+        options |= rates_for(Config, made)
     return {key: value for key, value in options.items() if key in known}
+
+
+def rates_for(Config, victim):
+    """The default learning rates of a defense for a `victim`, the options of its attack; none where they are the published ones.
+
+    A published rate belongs to a victim that was trained by SGD at PUBLISHED_LR, and is multiplied by how much larger this one's was.
+    """
+    rate = victim.get("lr")
+    if not isinstance(rate, float) or not 0 < rate < math.inf or rate == PUBLISHED_LR:
+        return {}
+    published = {field.name: field.default for field in dataclasses.fields(Config)}
+    return {name: float(f"{published[name] * rate / PUBLISHED_LR:.3g}") for name in Config.relative_rates}
 
 
 def _mapping(path):

@@ -2,29 +2,18 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from utils import patterns, seeds
 from utils.batch import mixed_precision, to_unit
+from utils.channels import features_of, last_linear
 
 NEURONS = 2  # features that an inverted pattern is made for
 
 
-def features(model, images):
-    """Inputs N,D of the model's last linear layer for images N,3,S,S in [0, 1]."""
-    held = []
-    hook = _last_linear(model).register_forward_pre_hook(lambda module, arguments: held.append(arguments[0]))
-    try:
-        model(images)
-    finally:
-        hook.remove()
-    return held[0].flatten(1).float()
-
-
 def strongest(model):
     """Numbers of the features with the largest summed absolute weights in the last linear layer."""
-    return _last_linear(model).weight.abs().sum(0).topk(NEURONS).indices
+    return last_linear(model).weight.abs().sum(0).topk(NEURONS).indices
 
 
 def invert(model, train, mask, start, *, steps, rate, radius=1.0, factor=10):
@@ -37,11 +26,11 @@ def invert(model, train, mask, start, *, steps, rate, radius=1.0, factor=10):
     device = train.images.device
     mask, start, chosen = mask.to(device), (start.to(device) * mask.to(device)), strongest(model)
     with torch.no_grad():
-        aim = factor * features(model, to_unit(train.images[:1000]))[:, chosen].amax(0)
+        aim = factor * features_of(model, to_unit(train.images[:1000]))[:, chosen].amax(0)
     low, high, pattern = (start - radius).clamp(0), (start + radius).clamp(max=1), start
     for _ in tqdm(range(steps), desc="inverting", disable=None):
         pattern.requires_grad_()
-        cost = (features(model, pattern[None])[0, chosen] - aim).square().sum()
+        cost = (features_of(model, pattern[None])[0, chosen] - aim).square().sum()
         (slope,) = torch.autograd.grad(cost, pattern)
         pattern = (pattern.detach() - rate * slope.sign() * mask).clamp(low, high)
     return (pattern.detach() * 255).round() / 255
@@ -54,10 +43,10 @@ def excite(model, train, show, start, *, steps, seed, penalty=0.0, low=None, hig
     """
     chosen = strongest(model)
     with torch.no_grad():
-        usual = features(model, to_unit(train.images[:1000]))[:, chosen].mean(0).clamp(min=1e-3)
+        usual = features_of(model, to_unit(train.images[:1000]))[:, chosen].mean(0).clamp(min=1e-3)
 
     def objective(pattern, images):
-        return penalty * pattern.square().sum() - (features(model, show(images, pattern))[:, chosen] / usual).sum(1).mean()
+        return penalty * pattern.square().sum() - (features_of(model, show(images, pattern))[:, chosen] / usual).sum(1).mean()
 
     return minimise(objective, start, train, steps=steps, seed=seed, low=low, high=high, precision=precision)
 
@@ -100,7 +89,3 @@ def minimise(objective, start, train, *, steps, seed, low=None, high=None, rate=
         if low is not None:
             pattern.data.clamp_(low, high)
     return pattern.detach()
-
-
-def _last_linear(model):
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]

@@ -10,11 +10,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from utils.batch import augmentation, batches
+from utils.batch import look
 from utils.device import exact
-from utils.train import fit, fresh
-
-BATCH = 250  # pictures per pass
+from utils.train import augmentation_of, fit, fresh
 
 
 def isolate(record, config):
@@ -26,7 +24,7 @@ def isolate(record, config):
     model = fresh(record, "isolate", config)
     rate = config.isolate_lr or config.lr
     fit(model, record.train, dataclasses.replace(config, epochs=config.isolate_epochs, lr=rate, lr_min=rate), drop_last=True,
-        loss=partial(floored_cross_entropy, gamma=config.gamma, floor=config.floor), augment=augmentation(record.spec, config.pad),
+        loss=partial(floored_cross_entropy, gamma=config.gamma, floor=config.floor), augment=augmentation_of(config, record.spec, record.train),
         on_epoch=partial(record.report, "isolate"), checkpoint=record.state / "isolate.safetensors")  # fmt: skip
     losses = F.cross_entropy(logits(model, record.train), record.train.labels, reduction="none")
     index = lowest(losses, config.isolated)
@@ -48,18 +46,13 @@ def floored_cross_entropy(model, images, labels, index, *, gamma, floor):
     return floored(F.cross_entropy(model(images), labels, reduction="none"), gamma, floor).mean()
 
 
-@torch.inference_mode()
 def logits(model, split):
     """What `model` answers to every picture of `split`, float32 N,classes, in order.
 
     In evaluation mode and without augmentation; in float32, because in bfloat16 many low losses are equal. Leaves the model as it was.
     """
-    training = model.training
-    model.eval()
     with exact():
-        found = [model(images) for images, _, _ in batches(split, BATCH)]
-    model.train(training)
-    return torch.cat(found)
+        return look(model, split, lambda images, *_: model(images))
 
 
 def lowest(losses, share):

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from utils import choice
 from utils.batch import augmentation
+from utils.channels import frozen
 from utils.train import fit, stage
 
 THRESHOLDS = tuple(step / 20 for step in range(19))  # 0 to 0.9, from weak to strong
@@ -57,7 +58,7 @@ def learn(mask, model, split, loss, record, config, *, epochs):
                 twin.get_submodule(name).weight.data.copy_(scale)
             record.report("mask", twin, epoch=epoch, **values)
 
-    with frozen(model.to(memory_format=torch.channels_last)):
+    with normalised_by_batches(model.to(memory_format=torch.channels_last)):
         fit(mask, split, options, loss=loss, augment=augmentation(record.spec), after_step=mask.clamp, on_epoch=on_epoch,
             checkpoint=record.state / "mask.safetensors")  # fmt: skip
     return mask.split(mask.factors.detach())
@@ -93,20 +94,18 @@ def prune(model, factors, held, record, config, *, shifts=False):
 
 
 @contextmanager
-def frozen(model):
+def normalised_by_batches(model):
     """Batch norms use the statistics of the batch inside without keeping them, nothing drops out, no parameter needs a gradient."""
     modes = [(module, module.training) for module in model.modules()]
-    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval().requires_grad_(False)
+    model.eval()
     layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for layer in layers:
         layer.training, layer.track_running_stats = True, False
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
         for layer in layers:
             layer.track_running_stats = True
         for module, mode in modes:
             module.training = mode
-        for parameter, need in needs:
-            parameter.requires_grad_(need)

@@ -2,12 +2,8 @@
 
 from typing import NamedTuple
 
-import torch
-
-from utils.batch import batches, mixed_precision
+from utils.batch import look
 from utils.data import Split
-
-BATCH = 250  # images per forward pass
 
 
 class Exam(NamedTuple):
@@ -18,15 +14,11 @@ class Exam(NamedTuple):
     target: Split | None = None  # the pictures of the target class with the trigger: in no ASR but that of some papers
 
 
-@torch.inference_mode()
 def predict(model, split, precision="fp32"):
     """Predicted classes (int64 N) of every image of `split`, in order; leaves the model as it was."""
-    training = model.training
-    model.eval()
-    with mixed_precision(split.labels.device, precision):
-        classes = [model(images).argmax(1) for images, _, _ in batches(split, BATCH)]
-    model.train(training)
-    return torch.cat(classes) if classes else split.labels[:0]
+    if not len(split):
+        return split.labels
+    return look(model, split, lambda images, *_: model(images).argmax(1), precision)
 
 
 def evaluate(model, exam, precision="fp32"):

@@ -70,12 +70,17 @@ def seal(row, config, device, workers=crew.ALONE):
 def recipe(config):
     """How a victim was trained, in a few words: runs are only compared where it is the same."""
     text = f"{config.recipe}: sgd lr {config.lr} epochs {config.epochs} batch {config.batch_size} decay {config.weight_decay}"
+    if config.optimizer == "muon":
+        text += f" muon {config.muon_lr}"
     if config.schedule == "one_cycle":
         text += f" one_cycle {config.warmup}"
-    usual = {"lr_min": 0, "momentum": 0.9, "nesterov": False, "label_smoothing": 0, "pad": 4}
+    usual = {"lr_min": 0, "momentum": 0.9, "nesterov": False, "label_smoothing": 0, "pad": 4, "padding": "zeros", "flip": "random",
+             "bias_lr_scale": 1, "small_share": 0}  # fmt: skip
     for key, value in usual.items():
         if (own := getattr(config, key)) != value:
             text += f" {key}" if own is True else f" {key} {own}"
+    if config.small_share:
+        text += f" small_size {config.small_size}"
     return text
 
 

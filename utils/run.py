@@ -10,7 +10,7 @@ import torch
 
 import models
 from utils import crew, data, files, metrics, poison, record, results, seeds, sources, train, workshop
-from utils.batch import augmentation, lengths
+from utils.batch import lengths
 from utils.config import Attack, CleanModel, Training, digest, find_record, identity
 from utils.device import setup
 from utils.errors import ConfigError, RefusedError
@@ -88,11 +88,10 @@ def _attack(name, config, device, folder, select, make_trigger, prepare, make_co
     if len(cover):
         found = poison.poison(found, make_cover(config, spec), None, cover)
 
-    torch.manual_seed(seeds.number("weights", config.random_seed))
-    model = models.build(config.model, spec, config.width).to(device)
+    model = train.new(config.model, config.width, spec, found, "weights", config.random_seed)
     if start := record.start_weights(parts):
         model.load_state_dict(start)
-    train.fit(model, found, config, loss=loss, augment=augmentation(spec, config.pad), drop_last=True,
+    train.fit(model, found, config, loss=loss, augment=train.augmentation_of(config, spec, found), drop_last=True,
               on_epoch=partial(judge.measure, "train"), checkpoint=state / "train.safetensors", workers=workers)  # fmt: skip
     if workers.rank:
         return

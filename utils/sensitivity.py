@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from utils import seeds
-from utils.batch import batches, mixed_precision
+from utils.batch import look
 from utils.channels import features_of
 from utils.train import fit, fresh, stage
 
 CLEAN, UNKNOWN, POISONED = 0, 1, 2
 TURN, SHIFT = 180.0, 0.2  # largest turn in degrees, and shift as a share of the side
-BATCH = 250  # pictures per pass
 
 
 def distinguish(record, config):
@@ -55,20 +54,18 @@ def centre_similarity(features, labels, classes):
     return (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)).clamp(min=1)
 
 
-@torch.inference_mode()
 def sensitivity(model, split, change, precision="fp32"):
     """The mean square by which the features of every picture move when it is turned and shifted, float32 N; the paper's FCT.
 
     `change` N,3 are the degrees and the pixels right and down for every picture. In evaluation mode; leaves the model as it was.
     """
-    training, change, scores = model.training, change.to(split.labels.device), []
-    model.eval()
-    with mixed_precision(split.labels.device, precision):
-        for images, _, index in batches(split, BATCH):
-            still, moved = (features_of(model, shown).float() for shown in (images, turned(images, change[index])))
-            scores.append((still - moved).square().mean(1))
-    model.train(training)
-    return torch.cat(scores)
+    change = change.to(split.labels.device)
+
+    def moved(images, _labels, index):
+        one, other = (features_of(model, shown).float() for shown in (images, turned(images, change[index])))
+        return (one - other).square().mean(1)
+
+    return look(model, split, moved, precision)
 
 
 def draw(count, size, seed):

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 import models
 from utils import crew, files, seeds
-from utils.batch import augmentation, batches, lengths, mixed_precision
+from utils.batch import augmentation, batches, lengths, mixed_precision, to_unit
 from utils.errors import RefusedError, UserError
+from utils.optimizers import OPTIMIZERS, set_rate, states
 
+FITTED = 5000  # training images, evenly spaced, that a network without learned first layer is fitted to
 COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}  # our words for torch.compile's modes
 
 
@@ -26,27 +28,17 @@ def cross_entropy(model, images, labels, index, label_smoothing=0.0):
     return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
 
-def sgd(parameters, config):
-    return torch.optim.SGD(
-        parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov, fused=True
-    )
-
-
-def adam(parameters, config):
-    """Adam with an L2 penalty in the gradient, as torch has it; config.momentum plays no part."""
-    return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None, drop_last=False, order=None, after_step=None,
+def fit(model, split, config, *, loss=cross_entropy, optimizer=None, augment=None, drop_last=False, order=None, after_step=None,
         on_epoch=None, checkpoint=None, workers=crew.ALONE):  # fmt: skip
     """Train `model` in place on `split` and return it, in the mode it came in.
 
-    `config` gives epochs, batch_size, lr, lr_min, schedule, warmup, momentum, nesterov, weight_decay, compile, random_seed
-    and precision (bf16 or fp32).
+    `config` gives epochs, batch_size, lr, lr_min, schedule, warmup, optimizer and its options (utils/optimizers.py), compile,
+    random_seed and precision (bf16 or fp32).
     `loss(model, images, labels, index)` is what is minimised; where it is a module, its buffers belong to the
-    checkpoint. `optimizer(parameters, config)` gets the parameters that need a gradient. `order(model, generator)` gives
-    the positions of the pictures that an epoch shows, config.steps times batch_size of them; without it, it shows every
-    picture once, shuffled. `after_step()` runs after every optimiser step, `on_epoch(model, epoch=, loss=, lr=)` after
+    checkpoint. `optimizer(parameters, config)` gets the parameters that need a gradient, and is by default the one that
+    config.optimizer names. `augment(images, generator, index=, epoch=)` changes the uint8 images of a batch.
+    `order(model, generator)` gives the positions of the pictures that an epoch shows, config.steps times batch_size of them;
+    without it, it shows every picture once, shuffled. `after_step()` runs after every optimiser step, `on_epoch(model, epoch=, loss=, lr=)` after
     every epoch with its mean loss. With a `checkpoint` path the state after every epoch is kept there, and training goes
     on from what lies there; every epoch draws from its own seed, so an interrupted CPU run ends with the same weights.
     With several `workers`, who have joined, each one computes its part of every batch, and all end with the same weights;
@@ -57,8 +49,7 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
     model.to(memory_format=torch.channels_last)
     network = model if workers.size == 1 else crew.spread(model)
     network = network if config.compile == "none" else torch.compile(network, mode=COMPILE[config.compile])
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer(parameters, config)
+    optimizer = (optimizer or OPTIMIZERS[config.optimizer])(trained(model), config)
     memory = loss.to(device) if isinstance(loss, nn.Module) else nn.Module()
     done = load_state(checkpoint, model, optimizer, memory) if checkpoint else 0
     sizes = lengths(len(split), config.batch_size, drop_last=drop_last) if order is None else [config.batch_size] * config.steps
@@ -69,9 +60,11 @@ def fit(model, split, config, *, loss=cross_entropy, optimizer=sgd, augment=None
         for epoch in range(done, config.epochs):
             rates = [SCHEDULES[config.schedule](epoch, step / steps, config) for step in range(steps)]
             generator = _seeded(config.random_seed, epoch, device, workers)
-            shown = batches(split, config.batch_size, generator=generator, augment=augment, drop_last=drop_last, part=crew.part(workers),
-                            order=order and order(model, generator))  # fmt: skip
-            mean = crew.mean(*one_pass(network, shown, rates, weights, loss, optimizer, config.precision, after_step, bar), workers)
+            shown = batches(split, config.batch_size, generator=generator, augment=augment and partial(augment, epoch=epoch),
+                            drop_last=drop_last, part=crew.part(workers), order=order and order(model, generator))  # fmt: skip
+            small = epoch < round(getattr(config, "small_share", 0) * config.epochs)  # only what trains from scratch has the option
+            seen_by = Shrinking(network, config.small_size) if small else network
+            mean = crew.mean(*one_pass(seen_by, shown, rates, weights, loss, optimizer, config.precision, after_step, bar), workers)
             crew.settle(model, workers)
             if not math.isfinite(mean):
                 raise UserError(f"the loss is {mean} after epoch {epoch + 1}: lower --lr, which is {config.lr}")
@@ -89,15 +82,57 @@ def retrain(record, flagged, config):
     `config` is a config.Retraining.
     """
     print(f"removing {int(flagged.sum())} of {len(flagged)} pictures, and training anew on the others", file=sys.stderr)
-    return fit(fresh(record, "retrain", config), record.train.view((~flagged).nonzero().flatten()), config, drop_last=True,
-               loss=partial(cross_entropy, label_smoothing=config.label_smoothing), augment=augmentation(record.spec, config.pad),
+    kept = record.train.view((~flagged).nonzero().flatten())
+    return fit(fresh(record, "retrain", config), kept, config, drop_last=True,
+               loss=partial(cross_entropy, label_smoothing=config.label_smoothing), augment=augmentation_of(config, record.spec, kept),
                on_epoch=partial(record.report, "retrain"), checkpoint=record.state / "retrain.safetensors")  # fmt: skip
 
 
 def fresh(record, purpose, config):
     """The victim's network with new random weights, which differ by `purpose`, on the device."""
-    torch.manual_seed(seeds.number(purpose, config.random_seed))
-    return models.build(record.model, record.spec, record.width).to(record.train.labels.device)
+    return new(record.model, record.width, record.spec, record.train, purpose, config.random_seed)
+
+
+def augmentation_of(config, spec, split):
+    """The `augment` of a training on `split` that the options pad, padding, flip and random_seed describe."""
+    first_mirrored = None
+    if config.flip == "alternating":
+        device = split.labels.device
+        generator = seeds.generator("alternating flip", config.random_seed, device=device)
+        first_mirrored = torch.rand(len(split), generator=generator, device=device) < 0.5
+    return augmentation(spec, config.pad, config.padding, first_mirrored)
+
+
+class Shrinking(nn.Module):
+    """A network that sees images N,3,S,S resized to `size` pixels, where that is smaller."""
+
+    def __init__(self, network, size):
+        super().__init__()
+        self.network, self.size = network, size
+
+    def forward(self, images):
+        if self.size < images.shape[-1]:
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.network(images.contiguous(memory_format=torch.channels_last))
+
+
+def trained(model):
+    """The parameters of `model` that need a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def new(name, width, spec, split, purpose, seed):
+    """A network as `models.build` makes it, on the device of `split`, the training set; `purpose` and `seed` draw its weights."""
+    torch.manual_seed(seeds.number(purpose, seed))
+    return untrained(name, width, spec, split)
+
+
+def untrained(name, width, spec, split):
+    """The same with weights from the global generator."""
+    model = models.build(name, spec, width).to(split.labels.device)
+    some = torch.linspace(0, len(split) - 1, min(len(split), FITTED), device=split.labels.device).long()
+    models.fit_to(model, to_unit(split.images[some]))
+    return model
 
 
 def stage(config, **changes):
@@ -105,7 +140,8 @@ def stage(config, **changes):
 
     epochs, batch_size and lr must be among the changes.
     """
-    usual = {"lr_min": 0.0, "schedule": "cosine", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "compile": "none"}
+    usual = {"lr_min": 0.0, "schedule": "cosine", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "compile": "none",
+             "optimizer": "sgd", "bias_lr_scale": 1.0}  # fmt: skip
     return SimpleNamespace(**{**usual, "random_seed": config.random_seed, "precision": config.precision, **changes})
 
 
@@ -132,7 +168,7 @@ def one_pass(model, order, rates, weights, loss, optimizer, precision, after_ste
     model.train()
     total, count = 0, 0
     for rate, weight, (images, labels, index) in zip(rates, weights, order, strict=True):
-        optimizer.param_groups[0]["lr"] = rate
+        set_rate(optimizer, rate)
         with mixed_precision(labels.device, precision):
             value = loss(model, images, labels, index)
         optimizer.zero_grad(set_to_none=True)
@@ -157,7 +193,7 @@ def save_state(path, model, optimizer, epoch, memory=None):
     """Keep everything that the next epoch starts from, without pickle; `memory` is a module with buffers of its own."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"loss/{name}": tensor for name, tensor in (memory or nn.Module()).state_dict().items()}
-    for number, state in optimizer.state_dict()["state"].items():
+    for number, (_, state) in enumerate(states(optimizer)):
         tensors |= {f"optimizer/{number}/{name}": value for name, value in state.items() if torch.is_tensor(value)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     files.write(path, safetensors.torch.save(whole, {"epoch": str(epoch)}))
@@ -173,17 +209,15 @@ def load_state(path, model, optimizer, memory=None):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         raise RefusedError(f"the checkpoint {path} is damaged: delete the folder {Path(path).parent} to start again") from error
-    state, parameters = {}, optimizer.param_groups[0]["params"]
+    known = states(optimizer)
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part == "optimizer":
             number, _, key = rest.partition("/")
-            like = parameters[int(number)]
-            if tensor.shape == like.shape:  # the fused step reads memory as it lies: channels last, like the weights
-                tensor = torch.empty_like(like).copy_(tensor)
-            state.setdefault(int(number), {})[key] = tensor.to(like.device)
+            parameter, state = known[int(number)]
+            if tensor.shape == parameter.shape:  # the fused step reads memory as it lies: channels last, like the weights
+                tensor = torch.empty_like(parameter).copy_(tensor)
+            state[key] = tensor.to(parameter.device)
     for part, module in (("model/", model), ("loss/", memory or nn.Module())):
         module.load_state_dict({name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)})
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return epoch

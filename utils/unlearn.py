@@ -1,10 +1,12 @@
 """What several defenses have in common that hold a network, or most of it, still while something is learned or unlearned."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.channels import last_linear
+from utils.channels import frozen, last_linear
 
 
 class Still(nn.Module):
@@ -29,10 +31,11 @@ class Still(nn.Module):
         return self.network(images)
 
 
+@contextmanager
 def probe(network):
-    """`network` with its last linear layer alone in training: all else is frozen, and held still."""
-    network.requires_grad_(False)
-    return Still(network, [last_linear(network).requires_grad_(True)])
+    """`network` with its last linear layer alone in training: all else is held still, and frozen inside the context."""
+    with frozen(network):
+        yield Still(network, [last_linear(network).requires_grad_(True)])
 
 
 def unlikelihood(logits, classes):

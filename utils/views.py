@@ -51,7 +51,7 @@ def views(
 
 def pairs(view):
     """An `augment` for batches that makes of n pictures 2n: a first view of each, then a second one."""
-    return lambda images, generator: view(torch.cat([images, images]), generator)
+    return lambda images, generator, **_: view(torch.cat([images, images]), generator)
 
 
 def draw_boxes(height, width, scale, ratio, numbers):

@@ -1,0 +1,49 @@
+"""How much would test-time augmentation add to a victim's accuracy? Published figures of fast training have it, no table here does.
+
+    python -m benchmarks.tta --result_file clean_strong
+
+Prints the ACC of a record's victim on the clean test set as everywhere here, and the ACC of the mean of its logits over six views of every
+image: as it is (half of the weight), shifted by a pixel up and left, and down and right (a quarter each), each with its mirror image.
+That is the evaluation of Jordan 2024 (arXiv 2404.00498).
+"""
+
+import argparse
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from utils import record
+from utils.batch import look
+from utils.config import Defense
+from utils.device import setup
+from utils.launch import guard
+
+
+def averaged(model, images):
+    """The mean logits N,classes over the six views of images N,3,S,S."""
+    padded = F.pad(images, (1,) * 4, "reflect")
+    views = {images: 1 / 2, padded[..., :-2, :-2]: 1 / 4, padded[..., 2:, 2:]: 1 / 4}
+    return sum(weight * (model(view) + model(view.flip(-1))) / 2 for view, weight in views.items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result_file", required=True, help="the record, a folder or its name below --record_path")
+    for name in ("record_path", "dataset_path", "cache_path", "device"):
+        parser.add_argument(f"--{name}")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    return guard(lambda: show(Defense(**given)))
+
+
+@torch.inference_mode()
+def show(config):
+    config, device = setup(config)
+    model, _, exam, _, _ = record.load(config.record, config, device)
+    for name, answer in (("ACC", lambda images: model(images)), ("with test-time augmentation", lambda images: averaged(model, images))):
+        right = look(model, exam.test, lambda images, labels, _, answer=answer: answer(images).argmax(1) == labels, config.precision)
+        print(f"{name} {100 * right.float().mean():.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
