@@ -17,6 +17,7 @@ import collections
 import csv
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from utils import engines, files, grid
 from utils.errors import ConfigError, UserError
 from utils.launch import guard
 
+PLACES = {"cache_path", "dataset_path", "record_path"}  # options that no table of results keeps
 TAIL = 5  # lines of a failed run's log that are shown
 
 
@@ -75,13 +77,20 @@ def _collect(path, cells, records):
     for cell in cells:
         (row,) = files.read_csv(records / cell.path / "results.csv")
         told = json.loads((records / cell.path / "record.json").read_text())["command"]
-        found[str(cell.path)] = {"run": str(cell.path), **row, "command": told}
+        found[str(cell.path)] = {"run": str(cell.path), **row, "command": _anywhere(told)}
     with files.locked(records / grid.LOGS / "results.lock"):
         kept = [row for row in _rows(path) if row["run"] not in found]
         rows = [*kept, *found.values()]
         columns = list(dict.fromkeys(name for row in rows for name in row))
         if found:
             files.write(path, files.csv_text(rows, columns))
+
+
+def _anywhere(command):
+    """A command without the options that say where things lie on this machine."""
+    words = shlex.split(command)
+    pairs = [pair for pair in zip(words[2::2], words[3::2], strict=False) if pair[0][2:] not in PLACES]
+    return shlex.join([*words[:2], *(word for pair in pairs for word in pair)])
 
 
 def _jobs(cells, states, options):

@@ -45,10 +45,7 @@ ROWS = {"ft": "", "fmp": "", "fmp_no_pruning": "--variant no_pruning", "fmp_rand
 NAMES = sorted(path.stem for path in (ROOT / "defense").glob("[a-z]*.py"))
 # AWM's published budget, where there are that many to spare; less training where a CPU has no time for the published one
 SETTINGS = {
-    "digits": {
-        **dict.fromkeys(("fmp", "fmp_no_pruning", "fmp_random"), "--lr_min 0.0001"),
-        **dict.fromkeys(("trap_and_replace", "trap_and_replace_no_trap"), "--epochs 30"),
-    },
+    "digits": {"trap_and_replace": "--epochs 30", "trap_and_replace_no_trap": "--epochs 30"},
     "cifar10": {
         "ft": "--lr 0.01",  # the published rates, which are no longer the default for these victims, trained at 0.1
         **dict.fromkeys(("fmp", "fmp_no_pruning", "fmp_random"), "--lr 0.01 --lr_min 0.0001"),
@@ -60,8 +57,6 @@ SETTINGS = {
         "abl": "--isolate_epochs 5",
         "anp": "--steps 200",
         "d_st": "--epochs 5",
-        "fmp": "--lr_min 0.0001",
-        "mcr": "--curve_lr 0.01",
         "nab": "--isolate_epochs 5",
         "nc": "--search_epochs 30 --search_batch 16",
         "sau": "--epochs 15",

@@ -1,6 +1,7 @@
 """Options: what overrides what, and one sentence with the right exit code for every mistake."""
 
 import dataclasses
+import importlib
 import re
 import shlex
 
@@ -220,3 +221,36 @@ def test_every_option_is_documented(capsys):
                     rf"--{field.name}\b[^\n]*?(  |\n)\s*(?P<text>.+?)\((type|default|required)", text[text.index("options:") :], re.S
                 )
                 assert described and len(described["text"].split()) > 1, f"{name} --{field.name} says nothing"
+
+
+@pytest.mark.parametrize(
+    ("victim", "scale"),
+    [
+        ({"lr": 0.01, "batch_size": 128}, 1),
+        ({"lr": 0.1, "batch_size": 128}, 10),
+        ({"lr": 0.3, "batch_size": 256}, 15),
+        ({"lr": 0.83, "batch_size": 1000}, 10.624),
+        ({}, 1),
+        ({"lr": "0.1", "batch_size": 128}, 1),
+        ({"lr": float("nan"), "batch_size": 128}, 1),
+        ({"lr": 0.1, "batch_size": 0}, 1),
+    ],
+)
+def test_rates_of_fine_tuning_are_relative_to_the_victims(victim, scale, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": "cifar10", **victim}))
+    found = parse("--result_file", tmp_path, of=FMP)
+    assert (found.lr, found.lr_min) == (pytest.approx(0.01 * scale, rel=0.005), pytest.approx(1e-4 * scale, rel=0.005))
+    assert parse("--result_file", tmp_path, "--lr", 0.5, of=FMP).lr == 0.5
+    for name in names("defense"):
+        Config = importlib.import_module(f"defense.{name}").Config
+        if issubclass(Config, config.Retraining):  # takes over the victim's own
+            continue
+        options, usual = parse("--result_file", tmp_path, of=Config), Config(result_file=str(tmp_path))
+        relative = {"ft", "fmp", "fp", "nad", "ft_sam", "nc", "mcr", "rnp"}
+        changed = {key for key in ("lr", "lr_min", "curve_lr") if getattr(options, key, 0) != getattr(usual, key, 0)}
+        assert bool(changed) == (name in relative and scale != 1), name
+
+
+def test_rates_of_the_digits_are_those_of_their_file(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dataset": "digits", "lr": 0.4, "batch_size": 64}))
+    assert (parse("--result_file", tmp_path, of=FMP).lr, parse("--result_file", tmp_path, of=FMP).lr_min) == (0.05, 1e-4)

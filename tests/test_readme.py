@@ -14,7 +14,8 @@ from tests.conftest import ROOT, few, names
 from utils import files
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+DOCS = [path.read_text() for path in sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCKS = re.findall(r"```(?:bash|sh)\n(.*?)```", "\n".join([README, *DOCS]), re.S)
 COMMANDS = [re.sub(r"\s+#.*", "", line).strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = list(dict.fromkeys(line for line in COMMANDS if line and not line.startswith("#")))
 SCRIPTS = [line for line in COMMANDS if line.startswith("python ")]
@@ -78,7 +79,7 @@ def test_every_command_runs(bench, run):
             words += ["--dataset", "digits", "--model", "resnet9", "--width", "8", "--epochs", "1"]
         elif words[0].startswith("defense."):
             words += few(words[0])
-        elif words[0].startswith("benchmarks."):
+        elif words[0].startswith("benchmarks.speed"):
             words = [word for word in words if word != "--save"] + ["--parts", "stamp", "--scale", "0.01"]
         elif words[0] == "sweep":
             (bench / words[1]).write_text("{attack: badnet, defense: ft}")

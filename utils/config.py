@@ -30,7 +30,7 @@ NOT_IDENTITY = frozenset({"record_path", "save_folder_name", "result_file", "dat
 # What a defense that trains anew takes over from the victim's training.
 RECIPE = ("epochs", "batch_size", "lr", "lr_min", "schedule", "warmup", "optimizer", "momentum", "nesterov", "weight_decay", "muon_lr",
           "bias_lr_scale", "label_smoothing", "pad", "padding", "flip", "small_share", "small_size")  # fmt: skip
-PUBLISHED_LR = 0.01  # of the victims that the published learning rates of fine-tuning defenses belong to
+PUBLISHED_LR, PUBLISHED_BATCH = 0.01, 128  # of the victims that the published learning rates of fine-tuning defenses belong to
 SWITCHES = {
     "overwrite": "replace a finished or different run of this name; an interrupted one with the same options goes on",
     "dry_run": "say what would be read, trained and written, and do nothing",
@@ -205,7 +205,7 @@ class Defense(Common):
     """Options of every defense."""
 
     holds_clean: ClassVar[bool] = True  # whether it works with clean pictures; one that does not is handed none
-    # options with learning rates that were published for a victim trained at PUBLISHED_LR; their defaults follow the victim's rate
+    # options with learning rates that were published for a victim trained at PUBLISHED_LR: their defaults follow the victim's rate
     relative_rates: ClassVar[tuple[str, ...]] = ()
 
     result_file: str
@@ -472,7 +472,7 @@ def _dataset_options(Config, given):
         known -= {"width"}  # it is that of the model which the file names
     if issubclass(Config, Retraining):
         options |= {key: made[key] for key in RECIPE if key in made}
-    if issubclass(Config, Defense):
+    if issubclass(Config, Defense) and "lr" not in options:  # where a data set has a rate of its own, all rates are as written
         options |= rates_for(Config, made)
     return {key: value for key, value in options.items() if key in known}
 
@@ -480,13 +480,16 @@ def _dataset_options(Config, given):
 def rates_for(Config, victim):
     """The default learning rates of a defense for a `victim`, the options of its attack; none where they are the published ones.
 
-    A published rate belongs to a victim that was trained by SGD at PUBLISHED_LR, and is multiplied by how much larger this one's was.
+    A published rate belongs to a victim that was trained by SGD at PUBLISHED_LR with batches of PUBLISHED_BATCH, and is multiplied by how
+    much larger this one's rate per image was: a batch twice as large is trained at twice the rate. That is the linear scaling rule of
+    Goyal et al., "Accurate, Large Minibatch SGD", 2017 (arXiv 1706.02677).
     """
-    rate = victim.get("lr")
-    if not isinstance(rate, float) or not 0 < rate < math.inf or rate == PUBLISHED_LR:
+    rate, batch = victim.get("lr"), victim.get("batch_size")
+    if not isinstance(rate, float) or not 0 < rate < math.inf or not isinstance(batch, int) or batch < 1:
         return {}
+    scale = rate / batch * PUBLISHED_BATCH / PUBLISHED_LR
     published = {field.name: field.default for field in dataclasses.fields(Config)}
-    return {name: float(f"{published[name] * rate / PUBLISHED_LR:.3g}") for name in Config.relative_rates}
+    return {name: float(f"{published[name] * scale:.3g}") for name in Config.relative_rates}
 
 
 def _mapping(path):

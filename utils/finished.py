@@ -168,11 +168,11 @@ def read_table(path):
 
 
 def options_of(row, victim):
-    """{option: value as text} of the run in a row: its seeds, and what its command says."""
+    """{option: value as text} of the run in a row: its seeds, its learning rate, and what its command says."""
     words = shlex.split(row["command"])[2:]
     options = {word[2:]: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
-    seeds = {"random_seed": "defense_seed" if victim else "seed", "data_seed": "data_seed", "poison_seed": "poison_seed"}
-    return {**options, **{option: row[column] for option, column in seeds.items() if row.get(column)}}
+    columns = {"random_seed": "defense_seed" if victim else "seed", "data_seed": "data_seed", "poison_seed": "poison_seed", "lr": "lr"}
+    return {**options, **{option: row[column] for option, column in columns.items() if row.get(column)}}
 
 
 def printable(value):

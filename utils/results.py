@@ -17,7 +17,7 @@ ATTACK_COLUMNS = [
 COLUMNS = [
     *ATTACK_COLUMNS, "defense", "variant", "stage", "selection", "prior", "clean_budget", "seed", "poison_seed", "data_seed",
     "acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der", "n_test", "n_backdoor", "seconds", "peak_mb", "device",
-    "version", "config_hash", "defense_seed",
+    "version", "config_hash", "defense_seed", "lr",
 ]  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def of_attack(name, config, found, exam, n_poison, n_train, seconds):
         "target": config.attack_target if config.label_mode == "all2one" else "", "pratio": config.pratio,
         "pratio_effective": n_poison / n_train, "n_poison": n_poison, "recipe": recipe(config), "precision": config.precision,
         "defense": "none", "stage": "none", "selection": "none", "seed": config.random_seed, "poison_seed": config.poison_seed,
-        **found, "n_test": len(exam.test), "n_backdoor": len(exam.backdoor), "seconds": round(seconds, 2), "version": VERSION,
+        **found, "n_test": len(exam.test), "n_backdoor": len(exam.backdoor), "seconds": round(seconds, 2), "version": VERSION, "lr": config.lr,
         "config_hash": options.digest({"attack": name, **options.identity(config, seeds=False)}),
     }  # fmt: skip
 
@@ -39,7 +39,7 @@ def of_defense(name, config, victim, found, budget, seconds, *, stage, selection
     return {
         **{key: victim[key] for key in [*ATTACK_COLUMNS, "seed", "poison_seed", "n_test", "n_backdoor"]}, "precision": config.precision,
         "defense": name, "variant": getattr(config, "variant", ""), "stage": stage, "selection": selection,
-        "prior": getattr(config, "prior", ""), "clean_budget": budget, "data_seed": config.data_seed, "defense_seed": config.random_seed,
+        "prior": getattr(config, "prior", ""), "lr": getattr(config, "lr", ""), "clean_budget": budget, "data_seed": config.data_seed, "defense_seed": config.random_seed,
         **{f"{key}_before": before[key] for key in before}, **found,
         "der": metrics.defense_effectiveness(before, found), "seconds": round(seconds, 2), "version": VERSION,
         "config_hash": options.digest({"defense": name, "victim": victim["config_hash"], **options.identity(config, seeds=False)}),
