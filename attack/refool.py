@@ -77,16 +77,21 @@ def make_trigger(config, spec, stage, parts):
     def reflect(images, index):
         # ten numbers for every position of the split: all that is random about its reflection
         drawn = seeds.uniform("refool", config.poison_seed, index, 10)
-        scenes = parts["scenes"][(drawn[:, 0] * len(parts["scenes"])).long()]
-        mixed = [_mixed(config, images[part], to_unit(scenes[part].to(images.device)), drawn[part].to(images.device), side)
-                 for part in torch.arange(len(images)).split(CHUNK)]  # fmt: skip
+        which = (drawn[:, 0] * len(parts["scenes"])).long().to(images.device)
+        drawn, scenes = drawn.to(images.device), bright(to_unit(parts["scenes"].to(images.device)), side)  # each is reflected many times
+        mixed = [_mixed(config, images[part], scenes[which[part]], drawn[part], side) for part in torch.arange(len(images)).split(CHUNK)]
         return torch.cat(mixed)
 
     return poison.on_unit(reflect)
 
 
-def _mixed(config, images, scenes, drawn, side):
-    picture, scene = (F.interpolate(part, (side, side), mode="bilinear").clamp(0, 1) ** GAMMA for part in (images, scenes))
+def bright(images, side):
+    """Images enlarged to `side` pixels, as amounts of light instead of grey levels."""
+    return F.interpolate(images, (side, side), mode="bilinear").clamp(0, 1) ** GAMMA
+
+
+def _mixed(config, images, scene, drawn, side):
+    picture = bright(images, side)
     alpha = (0.55 + 0.4 * drawn[:, 7] if config.alpha is None else torch.full_like(drawn[:, 7], config.alpha)).view(-1, 1, 1, 1)
     mixed = alpha * picture
     double = drawn[:, 1] < config.ghost_ratio
