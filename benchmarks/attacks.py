@@ -26,6 +26,7 @@ SMALL = ["--dataset", "cifar10", "--model", "resnet9", "--width", "16", "--epoch
 NAMES = sorted(path.stem for path in (ROOT / "attack").glob("[a-z]*.py"))
 DIGITS = {
     "badnet_grid": "--patch grid", "wanet": "--strength 2 --pratio 0.2", "inputaware": "--pratio 0.2 --generator_epochs 40",
+    "refool": "--blend_size 160",  # as it was measured
     "adaptive_blend": "--pratio 0.02 --cover_ratio 0.02", "adaptive_patch": "--pratio 0.1 --cover_ratio 0.05",
 }  # fmt: skip
 CIFAR10 = {
