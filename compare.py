@@ -201,13 +201,17 @@ def save(path, content):
 
 def compare(folders, form, output, html, figures):
     """Make the table and list what is not in it; raises MissingError or RefusedError where there is nothing to show."""
-    sheets = [Path(name) for name in folders if name.endswith(".csv")]
-    folders = [name for name in folders if not name.endswith(".csv")]
+    results = [Path(name) for name in folders if os.path.isfile(name) and name.endswith(".csv")]
+    folders = [name for name in folders if Path(name) not in results]
     left_out = [(folder, "no such folder") for folder in folders if not os.path.isdir(folder)]
-    if not (paths := find_runs(filter(os.path.isdir, folders)) + sheets):
+    if not (paths := find_runs(filter(os.path.isdir, folders))) and not results:
         raise MissingError(f"no run at or below {', '.join(folders)}: name the folder of the records, often record/")
-    runs, damaged = read_all([path for path in paths if path not in sheets])
-    for more, refused in map(read_table, sheets):
+    runs, damaged = read_all(paths)
+    for path in results:
+        try:
+            more, refused = read_table(path)
+        except RefusedError as error:
+            more, refused = [], [(path, error)]
         runs, damaged = runs + more, damaged + refused
     tables, left_out = group(runs), left_out + damaged
     readable = form in ("text", "markdown") and not output
@@ -222,7 +226,7 @@ def compare(folders, form, output, html, figures):
         lines = ["", head, *(f"{bullet}{path}: {why}" for path, why in left_out)]
         print("\n".join(lines), file=sys.stdout if readable else sys.stderr)
     if not runs:
-        raise RefusedError(f"all {len(paths)} runs found are damaged or unfinished")
+        raise RefusedError(f"all {len(paths) + len(results)} runs found are damaged or unfinished")
     if html:
         save(html, page.build(tables, left_out, figures))
         print(f"page written to {html}", file=sys.stdout if readable or output else sys.stderr)

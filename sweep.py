@@ -57,7 +57,7 @@ def _with_results(path, cells, states):
     rows = {row["run"] for row in _rows(path)}
     lacking = {cell.victim.path for cell in cells if cell.victim and str(cell.path) not in rows and states[cell.path] != "done"}
     spared = {cell.path for cell in cells if str(cell.path) in rows and cell.path not in lacking}
-    return {path: "recorded" if path in spared and state != "done" else state for path, state in states.items()}
+    return {run: "recorded" if run in spared and state != "done" else state for run, state in states.items()}
 
 
 def _rows(path):
@@ -78,7 +78,7 @@ def _collect(path, cells, records):
         (row,) = files.read_csv(records / cell.path / "results.csv")
         told = json.loads((records / cell.path / "record.json").read_text())["command"]
         found[str(cell.path)] = {"run": str(cell.path), **row, "command": _anywhere(told)}
-    with files.locked(records / grid.LOGS / "results.lock"):
+    with files.locked(path.with_suffix(".lock")):  # beside the table: another sweep may have other records
         kept = [row for row in _rows(path) if row["run"] not in found]
         rows = [*kept, *found.values()]
         columns = list(dict.fromkeys(name for row in rows for name in row))

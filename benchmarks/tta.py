@@ -1,6 +1,6 @@
 """How much would test-time augmentation add to a victim's accuracy? Published figures of fast training have it, no table here does.
 
-    python -m benchmarks.tta --result_file clean_strong
+    python -m benchmarks.tta --result_file strong_clean
 
 Prints the ACC of a record's victim on the clean test set as everywhere here, and the ACC of the mean of its logits over six views of every
 image: as it is (half of the weight), shifted by a pixel up and left, and down and right (a quarter each), each with its mirror image.

@@ -40,7 +40,7 @@ class Config(Choosing):
     forgotten: float = 0.2
     """accuracy at or below which they count as forgotten, 0..1"""
     lr: float = 0.01
-    """learning rate of forgetting; a tenth of it in its second half"""
+    """learning rate of forgetting, a tenth of it in its second half; where it is not given, relative to the victim's as in ft"""
     clip: float = 20.0
     """largest norm of its gradient"""
     mask_epochs: int = 20

@@ -511,8 +511,17 @@ def test_rows_of_a_table_are_checked(tmp_path, run, changes, reason):
 @pytest.mark.parametrize("content", [b"", b"run,acc\n", b"\xff\xfe", b"run,command\n\0,\0\n"])
 def test_a_file_that_is_no_table_is_refused(tmp_path, run, content):
     (tmp_path / "x.csv").write_bytes(content)
-    code, _, err = run(tmp_path / "x.csv")
-    assert code == 4 and err.startswith("error: ") and "x.csv" in err
+    code, out, err = run(tmp_path / "x.csv")
+    assert code == 4 and err.startswith("error: all 1 runs found are damaged") and "x.csv: " in out + err
+    write_run(
+        tmp_path / "good", "attack", {}, ROW | {"attack": "badnet", "defense": "none", "stage": "none", "selection": "none", "acc": 0.9}
+    )
+    code, out, _ = run(tmp_path / "good", tmp_path / "x.csv")
+    assert code == 0 and "90.0" in out and "x.csv: " in out, "one bad table never costs the others"
+
+
+def test_a_table_that_is_not_there_is_missing(tmp_path, run):
+    assert run(tmp_path / "none.csv")[0] == 3
 
 
 def test_torch_is_not_imported():

@@ -250,6 +250,9 @@ class FineTuning(Training, Defense):
 
     relative_rates: ClassVar[tuple[str, ...]] = ("lr", "lr_min")
 
+    lr: float = 0.01
+    """highest learning rate; where it is not given, 0.01 times how much larger the victim's rate per image was than 0.01 in batches of 128"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choosing(Defense):

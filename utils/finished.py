@@ -147,9 +147,9 @@ def read_table(path):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
-        raise RefusedError(f"{path} is unusable: {printable(error)}") from error
+        raise RefusedError(f"it is unusable: {printable(error)}") from error
     if not rows or not {"run", "command", "defense"} <= set(rows[0]):
-        raise RefusedError(f"{path} is no table of results, which has columns run, command and defense; sweep.py --results writes one")
+        raise RefusedError("it is no table of results, which has columns run, command and defense; sweep.py --results writes one")
     victims, runs, left_out = {}, [], []
     for row in sorted(rows, key=lambda row: row["defense"] != "none"):
         name = printable(row["run"])
