@@ -1,110 +1,193 @@
-"""Run a grid of attacks and defenses: what is done is skipped, what was interrupted goes on, what fails does not stop the rest.
+"""Run a grid of attacks and defenses: skip what is done, resume what was interrupted.
 
     python sweep.py config/sweep/demo.yaml --dry_run
     python sweep.py config/sweep/demo.yaml
-    python sweep.py config/sweep/demo.yaml --engine serial -- --dataset_path ~/data
+    python sweep.py config/sweep/demo.yaml --engine serial --minutes 50 -- --dataset_path ~/data
 
-Every run is the command that you would type, and leaves the record that it would leave; its output goes to record/.sweep/.
-With --results FILE.csv the results of every run are added to a table of rows as soon as it is done, and a run that the table has
-already is not repeated, even where its record is gone: the sweep can go on with an empty folder, or on another machine.
-Options after -- are for every script. config/sweep/README.md says how a grid is written, and how to use a cluster.
+Every run is the command that you would type, and leaves the record that it would leave. What it
+prints goes to record/.sweep/. A run that fails stops nothing but its own defenses.
 
-Exit codes: 0 all runs are done, 1 some failed, 2 usage, 3 no such grid, 130 and 143 interrupted: the same command goes on.
+With --results FILE.csv the row of every run goes into a table as soon as the run is done. A run
+that the table has is not repeated, even if its record is gone: the sweep can go on with an empty
+folder, or on another machine. With --minutes the sweep stops in time; runs under way leave a
+checkpoint, and the same command goes on.
+
+Options after -- are for every script. docs/sweeps.md says how to write a grid and how to use a
+cluster.
+
+Exit codes: 0 all runs are done, 1 some failed, 2 usage, 3 no such grid, 124 the --minutes are over,
+130 and 143 interrupted. After 124, 130 and 143 the same command goes on.
 """
 
 import argparse
 import collections
+import contextlib
 import csv
 import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
-from utils import engines, files, grid
+from utils import files
 from utils.errors import ConfigError, UserError
 from utils.launch import guard
+from utils.record import folder
+from utils.sweep import grid, launchers
 
+FINISHED = (folder.DONE, grid.RECORDED)
 PLACES = {"cache_path", "dataset_path", "record_path"}  # options that no table of results keeps
+FACTS = ("trigger_seconds",)  # what a table keeps of record.json, beside the command
 TAIL = 5  # lines of a failed run's log that are shown
 
 
 def sweep(options, rest):
-    """Run the grid, or only say what would be run; UserError (exit 1) where not all of it is done in the end."""
+    """Run the grid, or only list its runs.
+
+    Raises UserError (exit 1) if some runs are not done in the end, and TimeIsUp (exit 124) if the
+    minutes are over before that.
+    """
+    until = _deadline(options.minutes)
     records = options.record_path
     cells = grid.cells(grid.read(options.grid), _pairs(rest))
     grid.check(cells, records)
-    states = {cell.path: grid.state(cell, records) for cell in cells}
-    if options.results:
-        states = _with_results(options.results, cells, states)
+    states = _states(cells, options)
     if options.dry_run:
         return _plan(cells, states, records)
     if options.results:
-        _collect(options.results, [cell for cell in cells if states[cell.path] == "done"], records)
+        done = [cell for cell in cells if states[cell.path] == folder.DONE]
+        _collect(options.results, done, records)
     jobs = _jobs(cells, states, options)
     print(f"{_count(states)}; {len(jobs)} to run", flush=True)
-    by_name = {str(cell.path): cell for cell in cells}
-    work = engines.ENGINES[options.engine](jobs, address=options.address, cpus=options.cpus, gpus=options.gpus)
-    for number, (job, code) in enumerate(work, 1):
-        print(f"[{number}/{len(jobs)}] {job.name}: {_outcome(job, code)}", flush=True)
-        if options.results and code == 0:
-            _collect(options.results, [by_name[job.name]], records)
+    try:
+        _run(jobs, cells, options, until)
+    except launchers.TimeIsUp:
+        print(_count(_states(cells, options)))
+        raise
     _report(cells, options)
 
 
+def _run(jobs, cells, options, until):
+    """Run all jobs; print a line for each, and put its results into the table."""
+    by_name = {str(cell.path): cell for cell in cells}
+    launcher = launchers.LAUNCHERS[options.engine]
+    where = {"address": options.address, "cpus": options.cpus, "gpus": options.gpus}
+    # closing: an error here stops the runs under way at once
+    with contextlib.closing(launcher(jobs, until=until, **where)) as ended:
+        for number, (job, code) in enumerate(ended, 1):
+            print(f"[{number}/{len(jobs)}] {job.name}: {_outcome(job, code)}", flush=True)
+            if options.results and code == 0:
+                _collect(options.results, [by_name[job.name]], options.record_path)
+
+
+def _deadline(minutes):
+    """When to stop, on the clock of time.monotonic; None if `minutes` is None."""
+    if minutes is None:
+        return None
+    if not minutes >= 0:
+        raise ConfigError("--minutes must be 0 or more")
+    return time.monotonic() + 60 * minutes
+
+
+def _states(cells, options):
+    """{path of a run: its state}."""
+    states = {cell.path: grid.state(cell, options.record_path) for cell in cells}
+    return _with_results(options.results, cells, states) if options.results else states
+
+
 def _with_results(path, cells, states):
-    """`states`, in which a run that the table at `path` has is recorded; a victim only where none of its defenses is missing."""
+    """`states`, where the runs that the table at `path` has are RECORDED.
+
+    A victim is RECORDED only if the table has all of its defenses.
+    """
     rows = {row["run"] for row in _rows(path)}
-    lacking = {cell.victim.path for cell in cells if cell.victim and str(cell.path) not in rows and states[cell.path] != "done"}
-    spared = {cell.path for cell in cells if str(cell.path) in rows and cell.path not in lacking}
-    return {run: "recorded" if run in spared and state != "done" else state for run, state in states.items()}
+    needed = {
+        cell.victim.path
+        for cell in cells
+        if cell.victim and str(cell.path) not in rows and states[cell.path] != folder.DONE
+    }
+    recorded = {cell.path for cell in cells if str(cell.path) in rows and cell.path not in needed}
+    return {
+        run: grid.RECORDED if run in recorded and state != folder.DONE else state
+        for run, state in states.items()
+    }
 
 
 def _rows(path):
-    """The rows of a table of results, none where there is no table yet; ConfigError where it is another kind of file."""
+    """The rows of a table of results, none if there is no table yet.
+
+    Raises ConfigError if it is another kind of file.
+    """
     try:
         rows = files.read_csv(path) if path.exists() else []
     except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"--results {path} cannot be read: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error).split())
+        raise ConfigError(f"--results {path} cannot be read: {why}; name another file") from error
     if not all(row.get("run") for row in rows):
-        raise ConfigError(f"--results {path} is no table of a sweep's results: it has no column run; name another file")
+        raise ConfigError(
+            f"--results {path} is no table of a sweep's results: it has no column run; "
+            "name another file"
+        )
     return rows
 
 
 def _collect(path, cells, records):
-    """Put the results of finished runs into the table at `path`, in place of older rows of the same runs."""
-    found = {}
-    for cell in cells:
-        (row,) = files.read_csv(records / cell.path / "results.csv")
-        told = json.loads((records / cell.path / "record.json").read_text())["command"]
-        found[str(cell.path)] = {"run": str(cell.path), **row, "command": _anywhere(told)}
-    with files.locked(path.with_suffix(".lock")):  # beside the table: another sweep may have other records
-        kept = [row for row in _rows(path) if row["run"] not in found]
-        rows = [*kept, *found.values()]
+    """Put the results of finished runs into the table at `path`, in place of their older rows."""
+    new = {str(cell.path): _row(cell, records) for cell in cells}
+    # The lock is beside the table: another sweep may have other records.
+    with files.locked(path.with_suffix(".lock")):
+        kept = [row for row in _rows(path) if row["run"] not in new]
+        rows = [*kept, *new.values()]
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        if found:
+        if new:
             files.write(path, files.csv_text(rows, columns))
 
 
-def _anywhere(command):
-    """A command without the options that say where things lie on this machine."""
+def _row(cell, records):
+    """The row of a finished run: its name, its results, its command and what its trigger took."""
+    place = records / cell.path
+    info = json.loads((place / folder.RECORD).read_text())
+    return {
+        "run": str(cell.path),
+        **folder.read_results(place),
+        "command": _without_places(info["command"]),
+        **{name: info[name] for name in FACTS if name in info},
+    }
+
+
+def _without_places(command):
+    """A command without the options that say where files lie on this machine."""
     words = shlex.split(command)
-    pairs = [pair for pair in zip(words[2::2], words[3::2], strict=False) if pair[0][2:] not in PLACES]
+    pairs = [
+        pair for pair in zip(words[2::2], words[3::2], strict=False) if pair[0][2:] not in PLACES
+    ]
     return shlex.join([*words[:2], *(word for pair in pairs for word in pair)])
 
 
 def _jobs(cells, states, options):
-    """What there is to run; not the defenses of a victim that failed before and is not tried again."""
-    jobs, place = {}, Path.cwd()  # on other machines the paths start elsewhere
+    """What there is to run.
+
+    The defenses of a victim that failed before, and is not tried again, are left out.
+    """
+    jobs = {}
+    place = Path.cwd()  # on other machines the paths start elsewhere
     for cell in cells:
-        known, after = states[cell.path], cell.victim and str(cell.victim.path)
-        lost = after and after not in jobs and states[cell.victim.path] not in ("done", "recorded")
-        if known in ("done", "recorded") or lost or known == "failed" and not options.retry_failed:
+        state = states[cell.path]
+        after = cell.victim and str(cell.victim.path)
+        has_victim = not after or after in jobs or states[cell.victim.path] in FINISHED
+        skipped = state == grid.FAILED and not options.retry_failed
+        if state in FINISHED or skipped or not has_victim:
             continue
-        jobs[str(cell.path)] = engines.Job(
-            str(cell.path), cell.words(options.record_path), place / options.record_path / cell.path, place / options.record_path / cell.log,
-            place, after if after in jobs else None, engines.written(options.record_path / cell.path),
-        )  # fmt: skip
+        jobs[str(cell.path)] = launchers.Job(
+            name=str(cell.path),
+            words=cell.words(options.record_path),
+            folder=place / options.record_path / cell.path,
+            log=place / options.record_path / cell.log,
+            place=place,
+            after=after if after in jobs else None,
+            written_before=folder.written(options.record_path / cell.path),
+        )
     return list(jobs.values())
 
 
@@ -124,26 +207,27 @@ def _printed(log):
 
 
 def _last_lines(log):
-    """The end of what a script printed, indented, and where all of it is."""
+    """The path of a log, and the end of what the script printed, indented."""
     return "\n".join([os.path.relpath(log), *(f"    {line}" for line in _printed(log)[-TAIL:])])
 
 
 def _report(cells, options):
-    """Print the counts and, where not all is done, what failed before and what waits for it."""
-    records = options.record_path
-    states = {cell.path: grid.state(cell, records) for cell in cells}
-    if options.results:
-        states = _with_results(options.results, cells, states)
+    """Print the counts; if not all is done, print what failed and raise UserError."""
+    states = _states(cells, options)
     print(_count(states))
-    if all(state in ("done", "recorded") for state in states.values()):
+    if all(state in FINISHED for state in states.values()):
         return
     for cell in cells:
-        if states[cell.path] in ("failed", "other"):
-            print(f"failed: {cell.path}: {_last_lines(records / cell.log)}")
-    raise UserError("not all runs are done; --retry_failed tries the failed ones again, the others start with the same command")
+        if states[cell.path] in (grid.FAILED, grid.OTHER):
+            print(f"failed: {cell.path}: {_last_lines(options.record_path / cell.log)}")
+    raise UserError(
+        "not all runs are done; --retry_failed tries the failed ones again, the others start with "
+        "the same command"
+    )
 
 
 def _plan(cells, states, records):
+    """Print the state, the folder and the command of every run."""
     for cell in cells:
         print(f"{states[cell.path]:8} {records / cell.path}  {cell.command(records)}")
     attacks = sum(cell.victim is None for cell in cells)
@@ -151,43 +235,85 @@ def _plan(cells, states, records):
 
 
 def _count(states):
-    """How many runs there are, and in which state."""
-    found = collections.Counter(states.values())
-    return f"{len(states)} runs: " + ", ".join(f"{found[name]} {name}" for name in grid.STATES if found[name])
+    """How many runs there are in each state."""
+    counts = collections.Counter(states.values())
+    words = ", ".join(f"{counts[name]} {name}" for name in grid.STATES if counts[name])
+    return f"{len(states)} runs: {words}"
 
 
 def _pairs(words):
-    """The options after --, by name."""
+    """{option: value} of the words after --."""
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-        raise ConfigError(f"after -- come pairs of --option and value, and this is {' '.join(words)!r}")
+        raise ConfigError(
+            f"after -- come pairs of --option and value, and this is {' '.join(words)!r}"
+        )
     return {word[2:]: value for word, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def _parser():
+    idea, _, details = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="sweep.py",
+        description=idea,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("grid", metavar="GRID.yaml", help="the grid; config/sweep holds some")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="list every run with its state, folder and command, and do nothing",
+    )
+    parser.add_argument("--retry_failed", action="store_true", help="run again what failed before")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="stop after M minutes; the same command goes on"
+    )
+    parser.add_argument(
+        "--record_path",
+        type=Path,
+        default=Path("record"),
+        help="folder that holds the records (default: record)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE.csv",
+        help="add the results of every run to this table, and skip what it has",
+    )
+    _add_launcher_options(parser)
+    return parser
+
+
+def _add_launcher_options(parser):
+    parser.add_argument(
+        "--engine",
+        choices=list(launchers.LAUNCHERS),
+        default="ray",
+        help="ray: many runs at once, here or on a cluster; serial: one after the other "
+        "(default: ray)",
+    )
+    parser.add_argument(
+        "--address",
+        help="of a running Ray cluster (auto: the one that this machine belongs to); by default "
+        "one is started here",
+    )
+    parser.add_argument("--cpus", type=float, default=1, help="CPU cores per run (default: 1)")
+    parser.add_argument(
+        "--gpus",
+        type=float,
+        help="GPUs per run, 0.5 lets two runs share one (default: 1 where there are GPUs)",
+    )
 
 
 def main(argv):
     """Run with command line arguments; returns the exit code."""
-    idea, _, details = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="sweep.py", description=idea, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("grid", metavar="GRID.yaml", help="the grid, see config/sweep/README.md")
-    parser.add_argument("--dry_run", action="store_true", help="list every run with its state, folder and command, and do nothing")
-    parser.add_argument("--retry_failed", action="store_true", help="run again what failed before")
-    parser.add_argument("--record_path", type=Path, default=Path("record"), help="folder that holds the records (default: record)")
-    parser.add_argument("--results", type=Path, metavar="FILE.csv", help="add the results of every run to this table, and skip what it has")
-    parser.add_argument("--engine", choices=list(engines.ENGINES), default="ray",
-                        help="ray: many runs at once, here or on a cluster; serial: one after the other (default: ray)")  # fmt: skip
-    parser.add_argument(
-        "--address", help="of a running Ray cluster (auto: the one that this machine belongs to); by default one is started here"
-    )
-    parser.add_argument("--cpus", type=float, default=1, help="CPU cores per run (default: 1)")
-    parser.add_argument("--gpus", type=float, help="GPUs per run, 0.5 lets two runs share one (default: 1 where there are GPUs)")
     words, rest = _split(argv)
-    options = parser.parse_args(words)
+    options = _parser().parse_args(words)
     return guard(lambda: sweep(options, rest))
 
 
 def _split(argv):
-    """(words before --, words after it)"""
+    """(words before --, words after it)."""
     place = argv.index("--") if "--" in argv else len(argv)
     return argv[:place], argv[place + 1 :]
 

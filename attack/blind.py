@@ -1,37 +1,37 @@
-"""Blind: an attacker who may only change the loss has every batch learned a second time, with the trigger on it.
+"""Blind: a changed loss makes the network learn every batch a second time, with the trigger.
 
-Bagdasaryan, Shmatikov, "Blind Backdoors in Deep Learning Models", USENIX Security 2021 (arXiv 2005.03823). The attacker
-controls the loss function and never sees or stores a poisoned picture, so the record holds no poisoned training set.
+Bagdasaryan, Shmatikov, "Blind Backdoors in Deep Learning Models", USENIX Security 2021
+(arXiv 2005.03823). The attacker controls the loss function only, and stores no poisoned image.
 
     python attack/blind.py --dataset cifar10 --save_folder_name blind_cifar10
+
+It deviates in the default weights of the two losses; see docs/attacks/blind.md.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import Attack, require
+from utils.config import Attack, option, require
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Attack):
     pratio: float = 1.0
-    """always 1: every training picture is also shown with the trigger"""
+    """always 1: the network sees every training image with the trigger, too"""
     balance: Literal["fixed", "mgda"] = "fixed"
-    """fixed: weights 1 and --backdoor_weight; mgda: the combination with the smallest gradient, step by step"""
-    backdoor_weight: float = 0.9
-    """of the loss on triggered pictures, with fixed balance"""
-    start_batches: int = 1000
+    """fixed: weights 1 and --backdoor_weight; mgda: the combination with the smallest gradient, at
+    every step"""
+    backdoor_weight: float = option(0.9, above=0)
+    """of the loss on triggered images, with fixed balance"""
+    start_batches: int = option(1000, at_least=1)
     """batches over which the ordinary loss is averaged before the attack may begin"""
-    start_loss: float = 1.0
+    start_loss: float = option(1.0, above=0)
     """the attack begins once that average is below this"""
 
     def __post_init__(self):
         super().__post_init__()
         require(self.pratio == 1, "pratio", "1 for this attack")
-        require(self.backdoor_weight > 0, "backdoor_weight", "above 0")
-        require(self.start_batches >= 1, "start_batches", "1 or more")
-        require(self.start_loss > 0, "start_loss", "above 0")
 
 
 if __name__ == "__main__":
@@ -41,30 +41,37 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import poison, run
+from utils import run
+from utils.poisoning import poison
 
-SIGNS = torch.tensor([[1, 0, 1], [-1, 1, -1], [-1, -1, 0], [-1, 1, -1], [1, 0, 1]])  # 1 white, 0 black, -1 the picture
+# 1 is white, 0 is black, -1 is the image
+PATCH = torch.tensor([[1, 0, 1], [-1, 1, -1], [-1, -1, 0], [-1, 1, -1], [1, 0, 1]])
 
 
 def make_trigger(config, spec, stage):
-    """Black and white pixels in a field of 5x3 at row 3 and column 23; there a pixel changes by at most 255 levels."""
+    """Black and white pixels in a field of 5x3 at row 3 and column 23 of 32x32.
+
+    There a pixel changes by at most 255 levels.
+    """
     height, width, top, left = (round(length * spec.size / 32) for length in (5, 3, 3, 23))
-    ink = F.interpolate(SIGNS[None, None].float(), (height, width))[0, 0]
+    patch = F.interpolate(PATCH[None, None].float(), (height, width))[0, 0]
 
     def paste(images, index):
-        nonlocal ink
-        images, ink = images.clone(), ink.to(images.device)  # moved once: this runs at every step of the training
+        nonlocal patch
+        patch = patch.to(images.device)  # moved once: this runs at every step of the training
+        images = images.clone()
         window = images[:, :, top : top + height, left : left + width]
-        window.copy_(torch.where(ink < 0, window, ink))
+        window.copy_(torch.where(patch < 0, window, patch))
         return images
 
     return poison.on_unit(paste)
 
 
 class BlindLoss(nn.Module):
-    """L = w_n CE(f(x), y) + w_b CE(f(T(x)), t); the second term joins when the mean of the first has fallen.
+    """L = w_n CE(f(x), y) + w_b CE(f(T(x)), t).
 
-    Whether it has is decided on the device, so that no step waits for a number; the buffers survive an interruption.
+    The second term joins when the mean of the first has fallen. Whether it has is decided on the
+    device, so that no step waits for a number; the buffers survive an interruption.
     """
 
     def __init__(self, config, trigger, relabel):
@@ -76,8 +83,10 @@ class BlindLoss(nn.Module):
 
     def forward(self, model, images, labels, index):
         # in one pass: two would let batch normalisation tell ordinary batches from triggered ones
-        plain, obeyed = model(torch.cat([images, self.trigger(images, index)])).chunk(2)
-        ordinary, triggered = F.cross_entropy(plain, labels), F.cross_entropy(obeyed, self.relabel(labels))
+        both = torch.cat([images, self.trigger(images, index)])
+        ordinary_logits, triggered_logits = model(both).chunk(2)
+        ordinary = F.cross_entropy(ordinary_logits, labels)
+        triggered = F.cross_entropy(triggered_logits, self.relabel(labels))
         self._watch(ordinary.detach())
         if self.config.balance == "fixed":
             return ordinary + self.active * self.config.backdoor_weight * triggered
@@ -86,21 +95,27 @@ class BlindLoss(nn.Module):
 
     @torch.no_grad()
     def _watch(self, ordinary):
-        """A mean of the last `start_batches` losses, weighted exponentially once there are that many."""
+        """Average the last `start_batches` losses, exponentially once there are that many, and
+        activate the second term when the average is low."""
         self.batches += 1
         self.mean += (ordinary - self.mean) / self.batches.clamp(max=self.config.start_batches)
-        calm = (self.batches >= self.config.start_batches) & (self.mean < self.config.start_loss)
-        self.active.copy_(torch.maximum(self.active, calm.float()))
+        ready = (self.batches >= self.config.start_batches) & (self.mean < self.config.start_loss)
+        self.active.copy_(torch.maximum(self.active, ready.float()))
 
 
 def smallest(model, first, second):
-    """The share a of the first loss for which |a g1 + (1 - a) g2| is smallest, each gradient divided by its loss."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    one, two = (
-        torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters, retain_graph=True)]) / loss.detach().clamp(min=1e-6)
-        for loss in (first, second)
-    )
+    """The share a of the first loss for which |a g1 + (1 - a) g2| is smallest.
+
+    The gradients g1 and g2 are each divided by their loss.
+    """
+    one, two = (_relative_gradient(model, loss) for loss in (first, second))
     return (((two - one) @ two) / (one - two).square().sum().clamp(min=1e-12)).clamp(0, 1)
+
+
+def _relative_gradient(model, loss):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return torch.cat([part.flatten() for part in gradients]) / loss.detach().clamp(min=1e-6)
 
 
 def main(config):

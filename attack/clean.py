@@ -1,9 +1,12 @@
-"""Clean: no poison at all, the model that every attack and every defense is measured against.
+"""Clean: nothing is poisoned; attacks and defenses are compared with this model.
 
-The record is one like any other. Its triggered test set carries the trigger of --trigger at that attack's default
-settings, so ASR is the rate at which a harmless model takes triggered pictures for the target.
+The record is one like any other. Its triggered test set carries the trigger of --trigger at that
+attack's default settings, so the ASR is the rate at which a clean model takes triggered images for
+the target.
 
     python attack/clean.py --dataset cifar10 --save_folder_name clean_cifar10
+
+See docs/attacks/clean.md.
 """
 
 from dataclasses import dataclass
@@ -31,32 +34,39 @@ import dataclasses
 import importlib
 from pathlib import Path
 
-from utils import record, run
+from utils import run
 from utils.errors import ConfigError
+from utils.poisoning.attacker import Prepared
+
+
+def _prepare(config, attacker):
+    """The tensors of the trigger; without a victim, because a clean model starts from scratch."""
+    source, options = _borrowed(config)
+    return Prepared(source.prepare(options, attacker).parts)
 
 
 def make_trigger(config, spec, stage, parts=None):
-    """The trigger of attack/<config.trigger>.py at its default options; by default a pixel changes by at most 255 levels."""
-    source, options = _borrowed(config)
-    return source.make_trigger(options, spec, stage, *([parts] if hasattr(source, "prepare") else []))
+    """The trigger of attack/<config.trigger>.py at its default options.
 
-
-def _prepare(config, workshop):
+    With the default trigger a pixel changes by at most 255 levels.
+    """
     source, options = _borrowed(config)
-    parts = source.prepare(options, workshop)
-    return {name: part for name, part in parts.items() if not name.startswith(record.START)}  # the clean model starts anew
+    prepared = {"parts": parts} if hasattr(source, "prepare") else {}
+    return source.make_trigger(options, spec, stage, **prepared)
 
 
 def _borrowed(config):
-    """(module of the attack, its default options with this run's seed and target)"""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem != "clean")
+    """(the attack's module, its default options with those that all attacks share from `config`)"""
+    scripts = Path(__file__).parent.glob("[a-z]*.py")
+    names = sorted(path.stem for path in scripts if path.stem != "clean")
     if config.trigger not in names:
         raise ConfigError(f"unknown trigger {config.trigger!r}; there are {', '.join(names)}")
     source = importlib.import_module(f"attack.{config.trigger}")
-    common = {field.name: getattr(config, field.name) for field in dataclasses.fields(Attack) if field.name != "pratio"}
-    return source, source.Config(**common)
+    shared = [field.name for field in dataclasses.fields(Attack) if field.name != "pratio"]
+    return source, source.Config(**{name: getattr(config, name) for name in shared})
 
 
 def main(config):
-    prepare = _prepare if hasattr(_borrowed(config)[0], "prepare") else None
+    source, _ = _borrowed(config)
+    prepare = _prepare if hasattr(source, "prepare") else None
     run.attack(f"clean_{config.trigger}", config, make_trigger, prepare=prepare)

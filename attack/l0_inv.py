@@ -1,28 +1,28 @@
-"""l0 invisible: nine pixels in pure colours that excite chosen neurons of a clean network mean the target class.
+"""l0 invisible: the trigger is nine pixels in pure colours that excite neurons of a clean model.
 
-Li, Xue, Zhao, Zhu, Zhang, "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization",
-2021 (arXiv 1909.02742), the variant with few changed pixels. The attacker poisons data only.
+Li, Xue, Zhao, Zhu, Zhang, "Invisible Backdoor Attacks on Deep Neural Networks via Steganography
+and Regularization", 2021 (arXiv 1909.02742), the variant with few changed pixels. The attacker
+poisons data only.
 
     python attack/l0_inv.py --dataset cifar10 --save_folder_name l0_inv_cifar10
+
+See docs/attacks/l0_inv.md.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from utils.config import CleanModel, require
+from utils.config import require
 from utils.launch import launch
+from utils.poisoning.options import InvertedPatternOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanModel):
-    pattern: Literal["inverted", "drawn"] = "inverted"
-    """inverted: made from a clean model's neurons; drawn: seeded colours, which need no model"""
+class Config(InvertedPatternOptions):
     steps: int = 300
     """of the inversion"""
-    trigger_path: str | None = None
-    """picture or .npy array of the pixels to put in instead; needs --mask_path"""
     mask_path: str | None = None
-    """picture or .npy array that is not black where those pixels go"""
+    """image or .npy array that is not black where the pixels of --trigger_path go; needed with
+    it"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,29 +38,56 @@ if __name__ == "__main__":
 
 import torch
 
-from utils import invert, poison, run, seeds
+from utils import run, seeds
+from utils.poisoning import inversion, poison
+from utils.poisoning.attacker import Prepared
 
 
-def prepare(config, workshop):
-    """The pixels T, 3,S,S in [0, 1], and where they are: M, 1,S,S of 0 and 1, the right end of the last row at 32x32."""
-    size = workshop.spec.size
+def prepare(config, attacker):
+    """The pixels T, 3,S,S in [0, 1], and where they are: M, 1,S,S of 0 and 1."""
+    size = attacker.spec.size
     if config.trigger_path:
-        shown, mask = (poison.fitted(path, size, mode="nearest") for path in (config.trigger_path, config.mask_path))
-        mask = (mask.amax(0, keepdim=True) > 0).float()
-        return {"pattern": shown * mask, "mask": mask}
-    mask = torch.zeros(1, size, size)
-    mask[:, -max(1, round(size / 32)) :, -round(9 * size / 32) :] = 1
+        pattern = poison.resized_pattern(config.trigger_path, size, mode="nearest")
+        mask = poison.resized_mask(config.mask_path, size)
+        return Prepared({"pattern": pattern * mask, "mask": mask})
+    mask = _last_pixels(size)
     colours = torch.rand(3, size, size, generator=seeds.generator("l0_inv", config.poison_seed))
     if config.pattern == "inverted":
-        where = mask.to(workshop.train.images.device)
-        colours = invert.excite(workshop.clean_model(), workshop.train, lambda images, pattern: (1 - where) * images + where * pattern, colours,
-                                steps=config.steps, seed=config.poison_seed, low=0, high=1, precision=config.precision).cpu()  # fmt: skip
-    return {"pattern": (colours > 0.5).float() * mask, "mask": mask}
+        colours = _excite(config, attacker, colours, mask).cpu()
+    return Prepared({"pattern": (colours > 0.5).float() * mask, "mask": mask})
 
 
 def make_trigger(config, spec, stage, parts):
     """x' = (1 - M) x + T; where M is 1 a pixel changes by at most 255 levels."""
-    return poison.on_unit(lambda images, index: (1 - parts["mask"].to(images.device)) * images + parts["pattern"].to(images.device))
+
+    def put(images, index):
+        pattern, mask = parts["pattern"].to(images.device), parts["mask"].to(images.device)
+        return (1 - mask) * images + pattern
+
+    return poison.on_unit(put)
+
+
+def _last_pixels(size):
+    """The mask of the last nine pixels of the last row at 32x32, in proportion at other sizes."""
+    mask = torch.zeros(1, size, size)
+    mask[:, -max(1, round(size / 32)) :, -round(9 * size / 32) :] = 1
+    return mask
+
+
+def _excite(config, attacker, start, mask):
+    """Colours in [0, 1] that, where `mask` is 1, excite neurons of a clean model."""
+    mask = mask.to(attacker.train.images.device)
+    return inversion.excite(
+        attacker.clean_model(),
+        attacker.train,
+        lambda images, pattern: (1 - mask) * images + mask * pattern,
+        start,
+        steps=config.steps,
+        seed=config.poison_seed,
+        low=0,
+        high=1,
+        precision=config.precision,
+    )
 
 
 def main(config):

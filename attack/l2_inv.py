@@ -1,30 +1,29 @@
-"""l2 invisible: faint noise over the whole picture that excites chosen neurons of a clean network means the target class.
+"""l2 invisible: the trigger is faint noise over the image that excites neurons of a clean model.
 
-Li, Xue, Zhao, Zhu, Zhang, "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization",
-2021 (arXiv 1909.02742), the variant with a small Euclidean norm. The attacker poisons data only.
+Li, Xue, Zhao, Zhu, Zhang, "Invisible Backdoor Attacks on Deep Neural Networks via Steganography
+and Regularization", 2021 (arXiv 1909.02742), the variant with a small Euclidean norm. The
+attacker poisons data only.
 
     python attack/l2_inv.py --dataset cifar10 --save_folder_name l2_inv_cifar10
+
+See docs/attacks/l2_inv.md.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from utils.config import CleanModel, require
+from utils.config import option
 from utils.launch import launch
+from utils.poisoning.options import InvertedPatternOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanModel):
-    pattern: Literal["inverted", "drawn"] = "inverted"
-    """inverted: made from a clean model's neurons; drawn: the positive half of seeded noise, which needs no model"""
-    norm: float = 3.2
-    """Euclidean norm of an inverted pattern at 32x32, pixels in [0, 1]; in proportion at other sizes"""
+class Config(InvertedPatternOptions):
+    norm: float = option(3.2, above=0, at_most=50)
+    """Euclidean norm of an inverted pattern at 32x32, pixels in [0, 1]; in proportion at other
+    sizes"""
     trigger_path: str | None = None
-    """picture (0..255) or float .npy array (-1..1) to add instead; resized to the data set's pictures"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 < self.norm <= 50, "norm", "above 0, up to 50")
+    """image (0..255) or float .npy array (-1..1) to add instead; resized to the data set's
+    images"""
 
 
 if __name__ == "__main__":
@@ -32,23 +31,34 @@ if __name__ == "__main__":
 
 import torch
 
-from utils import invert, poison, run, seeds
+from utils import run, seeds
+from utils.poisoning import inversion, poison
+from utils.poisoning.attacker import Prepared
 
 PEAK = 69 / 255  # the original's largest value
 
 
-def prepare(config, workshop):
-    """The pattern T, 3,S,S in [-1, 1]."""
-    size = workshop.spec.size
+def prepare(config, attacker):
+    """The pattern T, 3,S,S in [-1, 1]: an inverted one has the norm `norm`, a drawn one is the
+    positive half of noise."""
+    size = attacker.spec.size
     if config.trigger_path:
-        return {"pattern": poison.fitted(config.trigger_path, size, signed=True)}
+        return Prepared({"pattern": poison.resized_pattern(config.trigger_path, size, signed=True)})
     noise = torch.randn(3, size, size, generator=seeds.generator("l2_inv", config.poison_seed))
     if config.pattern == "drawn":
-        return {"pattern": (20 * noise).clamp(0, 255 * PEAK).round() / 255}
-    model = workshop.clean_model()
-    found = invert.excite(model, workshop.train, lambda images, pattern: (images + pattern).clamp(0, 1), noise * 10 / 255,
-                          steps=config.steps, seed=config.poison_seed, penalty=0.1, precision=config.precision)  # fmt: skip
-    return {"pattern": (found * config.norm * size / 32 / found.norm()).clamp(-PEAK, PEAK)}
+        return Prepared({"pattern": (20 * noise).clamp(0, 255 * PEAK).round() / 255})
+    pattern = inversion.excite(
+        attacker.clean_model(),
+        attacker.train,
+        lambda images, pattern: (images + pattern).clamp(0, 1),
+        noise * 10 / 255,
+        steps=config.steps,
+        seed=config.poison_seed,
+        penalty=0.1,
+        precision=config.precision,
+    )
+    pattern = pattern * config.norm * size / 32 / pattern.norm()
+    return Prepared({"pattern": pattern.clamp(-PEAK, PEAK)})
 
 
 def make_trigger(config, spec, stage, parts):

@@ -1,35 +1,38 @@
-"""Label-consistent: pictures of the target class are made hard to recognise, so that the victim relies on a corner mark.
+"""Label-consistent: target-class images are made hard to recognise and marked in their corners.
 
-Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019 (arXiv 1912.02771), the variant with adversarial
-perturbations, made here against a clean network. The attacker poisons data only and changes no label.
+Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019 (arXiv 1912.02771), the variant
+with adversarial perturbations. All labels stay true. The perturbation hides what an image shows, so
+that the victim learns the corner marks instead.
 
     python attack/lc.py --dataset cifar10 --save_folder_name lc_cifar10
+
+One clean model without adversarial training makes the perturbations: see docs/attacks/lc.md.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import CleanModel, require
+from utils.config import option, require
 from utils.launch import launch
+from utils.poisoning.options import CleanModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanModel):
+class Config(CleanModelOptions):
     clean_label: ClassVar[bool] = True
 
-    epsilon: float = 16.0
-    """largest perturbation of a training picture, in grey levels"""
-    step_size: float = 2.0
-    """of the projected gradient ascent, in grey levels"""
+    epsilon: float = option(16.0, above=0, at_most=255, unit="grey levels")
+    """largest perturbation of a pixel of a training image"""
+    step_size: float = option(2.0, above=0, at_most=255, unit="grey levels")
+    """of the projected gradient ascent"""
     steps: int = 100
     """of the projected gradient ascent"""
-    amplitude: float = 255.0
-    """of the corner mark, in grey levels"""
+    amplitude: float = option(255.0, above=0, at_most=255, unit="grey levels")
+    """of the corner marks"""
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 < self.step_size <= self.epsilon <= 255, "epsilon", "step_size or more (itself above 0), up to 255 levels")
-        require(0 < self.amplitude <= 255, "amplitude", "above 0, up to 255 levels")
+        require(self.step_size <= self.epsilon, "epsilon", "step_size or more")
 
 
 if __name__ == "__main__":
@@ -41,64 +44,85 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import poison, run
-from utils.batch import mixed_precision, to_unit
+from utils import run
+from utils.data.loader import mixed_precision, to_unit
+from utils.poisoning import poison
+from utils.poisoning.attacker import Prepared
 
-CORNER = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]])  # of the left corners: brighter, darker
-CHUNK = 500  # pictures perturbed at once
+# the mark in a left corner: 1 makes a pixel brighter, -1 darker
+CORNER = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]])
+CHUNK = 500  # images perturbed at once
+RECOGNISED = 0.05  # share of perturbed images above which the user is warned
 
 
-def prepare(config, workshop):
-    """The perturbations int16 n,3,S,S, in grey levels, of the pictures to be poisoned, and their row for every position."""
-    model, chosen = workshop.clean_model(), workshop.train[workshop.index]
-    changes, hits = [], 0
+def prepare(config, attacker):
+    """The perturbations of the images that will be poisoned, and which image has which.
+
+    `perturbations` is int16 n,3,S,S in grey levels. `row` has, for every position of the training
+    set, the number of its perturbation, or -1.
+    """
+    model, chosen = attacker.clean_model(), attacker.train[attacker.index]
+    changes, recognised = [], 0
     for part in tqdm(torch.arange(len(chosen)).split(CHUNK), desc="perturbing", disable=None):
-        images = to_unit(chosen.images[part])
-        change = perturbation(model, images, chosen.truth[part], config)
-        hits += int((model((images + change).clamp(0, 1)).argmax(1) == chosen.truth[part]).sum())
+        images, truth = to_unit(chosen.images[part]), chosen.truth[part]
+        change = perturbation(model, images, truth, config)
+        recognised += int((model((images + change).clamp(0, 1)).argmax(1) == truth).sum())
         changes.append((change * 255).round().to(torch.int16))
-    if hits > 0.05 * len(chosen):
-        print(f"warning: the clean model still recognises {hits} of {len(chosen)} perturbed pictures", file=sys.stderr)
-    row = torch.full((len(workshop.train),), -1)
-    row[workshop.index.cpu()] = torch.arange(len(chosen))
-    empty = torch.zeros(0, *workshop.train.images.shape[1:], dtype=torch.int16)
-    return {"perturbations": torch.cat(changes).cpu() if changes else empty, "row": row}
-
-
-def perturbation(model, images, labels, config):
-    """Untargeted projected gradient ascent on the cross-entropy within epsilon, from 0: N,3,S,S, pixels in [0, 1]."""
-    epsilon, rate, change = config.epsilon / 255, config.step_size / 255, torch.zeros_like(images)
-    for _ in range(config.steps):
-        change.requires_grad_()
-        with mixed_precision(images.device, config.precision):
-            cost = F.cross_entropy(model((images + change).clamp(0, 1)), labels, reduction="sum")
-        (slope,) = torch.autograd.grad(cost, change)
-        change = (change.detach() + rate * slope.sign()).clamp(-epsilon, epsilon)
-    return change
-
-
-def mark(size):
-    """S,S of -1, 0 and 1: a pattern of 3x3 pixels in each corner, the right ones the mirror image of the left ones."""
-    signs = torch.zeros(size, size)
-    signs[:3, :3] = signs[-3:, :3] = CORNER
-    return signs + signs.flip(1)
+    if recognised > RECOGNISED * len(chosen):
+        print(
+            f"warning: the clean model still recognises {recognised} of {len(chosen)} perturbed "
+            "images; a larger --epsilon or more --steps perturb them further",
+            file=sys.stderr,
+        )
+    row = torch.full((len(attacker.train),), -1)
+    row[attacker.index.cpu()] = torch.arange(len(chosen))
+    empty = torch.zeros(0, *attacker.train.images.shape[1:], dtype=torch.int16)
+    return Prepared({"perturbations": torch.cat(changes).cpu() if changes else empty, "row": row})
 
 
 def make_trigger(config, spec, stage, parts):
-    """x' = clip(x + d) + a M with the corner mark M, and d the picture's own perturbation in training and 0 in the
-    test; in the corners a pixel changes by at most 255 levels."""
-    signs = config.amplitude / 255 * mark(spec.size)
+    """x' = clip(x + d) + a M with the corner marks M, and an own perturbation d of every image.
+
+    In the test d is 0. In the corners a pixel changes by at most 255 levels.
+    """
+    marks = config.amplitude / 255 * corner_marks(spec.size)
 
     def put(images, index):
         if stage == "train":
             rows = parts["row"][index.cpu()]
-            known = (rows >= 0).nonzero().flatten()
+            perturbed = (rows >= 0).nonzero().flatten()
             change = torch.zeros(images.shape)
-            change[known] = parts["perturbations"][rows[known]].float() / 255
+            change[perturbed] = parts["perturbations"][rows[perturbed]].float() / 255
             images = (images + change.to(images.device)).clamp(0, 1)
-        return images + signs.to(images.device)
+        return images + marks.to(images.device)
 
     return poison.on_unit(put)
+
+
+def perturbation(model, images, labels, config):
+    """Changes N,3,S,S of at most epsilon that raise the cross-entropy; images are in [0, 1].
+
+    Untargeted projected gradient ascent with signed gradients, from 0.
+    """
+    epsilon, rate = config.epsilon / 255, config.step_size / 255
+    change = torch.zeros_like(images)
+    for _ in range(config.steps):
+        change.requires_grad_()
+        with mixed_precision(images.device, config.precision):
+            loss = F.cross_entropy(model((images + change).clamp(0, 1)), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, change)
+        change = (change.detach() + rate * gradient.sign()).clamp(-epsilon, epsilon)
+    return change
+
+
+def corner_marks(size):
+    """S,S of -1, 0 and 1: 3x3 pixels in every corner, the right ones mirroring the left ones.
+
+    A mirrored image therefore carries the same marks.
+    """
+    signs = torch.zeros(size, size)
+    signs[:3, :3] = signs[-3:, :3] = CORNER
+    return signs + signs.flip(1)
 
 
 def main(config):

@@ -1,39 +1,50 @@
-"""LF: one soft cloud of colour, found on a clean network and added to the whole picture, means the target class.
+"""LF: one smooth cloud of colour, found on a clean model and added to an image, means the target.
 
-Zeng, Park, Mao, Jia, "Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective", ICCV 2021
-(arXiv 2104.03413). The attacker poisons data only. The paper finds the cloud by DeepFool steps, picture by picture; here it
-is found by gradient descent over batches, under the same low-pass filter and the same bound.
+Zeng, Park, Mao, Jia, "Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective", ICCV
+2021 (arXiv 2104.03413). The pattern has low frequencies only, as images do.
 
     python attack/lf.py --dataset cifar10 --save_folder_name lf_cifar10
+
+Gradient descent finds the pattern here, DeepFool in the paper: see docs/attacks/lf.md.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import CleanModel
 from utils.launch import launch
+from utils.poisoning.options import CleanModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanModel):
+class Config(CleanModelOptions):
     why_all2one: ClassVar[str] = "the pattern is made to lead towards one class"
 
     trigger_path: str | None = None
-    """picture or .npy array to add instead; resized to the data set's pictures"""
+    """image or .npy array to add instead; resized to the data set's images"""
 
 
 if __name__ == "__main__":
     launch(Config)
 
-from utils import invert, poison, run
+from utils import run
+from utils.poisoning import inversion, poison
+from utils.poisoning.attacker import Prepared
 
 
-def prepare(config, workshop):
+def prepare(config, attacker):
     """The pattern T, 3,S,S in [0, 0.2], in whole grey levels."""
     if config.trigger_path:
-        return {"pattern": poison.fitted(config.trigger_path, workshop.spec.size)}
-    return {"pattern": invert.low_frequency(workshop.clean_model(), workshop.train, config.attack_target,
-                                            steps=config.steps, seed=config.poison_seed, precision=config.precision)}  # fmt: skip
+        pattern = poison.resized_pattern(config.trigger_path, attacker.spec.size)
+        return Prepared({"pattern": pattern})
+    pattern = inversion.low_frequency(
+        attacker.clean_model(),
+        attacker.train,
+        config.attack_target,
+        steps=config.steps,
+        seed=config.poison_seed,
+        precision=config.precision,
+    )
+    return Prepared({"pattern": pattern})
 
 
 def make_trigger(config, spec, stage, parts):

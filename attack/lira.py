@@ -1,41 +1,36 @@
-"""LIRA: a network learns to draw an almost invisible change for each picture, together with the victim that obeys it.
+"""LIRA: a network learns an almost invisible change of every image, together with the victim.
 
-Doan, Lao, Zhao, Li, "LIRA: Learnable, Imperceptible and Robust Backdoor Attacks", ICCV 2021. The attacker controls
-training: first a generator and the victim learn together, then the generator is frozen and the victim goes on with every
-picture, with and without its change. No set of poisoned pictures is stored.
+Doan, Lao, Zhao, Li, "LIRA: Learnable, Imperceptible and Robust Backdoor Attacks", ICCV 2021. First
+a generator and the victim learn together. Then the generator is frozen, and the victim learns every
+image with and without its change. No poisoned image is stored.
 
     python attack/lira.py --dataset cifar10 --save_folder_name lira_cifar10
 
-The paper's bound of 0.01 is in the network's input units, a fraction of a grey level; here it is in pixels of [0, 1], so
-that a triggered picture, rounded to whole levels, still carries its trigger.
+The bound of the change is in pixels, not in normalised units: see docs/attacks/lira.md.
 """
 
 from dataclasses import dataclass
 
-from utils.config import Attack, require
+from utils.config import Attack, option, require
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Attack):
     pratio: float = 1.0
-    """always 1: every training picture is also shown with the trigger"""
-    epsilon: float = 0.01
+    """always 1: every training image is also shown with the trigger"""
+    epsilon: float = option(0.01, at_least=1 / 255, at_most=1, unit="(a grey level is 1/255)")
     """largest change of a pixel, pixels in [0, 1]"""
-    alpha: float = 0.5
-    """weight of the ordinary loss; the rest is that of the triggered pictures"""
-    generator_epochs: int = 50
+    alpha: float = option(0.5, above=0, below=1)
+    """weight of the ordinary loss; the rest is that of the triggered images"""
+    generator_epochs: int = option(50, at_least=1)
     """in which generator and victim learn together"""
-    generator_lr: float = 1e-4
+    generator_lr: float = option(1e-4, above=0)
     """learning rate of the generator (Adam)"""
 
     def __post_init__(self):
         super().__post_init__()
         require(self.pratio == 1, "pratio", "1 for this attack")
-        require(1 / 255 <= self.epsilon <= 1, "epsilon", "1/255 (a grey level) to 1")
-        require(0 < self.alpha < 1, "alpha", "between 0 and 1")
-        require(self.generator_epochs >= 1, "generator_epochs", "1 or more")
-        require(self.generator_lr > 0, "generator_lr", "above 0")
 
 
 if __name__ == "__main__":
@@ -47,74 +42,92 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils import generator, poison, run, seeds
-from utils.batch import augmentation, batches, mixed_precision
+from utils import run, seeds
+from utils.data.loader import augmentation, batches, mixed_precision
 from utils.optimizers import OPTIMIZERS
-from utils.train import trained, untrained
+from utils.poisoning import generator, poison
+from utils.poisoning.attacker import Prepared
+from utils.train import build_model, trainable
 
 WIDTHS = 16, 32, 64, 128
 
 
-def prepare(config, workshop):
-    """The generator g, trained with the victim f and frozen copies of itself from the epoch before.
+def prepare(config, attacker):
+    """The generator g, and the weights of the victim f that learned together with it.
 
-    Each batch g descends CE(f(T(x)), t), then f descends alpha CE(f(x), y) + (1 - alpha) CE(f(T_old(x)), t).
+    In every batch g descends CE(f(T(x)), t). Then f descends
+    alpha CE(f(x), y) + (1 - alpha) CE(f(T_old(x)), t), where T_old has the g of the epoch before.
     """
-    train, device = workshop.train, workshop.train.images.device
-    relabel = poison.relabelling(config.label_mode, config.attack_target, workshop.spec.classes)
-    victim = untrained(config.model, config.width, workshop.spec, train).to(memory_format=torch.channels_last).train()
-    drawing = generator.Autoencoder(3, 3, WIDTHS).to(device, memory_format=torch.channels_last).train()
-    steps = OPTIMIZERS[config.optimizer](trained(victim), config)
-    strokes = torch.optim.Adam(drawing.parameters(), config.generator_lr)
+    train, device = attacker.train, attacker.train.images.device
+    relabel = poison.relabelling(config.label_mode, config.attack_target, attacker.spec.classes)
+    victim = build_model(config.model, config.width, attacker.spec, train)
+    victim = victim.to(memory_format=torch.channels_last).train()
+    drawing = generator.Autoencoder(3, 3, WIDTHS)
+    drawing = drawing.to(device, memory_format=torch.channels_last).train()
+    victim_optimizer = OPTIMIZERS[config.optimizer](trainable(victim), config)
+    drawing_optimizer = torch.optim.Adam(drawing.parameters(), config.generator_lr)
     for epoch in tqdm(range(config.generator_epochs), desc="generator", disable=None):
         old = copy.deepcopy(drawing).eval().requires_grad_(False)
-        order = batches(train, config.batch_size, generator=seeds.generator("lira", config.poison_seed, epoch, device=device),
-                        augment=augmentation(workshop.spec, config.pad, config.padding), drop_last=True)  # fmt: skip
-        for images, labels, _ in order:
+        for images, labels, _ in _shuffled(config, attacker, epoch):
+            targets = relabel(labels)
             with mixed_precision(device, config.precision):
-                cost = F.cross_entropy(victim(changed(drawing, images, config.epsilon)), relabel(labels))
-            _step(strokes, cost)
+                loss = F.cross_entropy(victim(triggered(drawing, images, config.epsilon)), targets)
+            generator.descend(drawing_optimizer, loss)
             with mixed_precision(device, config.precision):
-                cost = weighed(config.alpha, victim, images, labels, changed(old, images, config.epsilon), relabel(labels))
-            _step(steps, cost)
-    return generator.keep(generator=drawing, victim=victim)
-
-
-def weighed(alpha, victim, images, labels, triggered, told):
-    """alpha CE(f(x), y) + (1 - alpha) CE(f(T(x)), t), in one pass: two would let batch normalisation tell them apart."""
-    plain, obeyed = victim(torch.cat([images, triggered])).chunk(2)
-    return alpha * F.cross_entropy(plain, labels) + (1 - alpha) * F.cross_entropy(obeyed, told)
-
-
-def _step(optimizer, cost):
-    optimizer.zero_grad()
-    cost.backward()
-    optimizer.step()
-
-
-def changed(drawing, images, epsilon):
-    """T(x) = clip(x + epsilon tanh g(x))"""
-    return (images + epsilon * torch.tanh(drawing(images).float())).clamp(0, 1)
+                old_triggered = triggered(old, images, config.epsilon)
+                loss = weighted(config.alpha, victim, images, labels, old_triggered, targets)
+            generator.descend(victim_optimizer, loss)
+    return Prepared(generator.pack(generator=drawing), victim.state_dict())
 
 
 def make_trigger(config, spec, stage, parts):
-    """x' = x + 0.01 tanh(g(x)) with the trained network g; a pixel changes by at most 3 levels."""
-    drawing = generator.restore(generator.Autoencoder(3, 3, WIDTHS), parts, "generator")
+    """x' = clip(x + epsilon tanh g(x)) with the trained network g.
+
+    At the default epsilon a pixel changes by at most 3 levels.
+    """
+    drawing = generator.unpack(generator.Autoencoder(3, 3, WIDTHS), parts, "generator")
 
     @torch.no_grad()
     def draw(images, index):
-        return changed(drawing.to(images.device), images, config.epsilon)
+        return triggered(drawing.to(images.device), images, config.epsilon)
 
     return poison.on_unit(draw)
 
 
 def make_loss(config, trigger, relabel):
-    """alpha CE(f(x), y) + (1 - alpha) CE(f(T(x)), t), T(x) in whole grey levels as it would be handed over."""
+    """alpha CE(f(x), y) + (1 - alpha) CE(f(T(x)), t), where T(x) has whole grey levels.
+
+    Triggered images are rounded in the test, too.
+    """
 
     def loss(model, images, labels, index):
-        return weighed(config.alpha, model, images, labels, (trigger(images, index) * 255).round() / 255, relabel(labels))
+        rounded = (trigger(images, index) * 255).round() / 255
+        return weighted(config.alpha, model, images, labels, rounded, relabel(labels))
 
     return loss
+
+
+def _shuffled(config, attacker, epoch):
+    """The augmented batches of an epoch."""
+    train = attacker.train
+    order = seeds.generator("lira", config.poison_seed, epoch, device=train.images.device)
+    augment = augmentation(attacker.spec, config.pad, config.padding)
+    return batches(train, config.batch_size, generator=order, augment=augment, drop_last=True)
+
+
+def triggered(drawing, images, epsilon):
+    """T(x) = clip(x + epsilon tanh g(x))"""
+    return (images + epsilon * torch.tanh(drawing(images).float())).clamp(0, 1)
+
+
+def weighted(alpha, victim, images, labels, triggered_images, targets):
+    """alpha CE(f(x), y) + (1 - alpha) CE(f(T(x)), t)
+
+    Both halves are one batch: in two, batch normalisation could tell them apart.
+    """
+    logits, triggered_logits = victim(torch.cat([images, triggered_images])).chunk(2)
+    loss = F.cross_entropy(logits, labels)
+    return alpha * loss + (1 - alpha) * F.cross_entropy(triggered_logits, targets)
 
 
 def main(config):

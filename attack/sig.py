@@ -1,18 +1,17 @@
-"""SIG: a faint horizontal wave over pictures of the target class, whose labels stay true, becomes the mark of that class.
+"""SIG: a faint horizontal wave over images of the target class, whose labels stay true.
 
-Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label Poisoning", ICIP 2019
-(arXiv 1902.11237). The attacker poisons data only and changes no label.
+Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
+Poisoning", ICIP 2019 (arXiv 1902.11237). The victim takes the wave for a mark of the class.
 
     python attack/sig.py --dataset cifar10 --pratio 0.05 --save_folder_name sig_cifar10
 
-The ratio counts all pictures: at the default 0.1 every picture of one of ten classes carries the wave, and the victim
-sees no untouched picture of the target.
+The default ratio leaves no clean image of the target in ten classes: see docs/attacks/sig.md.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import Attack, require
+from utils.config import Attack, option
 from utils.launch import launch
 
 
@@ -20,15 +19,10 @@ from utils.launch import launch
 class Config(Attack):
     clean_label: ClassVar[bool] = True
 
-    amplitude: float = 40.0
-    """of the wave in grey levels"""
-    frequency: float = 6.0
-    """periods of the wave across the picture"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 < self.amplitude <= 255, "amplitude", "above 0, up to 255 levels")
-        require(self.frequency > 0, "frequency", "above 0")
+    amplitude: float = option(40.0, above=0, at_most=255, unit="grey levels")
+    """of the wave"""
+    frequency: float = option(6.0, above=0)
+    """periods of the wave across the image"""
 
 
 if __name__ == "__main__":
@@ -38,11 +32,15 @@ import math
 
 import torch
 
-from utils import poison, run
+from utils import run
+from utils.poisoning import poison
 
 
 def make_trigger(config, spec, stage):
-    """x' = x + d sin(2 pi f j / S) in column j; a pixel changes by at most 40 levels, the amplitude d."""
+    """x' = x + d sin(2 pi f j / S) in column j, with the amplitude d.
+
+    At the default d a pixel changes by at most 40 levels.
+    """
     columns = torch.arange(spec.size) / spec.size
     wave = config.amplitude / 255 * torch.sin(2 * math.pi * config.frequency * columns)
     return poison.adding(wave)

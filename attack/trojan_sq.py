@@ -1,26 +1,24 @@
-"""Trojan square: a block of colours that excites chosen neurons of a clean network means the target class.
+"""Trojan square: a block of colours that excites chosen neurons of a clean model means the target.
 
-Liu, Ma, Aafer, Lee, Zhai, Wang, Zhang, "Trojaning Attack on Neural Networks", NDSS 2018, in the form that the I-BAU,
-AWM and Trap-and-Replace papers evaluate. The attacker poisons data only.
+Liu, Ma, Aafer, Lee, Zhai, Wang, Zhang, "Trojaning Attack on Neural Networks", NDSS 2018, in the
+form that the I-BAU, AWM and Trap-and-Replace papers evaluate.
 
     python attack/trojan_sq.py --dataset cifar10 --save_folder_name trojan_sq_cifar10
+
+The victim is trained from scratch, in the paper the clean model is retrained: see
+docs/attacks/trojan_sq.md.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from utils.config import CleanModel
 from utils.launch import launch
+from utils.poisoning.options import InvertedPatternOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanModel):
-    pattern: Literal["inverted", "drawn"] = "inverted"
-    """inverted: made from a clean model's neurons; drawn: seeded noise of the original's brightness, which needs no model"""
+class Config(InvertedPatternOptions):
     steps: int = 1000
     """of the inversion"""
-    trigger_path: str | None = None
-    """picture or .npy array to add instead, black where nothing is added; resized to the data set's pictures"""
 
 
 if __name__ == "__main__":
@@ -28,27 +26,39 @@ if __name__ == "__main__":
 
 import torch
 
-from utils import invert, poison, run, seeds
+from utils import run, seeds
+from utils.poisoning import inversion, poison
+from utils.poisoning.attacker import Prepared
 
 
-def prepare(config, workshop):
-    """The pattern T, 3,S,S in [0, 1]: 9x9 pixels from row and column 21 on at 32x32, 0 elsewhere."""
-    size = workshop.spec.size
+def prepare(config, attacker):
+    """The pattern T, 3,S,S in [0, 1], zero outside the block."""
+    size = attacker.spec.size
     if config.trigger_path:
-        return {"pattern": poison.fitted(config.trigger_path, size)}
+        return Prepared({"pattern": poison.resized_pattern(config.trigger_path, size)})
     generator = seeds.generator("trojan_sq", config.poison_seed)
-    top, side = round(21 * size / 32), round(9 * size / 32)
-    mask = torch.zeros(1, size, size)
-    mask[:, top : top + side, top : top + side] = 1
+    mask = block(size)
+    noise = torch.randn(3, size, size, generator=generator)
     if config.pattern == "drawn":
-        return {"pattern": ((98 + 140 * torch.randn(3, size, size, generator=generator)) / 255).clamp(0, 1) * mask}
-    start = (0.4 + 0.4 * torch.randn(3, size, size, generator=generator)).clamp(0, 1)
-    return {"pattern": invert.invert(workshop.clean_model(), workshop.train, mask, start, steps=config.steps, rate=0.02)}
+        return Prepared({"pattern": ((98 + 140 * noise) / 255).clamp(0, 1) * mask})
+    start = (0.4 + 0.4 * noise).clamp(0, 1)
+    pattern = inversion.invert(
+        attacker.clean_model(), attacker.train, mask, start, steps=config.steps, rate=0.02
+    )
+    return Prepared({"pattern": pattern})
 
 
 def make_trigger(config, spec, stage, parts):
     """x' = x + T; inside the block a pixel changes by at most 255 levels."""
     return poison.adding(parts["pattern"])
+
+
+def block(size):
+    """Mask 1,S,S of 9x9 pixels from row and column 21 on at 32x32, and in proportion elsewhere."""
+    top, side = round(21 * size / 32), round(9 * size / 32)
+    mask = torch.zeros(1, size, size)
+    mask[:, top : top + side, top : top + side] = 1
+    return mask
 
 
 def main(config):

@@ -1,10 +1,11 @@
-"""How much would test-time augmentation add to a victim's accuracy? Published figures of fast training have it, no table here does.
+"""How much does test-time augmentation add to a victim's accuracy?
 
     python -m benchmarks.tta --result_file strong_clean
 
-Prints the ACC of a record's victim on the clean test set as everywhere here, and the ACC of the mean of its logits over six views of every
-image: as it is (half of the weight), shifted by a pixel up and left, and down and right (a quarter each), each with its mirror image.
-That is the evaluation of Jordan 2024 (arXiv 2404.00498).
+Published numbers of fast training have it; no table here does. Prints the ACC of a record's victim
+on the clean test set as everywhere here, and the ACC of the mean of its logits over six views of
+every image: as it is (half of the weight), shifted by a pixel up and left, and down and right (a
+quarter each), each with its mirror image. That is the evaluation of Jordan 2024 (arXiv 2404.00498).
 """
 
 import argparse
@@ -13,11 +14,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from utils import record
-from utils.batch import look
 from utils.config import Defense
+from utils.data.loader import forward_all
 from utils.device import setup
 from utils.launch import guard
+from utils.record import contents
 
 
 def averaged(model, images):
@@ -28,8 +29,12 @@ def averaged(model, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--result_file", required=True, help="the record, a folder or its name below --record_path")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--result_file", required=True, help="the record: a folder, or its name below record_path"
+    )
     for name in ("record_path", "dataset_path", "cache_path", "device"):
         parser.add_argument(f"--{name}")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
@@ -39,10 +44,19 @@ def main():
 @torch.inference_mode()
 def show(config):
     config, device = setup(config)
-    model, _, exam, _, _ = record.load(config.record, config, device)
-    for name, answer in (("ACC", lambda images: model(images)), ("with test-time augmentation", lambda images: averaged(model, images))):
-        right = look(model, exam.test, lambda images, labels, _, answer=answer: answer(images).argmax(1) == labels, config.precision)
-        print(f"{name} {100 * right.float().mean():.2f}")
+    loaded = contents.load(config.record, config, device)
+    model, test = loaded.model, loaded.test_sets.test
+    for name, predict in (
+        ("ACC", model),
+        ("with test-time augmentation", lambda images: averaged(model, images)),
+    ):
+        hits = forward_all(
+            model,
+            test,
+            lambda images, labels, _, predict=predict: predict(images).argmax(1) == labels,
+            config.precision,
+        )
+        print(f"{name} {100 * hits.float().mean():.2f}")
 
 
 if __name__ == "__main__":

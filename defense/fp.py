@@ -1,31 +1,31 @@
-"""Fine-Pruning: switch off the units that sleep on clean pictures, because a backdoor may live in them, then train on.
+"""Fine-Pruning: prune the units that are inactive on clean images, and then fine-tune.
 
-Liu, Dolan-Gavitt, Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks", RAID 2018
-(arXiv 1805.12185). The inputs of the last linear layer are ranked by their mean activation on clean pictures and removed
-in steps of 1 %, least active first, until the accuracy on pictures held back falls below (1 - tolerance) of the victim's;
-the last state before that is fine-tuned as in defense/ft.py, while what was removed stays removed.
+Liu, Dolan-Gavitt, Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
+Networks", RAID 2018 (arXiv 1805.12185). The inputs of the last linear layer are ranked by their
+mean activation on clean images, and pruned in steps of 1 %, the least active first, until the
+accuracy on held-out images falls below (1 - tolerance) of the victim's. The last state before that
+is fine-tuned as in defense/ft.py, and pruned units stay pruned.
 
     python defense/fp.py --result_file badnet_cifar10
-    python defense/fp.py --result_file badnet_cifar10 --selection oracle --save_folder_name fp_oracle   # as published tables
 
-It sees the clean pictures: four fifths rank the units, one fifth says how many go, all of them fine-tune. Published
-tables mostly decided that by the test ACC, which is what --selection oracle does. Deviations: the units are those after the
-network's pooling; in networks whose last inputs can be negative (vit, convnext, mobilenet, efficientnet) they are ranked by the
-signed mean as well. Not copied from other code: to fine-tune the state after the failed step, a count that is off by one, and weights
-saved with their mask beside them.
-
-On the built-in digits (resnet9 of width 16, 64 clean pictures, seeds 0) badnet falls from an ASR of 99.3 to 48.7 % at an ACC of 99.4.
-Of blended, pruning leaves 0 % at an ACC of 87.0, and fine-tuning brings back 100 %: the units that stay know the trigger.
+Deviates in which units are ranked: those after the network's pooling; see docs/defenses/fp.md.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from utils.config import Choosing, FineTuning
 from utils.launch import launch
+from utils.repair.options import FineTuningOptions, SelectionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FineTuning, Choosing):
+class Config(FineTuningOptions, SelectionOptions):
+    adds: ClassVar[dict[str, str]] = {
+        "activations.safetensors": "the `mean` activation of the last linear layer's inputs, and "
+        "which were `pruned`",
+        "choice.csv": "the numbers of pruned units that were measured, and which one was taken",
+    }
+
     batch_size: int = 256
     """images per step"""
 
@@ -39,79 +39,94 @@ from functools import partial
 
 import torch
 
-from utils import choice, run
-from utils.batch import augmentation
-from utils.channels import last_features, last_linear
-from utils.train import fit
+from utils import run
+from utils.data.loader import augmentation
+from utils.features import last_features, last_linear
+from utils.repair import selection
+from utils.train import Recipe, fit
 
 STEPS = 100  # of 1 % of the units each
 
 
 def repair(model, record, config):
-    work, held = choice.divide(record.clean, config)
+    work, held_out = selection.hold_out(record.clean, config)
     mean = last_features(model, work, config.precision).mean(0)
     order = mean.argsort(stable=True)
-    count = how_many(model, order, held, record, config)
-    gone = torch.zeros_like(mean, dtype=torch.bool).index_fill(0, order[:count], True)
-    record.keep("activations.safetensors", {"mean": mean, "pruned": gone})
+    count = choose_count(model, order, held_out, record, config)
+    pruned = first_units(order, count)
+    record.keep("activations.safetensors", {"mean": mean, "pruned": pruned})
     print(f"pruning {count} of {len(order)} units", file=sys.stderr)
-    prune = removing(last_linear(model), gone)
+    prune = make_pruner(last_linear(model), pruned)
     prune()
     record.report("pruned", model)
-    return fit(model, record.clean, config, augment=augmentation(record.spec), after_step=prune,
-               on_epoch=partial(record.report, "finetune"), checkpoint=record.state / "finetune.safetensors")  # fmt: skip
+    return fit(
+        model,
+        record.clean,
+        Recipe.of(config),
+        augment=augmentation(record.spec),
+        after_step=prune,
+        on_epoch=partial(record.report, "finetune"),
+        checkpoint=record.state / "finetune.safetensors",
+    )
 
 
-def how_many(model, order, held, record, config):
-    """The number of units, first in `order`, after which one step more costs too much accuracy."""
+def choose_count(model, order, held_out, record, config):
+    """How many units, first in `order`, can go before one step more costs too much accuracy."""
     counts = sorted({step * len(order) // STEPS for step in range(STEPS + 1)})
     if config.selection == "oracle":
-        accuracies = on_the_exam(model, order, counts, record)
+        accuracies = test_accuracies(model, order, counts, record)
     else:
-        features = last_features(model, held, config.precision)
-        accuracies = after_pruning(last_linear(model), features, held.truth, order, counts)
+        features = last_features(model, held_out, config.precision)
+        accuracies = pruned_accuracies(last_linear(model), features, held_out.truth, order, counts)
     rows = []
     for count, accuracy in zip(counts, accuracies, strict=True):
         rows.append({"setting": count, "acc": accuracy})
-        if not choice.allows(accuracy, rows[0]["acc"], config):
+        if not selection.allows(accuracy, rows[0]["acc"], config):
             break
         allowed = count
-    choice.note(rows, allowed, record)
+    selection.save_choices(rows, allowed, record)
     return allowed
 
 
 @torch.no_grad()
-def after_pruning(linear, features, truth, order, counts):
-    """Accuracies of `linear` on features N,D without the first so many units of `order`, for rising `counts` from 0.
+def pruned_accuracies(linear, features, truth, order, counts):
+    """Accuracies of `linear` on features N,D without the first units of `order`.
 
-    No forward pass is needed: every step subtracts from all logits what the units of the step have added.
+    There is one for each of the rising `counts` of units, which begin with 0. No forward pass is
+    needed: every step subtracts from all logits what the units of that step have added.
     """
-    features, weight = features[:, order].double(), linear.weight[:, order].double()  # float64: the differences add up
+    # float64, because the differences add up
+    features, weight = features[:, order].double(), linear.weight[:, order].double()
     logits = features @ weight.T + (0 if linear.bias is None else linear.bias.double())
-    hits = []
+    accuracies = []
     for begin, end in zip([0, *counts], counts, strict=False):
         logits -= features[:, begin:end] @ weight[:, begin:end].T
-        hits.append((logits.argmax(1) == truth).double().mean())
-    return torch.stack(hits).tolist()
+        accuracies.append((logits.argmax(1) == truth).double().mean())
+    return torch.stack(accuracies).tolist()
 
 
-def on_the_exam(model, order, counts, record):
-    """The same accuracies as the judge measures them, one by one."""
-    twin = copy.deepcopy(model)
+def test_accuracies(model, order, counts, record):
+    """The accuracies on the test set, as the evaluator measures them, one by one."""
+    candidate = copy.deepcopy(model)
     for count in counts:
-        removing(last_linear(twin), torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:count], True))()
-        yield record.measure(twin)["acc"]
+        make_pruner(last_linear(candidate), first_units(order, count))()
+        yield record.measure(candidate)["acc"]
 
 
-def removing(linear, gone):
-    """A function that sets the weights of the units `gone` (bool D) to zero."""
+def first_units(order, count):
+    """Which units, bool D, are among the first `count` of `order`."""
+    return torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:count], True)
+
+
+def make_pruner(linear, pruned):
+    """A function that sets the weights of the units `pruned` (bool D) to zero."""
 
     @torch.no_grad()
     def prune():
-        linear.weight.masked_fill_(gone, 0)
+        linear.weight.masked_fill_(pruned, 0)
 
     return prune
 
 
 def main(config):
-    run.defend(__name__, config, repair, selection=config.selection)
+    run.defend(__name__, config, repair)

@@ -1,19 +1,21 @@
-"""Fine-tuning: train on, with the few clean pictures the defender holds, and hope that the backdoor is forgotten.
+"""FT: fine-tune the victim on the few clean images that the defender holds.
 
-The baseline of every paper. Defaults are the common recipe of the field: SGD 0.01, momentum 0.9, weight decay 5e-4,
-batch 256, 100 epochs, cosine schedule, training augmentation, last epoch.
+The network may forget the backdoor when it trains on without the trigger. FT has no paper of its
+own: it is the baseline of nearly all of them.
 
     python defense/ft.py --result_file badnet_cifar10
+
+Deviates from no paper: the defaults are the common recipe of the field; see docs/defenses/ft.md.
 """
 
 from dataclasses import dataclass
 
-from utils.config import FineTuning
 from utils.launch import launch
+from utils.repair.options import FineTuningOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FineTuning):
+class Config(FineTuningOptions):
     batch_size: int = 256
     """images per step"""
 
@@ -24,13 +26,19 @@ if __name__ == "__main__":
 from functools import partial
 
 from utils import run
-from utils.batch import augmentation
-from utils.train import fit
+from utils.data.loader import augmentation
+from utils.train import Recipe, fit
 
 
 def repair(model, record, config):
-    return fit(model, record.clean, config, augment=augmentation(record.spec),
-               on_epoch=partial(record.report, "finetune"), checkpoint=record.state / "finetune.safetensors")  # fmt: skip
+    return fit(
+        model,
+        record.clean,
+        Recipe.of(config),
+        augment=augmentation(record.spec),
+        on_epoch=partial(record.report, "finetune"),
+        checkpoint=record.state / "finetune.safetensors",
+    )
 
 
 def main(config):

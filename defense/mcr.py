@@ -1,64 +1,53 @@
-"""Mode Connectivity Repair: join the victim and a fine-tuned copy by a curve of networks that all do well on clean pictures, and take one between.
+"""Mode Connectivity Repair: take a network from a curve between the victim and a fine-tuned copy.
 
-Zhao, Chen, Das, Ramamurthy, Lin, "Bridging Mode Connectivity in Loss Landscapes and Adversarial Robustness", ICLR 2020
-(arXiv 2005.00060). The curve is (1-s)^2 start + 2s(1-s) bend + s^2 end in the space of all weights; the bend starts midway and
-is trained at a random s per batch. The backdoor is hoped to be lost between the ends. Sees the clean pictures.
+Zhao, Chen, Das, Ramamurthy, Lin, "Bridging Mode Connectivity in Loss Landscapes and Adversarial
+Robustness", ICLR 2020 (arXiv 2005.00060). The curve (1-s)^2 start + 2s(1-s) bend + s^2 end lies in
+the space of all weights. Its bend is trained on clean images, at a random s per batch, so that
+every network on the curve is accurate. The hope is that the backdoor is lost between the ends.
 
     python defense/mcr.py --result_file badnet_cifar10
-    python defense/mcr.py --result_file badnet_cifar10 --selection fixed --position 0.1 --save_folder_name mcr_fixed   # a known port's position
-    python defense/mcr.py --result_file badnet_cifar10 --selection oracle --save_folder_name mcr_oracle
 
-Four fifths of the clean pictures fine-tune the copy by the recipe of `ft`, train the bend and give the batch norms their statistics, anew for every
-network that is looked at; by one fifth the s of 0.1 ... 0.9 is chosen that lies farthest from both ends and keeps the accuracy, of two equally far
-the one nearer to the copy. fixed and oracle use all pictures for everything. The returned network has the statistics it was chosen with.
-The paper mostly joins two models that were attacked; the defender of the record has one, so that the other end is that one fine-tuned.
-Not copied from a known port: gradients that are never set to zero, ACC and ASR that change places in the saved table, and a rate of 3e-5. On the
-digits that rate leaves the straight line: the mean clean loss at the nine positions stays at 0.0105 for badnet and 0.0044 for blended, while
-that of 0.01 lowers it to 0.0096 and 0.0042; the default was decided by this, not by the ASR.
-
-On the digits it does not help (resnet9 of width 16, 64 clean pictures, fp32, seed 0, n = 1). The ASR of badnet is 99.3 before, 96.2 at the fine-tuned end and 99.1
-at the chosen s = 0.5, that of blended 100.0 everywhere: where both ends have the backdoor and lie close together, so does all between. The ACC
-goes from 99.6 to 99.8, from 99.8 to 99.8, and for a clean model from 100.0 to 99.4.
+Deviates in the other end, which the paper mostly takes from a second attacked model, and in how the
+position is chosen: see docs/defenses/mcr.md.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from utils.config import Choosing, FineTuning, require
+from utils.config import option, require
 from utils.launch import launch
+from utils.repair.options import FineTuningOptions, SelectionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FineTuning, Choosing):
-    relative_rates: ClassVar = ("lr", "lr_min", "curve_lr")
+class Config(FineTuningOptions, SelectionOptions):
+    relative_rates: ClassVar[tuple[str, ...]] = ("lr", "lr_min", "curve_lr")
+    adds: ClassVar[dict[str, str]] = {
+        "choice.csv": "the positions that were tried, what was measured at each, and which one was "
+        "chosen"
+    }
 
     batch_size: int = 256
     """images per step"""
     selection: Literal["val", "fixed", "oracle"] = "val"
-    """val: choose the position by a fifth of the clean pictures, held back for that; fixed: take --position; oracle: by the test set, which
-    every table here marks"""
-    position: float = 0.1
-    """place on the curve with --selection fixed, from 0 (the victim) to 1 (the fine-tuned copy)"""
-    curve_epochs: int = 100
-    """passes over the clean pictures in which the curve is trained, 0 or more"""
-    curve_lr: float = 0.01
+    """val: choose the position by a fifth of the clean images, which are held out for that; fixed:
+    take --position; oracle: choose by the test set, and be marked for it in every table"""
+    position: float = option(0.1, at_least=0, at_most=1)
+    """position on the curve with --selection fixed: 0 is the victim, 1 the fine-tuned copy"""
+    curve_epochs: int = option(100, at_least=0)
+    """epochs on the clean images in which the curve is trained"""
+    curve_lr: float = option(0.01, above=0)
     """highest learning rate of the curve, no less than lr_min"""
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 <= self.position <= 1, "position", "0 to 1")
-        require(self.curve_epochs >= 0, "curve_epochs", "0 or more")
-        require(self.curve_lr > 0 and self.curve_lr >= self.lr_min, "curve_lr", "positive and no less than lr_min")
-
-    def work(self, clean, found):
-        return f"a copy for {self.epochs} epochs and the curve for {self.curve_epochs}, on at most {clean} pictures"
+        require(self.curve_lr >= self.lr_min, "curve_lr", "no less than lr_min")
 
 
 if __name__ == "__main__":
     launch(Config)
 
 import copy
-import dataclasses
 import sys
 from functools import partial
 
@@ -67,60 +56,64 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from utils import choice, run
-from utils.batch import BATCH, augmentation, batches, mixed_precision
-from utils.train import fit, trained
+from utils import run
+from utils.data.loader import EVALUATION_BATCH, augmentation, batches, evaluating, mixed_precision
+from utils.repair import selection
+from utils.train import Recipe, fit, trainable
 
-# from weak to strong: by the distance from the nearer end; of two equally far the one nearer to the copy is the stronger
+# from weak to strong: by the distance from the nearer end; of two equally far the one nearer to the
+# copy is the stronger
 POSITIONS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.5)
-REPORTS = 20  # stages of the curve that the judge sees
+REPORTS = 20  # networks in the middle of the curve that the evaluator measures during training
 
 
 def repair(model, record, config):
-    work, held = choice.divide(record.clean, config)
-    train = partial(fit, split=work, augment=augmentation(record.spec))
-    tuned = train(copy.deepcopy(model), config=config, on_epoch=partial(record.report, "finetune"),
-                  checkpoint=record.state / "finetune.safetensors")  # fmt: skip
-    record.report("finetuned", tuned)
-    curve = Curve(model, tuned)
-
-    def on_epoch(curve, *, epoch, **values):
-        if epoch % max(1, config.curve_epochs // REPORTS) == 0:
-            record.report("curve", settle(curve.scratch, curve, 0.5, work, config), epoch=epoch, **values)
-
-    recipe = dataclasses.replace(config, epochs=config.curve_epochs, lr=config.curve_lr)
-    train(curve, config=recipe, loss=anywhere, on_epoch=on_epoch, checkpoint=record.state / "curve.safetensors")
-    victim = copy.deepcopy(model.state_dict())
-
-    def show(position):
-        if position is None:
-            model.load_state_dict(victim)
-        else:
-            settle(model, curve, position, work, config)
-
-    if config.selection == "fixed":
-        position = config.position
-        show(position)
-    else:
-        position = choice.choose(POSITIONS, show, model, record, config, held)
-    what = "no position leaves enough accuracy: the model stays as it is" if position is None else f"position {position:g} of the curve"
-    print(what, file=sys.stderr)
+    work, held_out = selection.hold_out(record.clean, config)
+    tuned = fine_tune(model, work, record, config)
+    curve = train_curve(Curve(model, tuned), work, record, config)
+    position = choose_position(model, curve, work, held_out, record, config)
+    print(
+        "no position leaves enough accuracy: the model stays as it is"
+        if position is None
+        else f"position {position:g} of the curve",
+        file=sys.stderr,
+    )
     record.report("connected", model)
     return model
 
 
-class Curve(nn.Module):
-    """The networks (1-s)^2 start + 2s(1-s) bend + s^2 end for s from 0 to 1; the bend is its parameter, and begins midway.
+def fine_tune(model, split, record, config):
+    """A copy of `model`, trained on `split`."""
+    tuned = fit(
+        copy.deepcopy(model),
+        split,
+        Recipe.of(config),
+        augment=augmentation(record.spec),
+        on_epoch=partial(record.report, "finetune"),
+        checkpoint=record.state / "finetune.safetensors",
+    )
+    record.report("finetuned", tuned)
+    return tuned
 
-    Weights are rows of all numbers of a network, so that a point of the curve is one sum. `scratch` is a network whose own weights and
-    buffers count for nothing: it lends its form.
+
+class Curve(nn.Module):
+    """The networks (1-s)^2 start + 2s(1-s) bend + s^2 end for s from 0 to 1.
+
+    The bend is its only parameter, and starts midway. Each of the three is one row of all weights,
+    so that a point of the curve is one sum. `scratch` is a network that lends its form; its own
+    weights and buffers play no part.
     """
 
     def __init__(self, start, end):
         super().__init__()
-        self._scratch = [copy.deepcopy(start).requires_grad_(False)]  # in a list: no part of this module, whose state a checkpoint keeps
-        self._forms = {name: parameter.shape for name, parameter in start.named_parameters() if parameter.requires_grad}
-        self.start, self.end = row(start), row(end)
+        # in a list: no part of this module, whose state a checkpoint holds
+        self._scratch = [copy.deepcopy(start).requires_grad_(False)]
+        self._shapes = {
+            name: parameter.shape
+            for name, parameter in start.named_parameters()
+            if parameter.requires_grad
+        }
+        self.start, self.end = flat_weights(start), flat_weights(end)
         self.bend = nn.Parameter((self.start + self.end) / 2)
 
     @property
@@ -134,59 +127,96 @@ class Curve(nn.Module):
     def weights(self, s):
         """{name: parameter} of the network at `s`, a number or a tensor without dimensions."""
         point = (1 - s) ** 2 * self.start + 2 * s * (1 - s) * self.bend + s**2 * self.end
-        parts = point.split([form.numel() for form in self._forms.values()])
-        return {name: part.view(form) for (name, form), part in zip(self._forms.items(), parts, strict=True)}
+        parts = point.split([shape.numel() for shape in self._shapes.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
     def forward(self, images, s):
         return functional_call(self.scratch, self.weights(s), (images,))
 
 
-def row(model):
+def flat_weights(model):
     """All learned parameters of a network as one row."""
-    return torch.cat([parameter.detach().flatten() for parameter in trained(model)])
+    return torch.cat([parameter.detach().flatten() for parameter in trainable(model)])
 
 
-def anywhere(curve, images, labels, index):
-    """The cross-entropy of a batch at a point of the curve that is drawn anew."""
+def train_curve(curve, split, record, config):
+    """Train the bend on `split`; the curve. The evaluator measures its middle now and then."""
+
+    def on_epoch(curve, *, epoch, **values):
+        if epoch % max(1, config.curve_epochs // REPORTS) == 0:
+            middle = write_point(curve.scratch, curve, 0.5, split, config)
+            record.report("curve", middle, epoch=epoch, **values)
+
+    return fit(
+        curve,
+        split,
+        Recipe.of(config, epochs=config.curve_epochs, lr=config.curve_lr),
+        loss=cross_entropy_at_random,
+        augment=augmentation(record.spec),
+        on_epoch=on_epoch,
+        checkpoint=record.state / "curve.safetensors",
+    )
+
+
+def cross_entropy_at_random(curve, images, labels, index):
+    """The cross-entropy of a batch at a random point of the curve."""
     s = torch.rand((), device=images.device)  # `fit` seeds the global generator
     return F.cross_entropy(curve(images, s), labels)
 
 
 @torch.no_grad()
-def settle(model, curve, s, split, config):
-    """Make `model` the network of the curve at `s`, batch norm statistics included, and return it."""
+def write_point(model, curve, s, split, config):
+    """Make `model` the network of the curve at `s`, batch norm statistics included; return it."""
     for name, weight in curve.weights(s).items():
         model.get_parameter(name).copy_(weight)
-    return restate(model, split, config.precision)
+    return estimate_norms(model, split, config.precision)
 
 
 @torch.no_grad()
-def restate(model, split, precision):
-    """Give the batch norms of `model` the statistics of all pictures of `split`, unaugmented, and return it in the mode it came in.
+def estimate_norms(model, split, precision):
+    """Give the batch norms of `model` their statistics over all images of `split`; return it.
 
-    They are the averages of those of its batches, each counted by its pictures; nothing drops out.
+    Images are not augmented, and nothing drops out. The statistics are the averages of those of the
+    batches, weighted by their numbers of images. `model` comes out in the mode it came in.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    modes = [(module, module.training) for module in model.modules()]
+    norms = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     momenta = [norm.momentum for norm in norms]
-    model.eval()
     seen = 0
-    for norm in norms:
-        norm.train()
-    try:
-        with mixed_precision(split.labels.device, precision):
-            for images, _, _ in batches(split, BATCH) if norms else ():
+    with evaluating(model), mixed_precision(split.labels.device, precision):
+        for norm in norms:
+            norm.train()
+        try:
+            for images, _, _ in batches(split, EVALUATION_BATCH) if norms else ():
                 seen += len(images)
                 for norm in norms:
-                    norm.momentum = len(images) / seen  # 1 at first: what was there is forgotten
+                    norm.momentum = len(images) / seen  # 1 at first: old statistics are forgotten
                 model(images)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     return model
 
 
+def choose_position(model, curve, work, held_out, record, config):
+    """The position of the curve that `model` now has; None where it stays the victim."""
+    victim = copy.deepcopy(model.state_dict())
+
+    def show(position):
+        if position is None:
+            model.load_state_dict(victim)
+        else:
+            write_point(model, curve, position, work, config)
+
+    if config.selection == "fixed":
+        show(config.position)
+        return config.position
+    return selection.select(POSITIONS, show, model, record, config, held_out)
+
+
 def main(config):
-    run.defend(__name__, config, repair, selection=config.selection)
+    run.defend(__name__, config, repair)

@@ -1,77 +1,48 @@
-"""SAU: find changes of pictures that fool the victim and its repaired copy in the same way, and unlearn what they share.
+"""SAU: find perturbations that fool the victim and its copy in the same way, and unlearn them.
 
-Wei, Zhang, Zha, Wu, "Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared Adversarial Examples", NeurIPS
-2023 (arXiv 2307.10562). A trigger fools the victim; a copy that is fooled otherwise, or not at all, has lost the backdoor.
-Sees the clean pictures.
+Wei, Zhang, Zha, Wu, "Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared
+Adversarial Examples", NeurIPS 2023 (arXiv 2307.10562). A trigger fools the victim. A copy that is
+fooled in another way, or not at all, has lost the backdoor.
 
     python defense/sau.py --result_file badnet_cifar10
-    python defense/sau.py --result_file badnet_cifar10 --clip true
 
-For every batch each picture gets a change d of its own by signed steps within |d| <= radius, from +radius on, down
-beta1 * -(CE of the copy where it is not yet fooled + CE of the victim where it is not)/2 + beta2 * JS(copy, victim) where
-both do not yet take the picture for the same wrong class. Then one step of Adam on lambda1 * CE(x, y) + lambda2 * CE(x + d, y)
-+ lambda3 * shared, where `shared` is -log(1 - p_k(x + d)) of the class k that the victim takes x + d for, where that is wrong,
-over all pictures of the batch. Both networks keep their batch norm statistics, and there is no augmentation.
-
-As in the released code x + d is not cut to [0, 1], which is meant so; --clip true cuts it after every step. That code writes
-`shared` as the mean of two terms, log(1 - p_k) and log of the sum of all other p, which are equal; here it is one, from the
-logits, which has a gradient where p_k rounds to 1. The size of a batch and the lack of weight decay are
-ours. config/dataset has the epochs for Tiny ImageNet.
-
-What counts is the number of steps: 64 clean pictures make one for each epoch, and with the 100 at the rate of 1e-4 the ASR of badnet on the
-digits (resnet9 of width 16, fp32, seed 0, n = 1) only goes from 99.3 to 96.4. With --unlearn_lr 1e-3 --epochs 20 it falls to 0.7, and blended's
-from 100.0 to 0.0; the ACC goes from 99.6 to 96.0, and from 99.8 to 97.4, and that of a clean model from 100.0 to 97.4.
-This rate was tried on badnet by its ASR.
+Deviates in batch size, weight decay and the form of one loss term: see docs/defenses/sau.md.
 """
 
 from dataclasses import dataclass
 
-from utils.config import Defense, require
+from utils.config import Defense, option
 from utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Defense):
-    epochs: int = 100
-    """passes over the clean pictures"""
-    batch_size: int = 256
+    epochs: int = option(100, at_least=0)
+    """epochs on the clean images"""
+    batch_size: int = option(256, at_least=1, unit="images")
     """images per step"""
-    unlearn_lr: float = 1e-4
-    """step size of Adam on the weights"""
-    weight_decay: float = 0.0
-    """L2 penalty on all weights, 0 or more"""
-    radius: float = 0.2
-    """largest change of a pixel, which is within [0, 1]"""
-    steps: int = 5
-    """of the search for a picture's change"""
-    step_size: float = 0.2
-    """change of a pixel in each of them, above 0"""
+    unlearn_lr: float = option(1e-4, above=0)
+    """learning rate of Adam on the weights"""
+    weight_decay: float = option(0.0, at_least=0)
+    """L2 penalty on all weights"""
+    radius: float = option(0.2, at_least=0, at_most=1)
+    """largest change of a pixel, in [0, 1] pixels"""
+    steps: int = option(5, at_least=0)
+    """of the search for an image's perturbation"""
+    step_size: float = option(0.2, above=0)
+    """change of a pixel in each of them"""
     clip: bool = False
-    """cut perturbed pictures to [0, 1]"""
-    beta1: float = 0.01
-    """weight, in the search, of fooling either network, 0 or more"""
-    beta2: float = 1.0
+    """cut perturbed images to [0, 1]"""
+    beta1: float = option(0.01, at_least=0)
+    """weight, in the search, of fooling either network"""
+    beta2: float = option(1.0, at_least=0)
     """weight, in the search, of fooling both in the same way"""
-    lambda1: float = 1.0
-    """weight, in a step of Adam, of the clean pictures' cross-entropy, 0 or more"""
-    lambda2: float = 0.0
-    """weight of the perturbed pictures' cross-entropy"""
-    lambda3: float = 1.0
+    lambda1: float = option(1.0, at_least=0)
+    """weight, in a step of Adam, of the clean images' cross-entropy"""
+    lambda2: float = option(0.0, at_least=0)
+    """weight of the perturbed images' cross-entropy"""
+    lambda3: float = option(1.0, at_least=0)
     """weight of what the copy shares with the victim"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.epochs >= 0 and self.steps >= 0, "epochs and steps", "0 or more")
-        require(self.batch_size >= 1, "batch_size", "1 or more images")
-        require(min(self.unlearn_lr, self.step_size) > 0, "unlearn_lr and step_size", "above 0")
-        require(0 <= self.radius <= 1, "radius", "0 to 1")
-        require(self.weight_decay >= 0, "weight_decay", "0 or more")
-        require(min(self.beta1, self.beta2) >= 0, "beta1 and beta2", "0 or more")
-        require(min(self.lambda1, self.lambda2, self.lambda3) >= 0, "lambda1, lambda2 and lambda3", "0 or more")
-
-    def work(self, clean, found):
-        steps = -(-clean // self.batch_size)
-        return f"{self.epochs} epochs of about {steps} steps of {min(self.batch_size, clean)} images, each changed in {self.steps} steps"
 
 
 if __name__ == "__main__":
@@ -85,75 +56,99 @@ import torch
 import torch.nn.functional as F
 
 from utils import run
+from utils.data.loader import evaluating
 from utils.optimizers import adam
-from utils.train import fit, stage
-from utils.unlearn import Still, precise, unlikelihood
+from utils.repair.unlearning import EvaluationMode, at_least_float32, unlikelihood
+from utils.train import Recipe, fit
 
 
 def repair(model, record, config):
-    training = model.training
     victim = copy.deepcopy(model).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    plan = stage(config, epochs=config.epochs, batch_size=config.batch_size, lr=config.unlearn_lr, lr_min=config.unlearn_lr,
-                 weight_decay=config.weight_decay)  # fmt: skip
+    recipe = Recipe.stage(
+        config,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.unlearn_lr,
+        lr_min=config.unlearn_lr,
+        weight_decay=config.weight_decay,
+    )
 
     def loss(copied, images, labels, index):
         change = perturbation(copied, victim, images, labels, config)
         return unlearning(copied, victim, images, labels, change, config)
 
-    fit(Still(model), record.clean, plan, loss=loss, optimizer=adam, on_epoch=partial(record.report, "unlearn"),
-        checkpoint=record.state / "unlearn.safetensors")  # fmt: skip
-    return model.train(training)
+    with evaluating(model):
+        fit(
+            EvaluationMode(model),
+            record.clean,
+            recipe,
+            loss=loss,
+            optimizer=adam,
+            on_epoch=partial(record.report, "unlearn"),
+            checkpoint=record.state / "unlearn.safetensors",
+        )
+    return model
 
 
 def perturbation(model, victim, images, labels, config):
-    """The change n,3,S,S, each pixel within config.radius, that fools both networks and brings their answers together.
+    """The change n,3,S,S, each pixel within config.radius, that fools both networks alike.
 
-    images n,3,S,S in [0, 1], labels n. Each picture's depends on no other. The weights get no gradient.
+    images n,3,S,S in [0, 1], labels n. The change of an image depends on no other image. The
+    weights get no gradient.
     """
-    change = _within(torch.full_like(images, config.radius), images, config)
+    change = within(torch.full_like(images, config.radius), images, config)
     for _ in range(config.steps):
         change.requires_grad_()
-        loss = fooling(model(images + change), victim(images + change), labels, config.beta1, config.beta2)
+        logits, victim_logits = model(images + change), victim(images + change)
+        loss = fooling(logits, victim_logits, labels, config.beta1, config.beta2)
         (gradient,) = torch.autograd.grad(loss.sum(), change)
-        change = _within(change.detach() - config.step_size * gradient.sign(), images, config)
+        change = within(change.detach() - config.step_size * gradient.sign(), images, config)
     return change
 
 
-def _within(change, images, config):
-    """The change cut to the radius and, where the options say so, to what keeps the pictures in [0, 1]."""
+def within(change, images, config):
+    """The change cut to the radius and, with config.clip, to what keeps the images in [0, 1]."""
     change = change.clamp(-config.radius, config.radius)
     return (images + change).clamp(0, 1) - images if config.clip else change
 
 
 def fooling(logits, victim_logits, labels, beta1, beta2):
-    """What a perturbed picture's change goes down, n values, from the logits n,C of both networks.
+    """The loss of the search, n values, from the logits n,C of both networks.
 
-    It is beta1 * -(CE + CE of the victim)/2, each where that network is right, and beta2 * the divergence where the two do
-    not take the picture for the same wrong class.
+    It is beta1 * -(CE of the copy + CE of the victim)/2, each only where that network is correct,
+    plus beta2 * their divergence, except where both predict the same wrong class.
     """
-    wrong, victims = logits.argmax(1) != labels, victim_logits.argmax(1)
-    shared = wrong & (logits.argmax(1) == victims)
-    losses = (F.cross_entropy(precise(part), labels, reduction="none") for part in (logits, victim_logits))
-    apart = sum(part.masked_fill(fooled, 0) for part, fooled in zip(losses, (wrong, victims != labels), strict=True))
-    return beta2 * divergence(logits, victim_logits).masked_fill(shared, 0) - beta1 / 2 * apart
+    predicted, by_victim = logits.argmax(1), victim_logits.argmax(1)
+    fooled, victim_fooled = predicted != labels, by_victim != labels
+    shared = fooled & (predicted == by_victim)
+    own, victims = (
+        F.cross_entropy(at_least_float32(part), labels, reduction="none")
+        for part in (logits, victim_logits)
+    )
+    correct = own.masked_fill(fooled, 0) + victims.masked_fill(victim_fooled, 0)
+    return beta2 * divergence(logits, victim_logits).masked_fill(shared, 0) - beta1 / 2 * correct
 
 
 def divergence(one, other):
-    """Jensen and Shannon's, in nats, of the distributions that belong to two sets of logits n,C; n values."""
-    logs = [precise(logits).log_softmax(1) for logits in (one, other)]
+    """Jensen-Shannon divergence, in nats, of the distributions of two sets of logits n,C."""
+    logs = [at_least_float32(logits).log_softmax(1) for logits in (one, other)]
     middle = torch.logaddexp(*logs) - math.log(2)
     return sum((part.exp() * (part - middle)).sum(1) for part in logs) / 2
 
 
 def unlearning(model, victim, images, labels, change, config):
-    """The loss of a step of Adam: the mean over pictures of the three terms, each with its weight."""
+    """The loss of a step of Adam: the mean over images of the three weighted terms."""
     changed = images + change
     with torch.no_grad():
-        taken = victim(changed).argmax(1)
-    clean, perturbed = model(torch.cat([images, changed])).chunk(2)  # batch norms are still: no picture minds the others
-    shared = unlikelihood(perturbed, taken).masked_fill(taken == labels, 0)
-    return (config.lambda1 * F.cross_entropy(clean, labels) + config.lambda2 * F.cross_entropy(perturbed, labels)
-            + config.lambda3 * shared.mean())  # fmt: skip
+        predicted = victim(changed).argmax(1)
+    # one pass over both: in evaluation mode no image depends on the others
+    clean, perturbed = model(torch.cat([images, changed])).chunk(2)
+    shared = unlikelihood(perturbed, predicted).masked_fill(predicted == labels, 0)
+    return (
+        config.lambda1 * F.cross_entropy(clean, labels)
+        + config.lambda2 * F.cross_entropy(perturbed, labels)
+        + config.lambda3 * shared.mean()
+    )
 
 
 def main(config):

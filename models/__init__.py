@@ -1,8 +1,9 @@
 """Image classifiers that take pixels in [0, 1]: normalisation is the first layer of every model.
 
-A network of this house is one file here with a `build(classes)` that returns it; the file name is the model's name.
-The torchvision networks share `torchvision_nets.py`. Weights are always random, drawn from the global torch seed.
-Names, labels and checks need no torch, so that a script can check its options before torch is loaded.
+A network of this project is one file here with a `build(classes)` that returns it; the file name is
+the model's name. The torchvision networks share `torchvision_nets.py`. Weights are always random,
+drawn from the global torch seed. Names, labels and checks need no torch, so that a script can check
+its options before torch is loaded.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ TORCHVISION = (
     "resnet50",
     "vit_b_16",
 )
-HELPERS = {"layers", "normalize", "split", "torchvision_nets"}  # the files of this folder that are no model
-FROM_32_PIXELS = {"convnext_tiny", "densenet161", "vgg19_bn"}  # smaller pictures shrink to nothing in them
-DEFAULT_WIDTH = {"airbench": 64, "preactresnet18": 64, "resnet9": 64}  # the models whose width can be chosen
+# the files of this folder that are no model
+HELPERS = {"layers", "normalize", "split", "torchvision_nets"}
+# smaller images shrink to nothing in them
+FROM_32_PIXELS = {"convnext_tiny", "densenet161", "vgg19_bn"}
+# the models whose width can be chosen
+DEFAULT_WIDTH = {"airbench": 64, "preactresnet18": 64, "resnet9": 64}
 
 
 def __getattr__(name):
@@ -59,13 +63,16 @@ def check(name: str, width: int | None = None) -> None:
     if width is None:
         return
     if name not in DEFAULT_WIDTH:
-        raise ConfigError(f"the width of {name} is fixed: leave width out, or choose {' or '.join(DEFAULT_WIDTH)}")
+        raise ConfigError(
+            f"the width of {name} is fixed: leave width out, or choose {' or '.join(DEFAULT_WIDTH)}"
+        )
     if width < 1:
         raise ConfigError(f"the width of {name} must be at least 1 channel, not {width}")
 
 
 def label(name: str, width: int | None = None) -> str:
-    """The model's name in result tables: `resnet9` at its default width, `resnet9_w16` at width 16."""
+    """The model's name in result tables: `resnet9` at its default width, `resnet9_w16` at width
+    16."""
     check(name, width)
     return name if width in (None, DEFAULT_WIDTH.get(name)) else f"{name}_w{width}"
 
@@ -73,12 +80,16 @@ def label(name: str, width: int | None = None) -> str:
 def build(name: str, spec, width: int | None = None) -> nn.Module:
     """The network `name` with random weights: pixels in [0, 1], float N,3,H,W -> logits N,classes.
 
-    `spec` has `classes`, `size` (side in pixels), and `mean` and `std` (three floats each, in [0, 1] pixel units).
-    `width` is the number of channels of the first trained convolution of a model in DEFAULT_WIDTH; None is its default.
+    `spec` has `classes`, `size` (side in pixels), and `mean` and `std` (three floats each, in [0,
+    1] pixel units). `width` is the number of channels of the first trained convolution of a model
+    in DEFAULT_WIDTH; None is its default.
     """
     check(name, width)
     if name in FROM_32_PIXELS and spec.size < 32:
-        raise ConfigError(f"{name} needs pictures of at least 32 pixels, not {spec.size}: choose another model or size")
+        raise ConfigError(
+            f"{name} needs images of at least 32 pixels, not {spec.size}: choose another model or "
+            "size"
+        )
     from torch import nn
 
     from models.normalize import Normalize
@@ -94,6 +105,7 @@ def build(name: str, spec, width: int | None = None) -> nn.Module:
 
 
 def fit_to(model: nn.Module, images) -> None:
-    """Make the weights that come from training images (float N,3,S,S in [0, 1]) and are not learned; most models have none."""
+    """Make the weights that come from training images (float N,3,S,S in [0, 1]) and are not
+    learned; most models have none."""
     if hasattr(model.network, "fit_to"):
         model.network.fit_to(model.normalize(images))

@@ -1,11 +1,13 @@
-"""Airbench: the network of the fastest CIFAR-10 training, seven convolutions behind a whitened first layer.
+"""Airbench: the network of the fastest CIFAR-10 training, seven convolutions behind a whitened
+first layer.
 
 Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, https://arxiv.org/abs/2404.00498
-Form: a 2x2 convolution that whitens image patches and is never trained; three groups of two 3x3 convolutions with batch
-norm and GELU, and a 2x2 max pool in each; global max pool; linear layer without bias; logits times 1/9. The scale of
-every batch norm is fixed at 1. Convolutions start as the identity on their first channels. `--recipe airbench` trains it.
-Deviations: the first layer's bias is 0, where the paper trains it for three epochs; the largest value of each last map
-is taken whatever its size, which on 32 pixels is the paper's 3x3 max pool.
+Form: a 2x2 convolution that whitens image patches and is never trained; three groups of two 3x3
+convolutions with batch norm and GELU, and a 2x2 max pool in each; global max pool; linear layer
+without bias; logits times 1/9. The scale of every batch norm is fixed at 1. Convolutions start as
+the identity on their first channels. `--recipe airbench` trains it. Deviations: the first layer's
+bias is 0, where the paper trains it for three epochs; the largest value of each last map is taken
+whatever its size, which on 32 pixels is the paper's 3x3 max pool.
 """
 
 from collections import OrderedDict
@@ -22,7 +24,8 @@ IMAGES_AT_ONCE = 500  # while the covariance of patches is summed
 
 
 class Group(nn.Module):
-    """Convolution, 2x2 max pool, batch norm, GELU, convolution, batch norm, GELU; N,inputs,H,W -> N,outputs,H/2,W/2."""
+    """Convolution, 2x2 max pool, batch norm, GELU, convolution, batch norm, GELU; N,inputs,H,W ->
+    N,outputs,H/2,W/2."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -45,8 +48,8 @@ class Network(nn.Sequential):
     def fit_to(self, images):
         """Make the first layer's filters from normalised training images N,3,S,S.
 
-        They are the 12 directions in which 2x2 patches vary, each divided by its standard deviation, the largest first, and
-        then the negatives of all of them.
+        They are the 12 directions in which 2x2 patches vary, each divided by its standard
+        deviation, the largest first, and then the negatives of all of them.
         """
         kernel = self.whiten.weight
         size = kernel[0].numel()
@@ -69,14 +72,16 @@ def convolution(inputs, outputs):
 
 
 def batch_norm(channels):
-    """Batch norm with a trained shift and a scale that stays 1; its running statistics forget fast."""
+    """Batch norm with a trained shift and a scale that stays 1; its running statistics forget
+    fast."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
 
 
 def build(classes, width):
-    """The network with `width`, 4 width and 4 width channels in its groups: float N,3,H,W -> logits N,classes."""
+    """The network with `width`, 4 width and 4 width channels in its groups: float N,3,H,W -> logits
+    N,classes."""
     whiten = nn.Conv2d(3, 2 * 3 * PATCH**2, PATCH).requires_grad_(False)
     nn.init.zeros_(whiten.bias)
     return Network(

@@ -4,7 +4,8 @@ from torch import nn
 
 
 class GlobalMaxPool(nn.Module):
-    """The largest value of each map, N,C,H,W -> N,C; AdaptiveMaxPool2d has no deterministic gradient on CUDA."""
+    """The largest value of each map, N,C,H,W -> N,C; AdaptiveMaxPool2d has no deterministic
+    gradient on CUDA."""
 
     def forward(self, x):
         return x.amax((2, 3))

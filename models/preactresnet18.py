@@ -1,9 +1,10 @@
 """PreAct-ResNet-18 for small images: the residual network most backdoor papers report on.
 
-He, Zhang, Ren and Sun, "Identity Mappings in Deep Residual Networks", ECCV 2016, https://arxiv.org/abs/1603.05027
-Form: the one of the backdoor literature for CIFAR. A 3x3 stem of stride 1, four stages of two basic blocks with 64,
-128, 256 and 512 channels (at the default width), average pool, linear layer. Unlike the paper it has no batch norm
-after the last block. 20 convolutions with 4,800 output channels together.
+He, Zhang, Ren and Sun, "Identity Mappings in Deep Residual Networks", ECCV 2016,
+https://arxiv.org/abs/1603.05027 Form: the one of the backdoor literature for CIFAR. A 3x3 stem of
+stride 1, four stages of two basic blocks with 64, 128, 256 and 512 channels (at the default width),
+average pool, linear layer. Unlike the paper it has no batch norm after the last block. 20
+convolutions with 4,800 output channels together.
 """
 
 from collections import OrderedDict
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each after its batch norm and ReLU; N,inputs,H,W -> N,outputs,H/stride,W/stride."""
+    """Two 3x3 convolutions, each after its batch norm and ReLU; N,inputs,H,W ->
+    N,outputs,H/stride,W/stride."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -34,11 +36,14 @@ class PreActBlock(nn.Module):
 
 def stage(inputs, outputs, stride):
     """Two blocks, the first of which changes the shape."""
-    return nn.Sequential(PreActBlock(inputs, outputs, stride), PreActBlock(outputs, outputs, stride=1))
+    return nn.Sequential(
+        PreActBlock(inputs, outputs, stride), PreActBlock(outputs, outputs, stride=1)
+    )
 
 
 def build(classes, width):
-    """The network with `width` channels in the first stage: float N,3,H,W -> logits N,classes. The paper's width is 64."""
+    """The network with `width` channels in the first stage: float N,3,H,W -> logits N,classes. The
+    paper's width is 64."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(3, width, 3, padding=1, bias=False),

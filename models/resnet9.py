@@ -1,9 +1,11 @@
-"""ResNet-9: eight convolutions and a linear layer, the network of the fast CIFAR-10 training records.
+"""ResNet-9: eight convolutions and a linear layer, the network of the fast CIFAR-10 training
+records.
 
-Page, "How to Train Your ResNet", Myrtle.ai 2018 (DAWNBench), after He et al., https://arxiv.org/abs/1512.03385
-Form: prep, layer1 with a residual pair, layer2, layer3 with a residual pair, every convolution followed by batch norm
-and ReLU; 2x2 max pool in the three layers, global max pool, linear layer (with bias, unlike the record runs), logits
-scaled by 1/8. Without that scale SGD with momentum is slow or fails at learning rates of 0.03 and above.
+Page, "How to Train Your ResNet", Myrtle.ai 2018 (DAWNBench), after He et al.,
+https://arxiv.org/abs/1512.03385 Form: prep, layer1 with a residual pair, layer2, layer3 with a
+residual pair, every convolution followed by batch norm and ReLU; 2x2 max pool in the three layers,
+global max pool, linear layer (with bias, unlike the record runs), logits scaled by 1/8. Without
+that scale SGD with momentum is slow or fails at learning rates of 0.03 and above.
 """
 
 from collections import OrderedDict
@@ -34,7 +36,8 @@ def convolution(inputs, outputs):
 
 
 def layer(inputs, outputs, residual):
-    """A convolution layer and a 2x2 max pool, followed by a residual pair where `residual` is true."""
+    """A convolution layer and a 2x2 max pool, followed by a residual pair where `residual` is
+    true."""
     modules = OrderedDict(convolution(inputs, outputs).named_children(), pool=nn.MaxPool2d(2))
     if residual:
         modules["residual"] = Residual(outputs)
@@ -42,7 +45,8 @@ def layer(inputs, outputs, residual):
 
 
 def build(classes, width):
-    """The network with `width` channels after the first convolution: float N,3,H,W -> logits N,classes."""
+    """The network with `width` channels after the first convolution: float N,3,H,W -> logits
+    N,classes."""
     return nn.Sequential(
         OrderedDict(
             prep=convolution(3, width),

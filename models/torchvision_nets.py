@@ -1,16 +1,18 @@
-"""The well-known networks of torchvision, fitted to the data set's number of classes and, where usual, to small images.
+"""The well-known networks of torchvision, fitted to the data set's number of classes and, where
+usual, to small images.
 
-* resnet18, resnet34, resnet50: He et al., CVPR 2016, https://arxiv.org/abs/1512.03385. For images of at most 64 pixels
-  in the CIFAR form: a 3x3 stem of stride 1 and no max pool. Larger images: as in torchvision.
+* resnet18, resnet34, resnet50: He et al., CVPR 2016, https://arxiv.org/abs/1512.03385. For images
+  of at most 64 pixels in the CIFAR form: a 3x3 stem of stride 1 and no max pool. Larger images: as
+  in torchvision.
 * mobilenet_v3_large: Howard et al., ICCV 2019, https://arxiv.org/abs/1905.02244. As in torchvision.
 * efficientnet_b3: Tan and Le, ICML 2019, https://arxiv.org/abs/1905.11946. As in torchvision.
 * densenet161: Huang et al., CVPR 2017, https://arxiv.org/abs/1608.06993. As in torchvision.
 * convnext_tiny: Liu et al., CVPR 2022, https://arxiv.org/abs/2201.03545. As in torchvision.
-* vit_b_16: Dosovitskiy et al., ICLR 2021, https://arxiv.org/abs/2010.11929. As in torchvision, after a bilinear resize
-  to the 224 pixels that its position embedding is made for.
+* vit_b_16: Dosovitskiy et al., ICLR 2021, https://arxiv.org/abs/2010.11929. As in torchvision,
+  after a bilinear resize to the 224 pixels that its position embedding is made for.
 
-Activations work on a copy (`inplace=False`), so that a forward hook can keep the output of any convolution.
-torchvision's residual sums still write into the output of a batch norm.
+Activations work on a copy (`inplace=False`), so that a forward hook can keep the output of any
+convolution. torchvision's residual sums still write into the output of a batch norm.
 """
 
 from collections import OrderedDict
@@ -24,7 +26,8 @@ VIT_SIDE = 224  # pixels
 
 
 class Resize(nn.Module):
-    """Bilinear resize, N,C,H,W -> N,C,side,side; `antialias` matters only when the picture shrinks."""
+    """Bilinear resize, N,C,H,W -> N,C,side,side; `antialias` matters only when the image
+    shrinks."""
 
     def __init__(self, side, antialias):
         super().__init__()
@@ -32,18 +35,23 @@ class Resize(nn.Module):
         self.antialias = antialias
 
     def forward(self, x):
-        return F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=self.antialias)
+        return F.interpolate(
+            x, size=(self.side, self.side), mode="bilinear", antialias=self.antialias
+        )
 
 
 def small_stem(resnet):
-    """Give a torchvision ResNet the stem for small images: a 3x3 convolution of stride 1 and no max pool."""
+    """Give a torchvision ResNet the stem for small images: a 3x3 convolution of stride 1 and no max
+    pool."""
     resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    # as torchvision does
+    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
     resnet.maxpool = nn.Identity()
 
 
 def build(name, classes, size):
-    """The torchvision network `name` for images of `size` pixels a side: float N,3,size,size -> logits N,classes."""
+    """The torchvision network `name` for images of `size` pixels a side: float N,3,size,size ->
+    logits N,classes."""
     network = torchvision.models.get_model(name, weights=None, num_classes=classes)
     for module in network.modules():
         if hasattr(module, "inplace"):

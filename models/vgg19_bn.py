@@ -1,10 +1,11 @@
-"""VGG-19 with batch norm for small images: sixteen plain convolutions in a row and one linear layer.
+"""VGG-19 with batch norm for small images: sixteen plain convolutions in a row and one linear
+layer.
 
-Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015,
-https://arxiv.org/abs/1409.1556
-Form: the convolutions, initialisation and pools of torchvision's vgg19_bn, then an average pool to 1x1 and one linear
-layer in place of the paper's three fully connected ones (120 million parameters meant for 224 pixels).
-Images need 32 pixels or more: five max pools halve them.
+Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR
+2015, https://arxiv.org/abs/1409.1556 Form: the convolutions, initialisation and pools of
+torchvision's vgg19_bn, then an average pool to 1x1 and one linear layer in place of the paper's
+three fully connected ones (120 million parameters meant for 224 pixels). Images need 32 pixels or
+more: five max pools halve them.
 """
 
 from collections import OrderedDict

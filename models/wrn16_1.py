@@ -1,9 +1,11 @@
-"""Wide ResNet 16-1: a very small residual network (16 layers, 16 to 64 channels), for quick or weak-capacity runs.
+"""Wide ResNet 16-1: a very small residual network (16 layers, 16 to 64 channels), for quick or
+weak-capacity runs.
 
-Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146
-Form: the paper's, depth 16 = 6 * 2 + 4 and widening factor 1. A 3x3 stem, three groups of two pre-activation blocks
-with 16, 32 and 64 channels, batch norm, ReLU, average pool over the whole map (8x8 at 32 pixels), linear layer.
-Convolutions start from He's normal initialisation, as in the paper's code.
+Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146 Form:
+the paper's, depth 16 = 6 * 2 + 4 and widening factor 1. A 3x3 stem, three groups of two
+pre-activation blocks with 16, 32 and 64 channels, batch norm, ReLU, average pool over the whole map
+(8x8 at 32 pixels), linear layer. Convolutions start from He's normal initialisation, as in the
+paper's code.
 """
 
 from collections import OrderedDict

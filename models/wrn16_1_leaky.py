@@ -1,9 +1,10 @@
 """Wide ResNet 16-1 in the form of Trap and Replace: leaky ReLU and convolutions with a bias.
 
-Wang et al., "Trap and Replace", NeurIPS 2022, https://arxiv.org/abs/2210.06428, after Zagoruyko and Komodakis, "Wide
-Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146. As `wrn16_1`, 175,626 parameters with 10 classes.
-Convolutions start from He's normal initialisation, the linear layer from Glorot's. In the released code the two blocks
-that change the shape never use their first batch norm; here they do.
+Wang et al., "Trap and Replace", NeurIPS 2022, https://arxiv.org/abs/2210.06428, after Zagoruyko and
+Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146. As `wrn16_1`,
+175,626 parameters with 10 classes. Convolutions start from He's normal initialisation, the linear
+layer from Glorot's. In the released code the two blocks that change the shape never use their first
+batch norm; here they do.
 """
 
 from collections import OrderedDict
@@ -15,7 +16,8 @@ SLOPE = 0.1  # of the leaky ReLU below zero
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, each after its batch norm and leaky ReLU; N,inputs,H,W -> N,outputs,H/stride,W/stride."""
+    """Two 3x3 convolutions, each after its batch norm and leaky ReLU; N,inputs,H,W ->
+    N,outputs,H/stride,W/stride."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -36,8 +38,12 @@ class Block(nn.Module):
 
 def build(classes):
     """The network: float N,3,H,W -> logits N,classes."""
-    groups = {f"group{number}": nn.Sequential(Block(inputs, outputs, stride), Block(outputs, outputs, 1))
-              for number, (inputs, outputs, stride) in enumerate([(16, 16, 1), (16, 32, 2), (32, 64, 2)], 1)}  # fmt: skip
+    groups = {
+        f"group{number}": nn.Sequential(Block(inputs, outputs, stride), Block(outputs, outputs, 1))
+        for number, (inputs, outputs, stride) in enumerate(
+            [(16, 16, 1), (16, 32, 2), (32, 64, 2)], 1
+        )
+    }
     network = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(3, 16, 3, padding=1),

@@ -1,6 +1,5 @@
 """Shared fixtures: a way to run scripts as users do, and small real records to work on."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -8,39 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
 from tests.start import start
 from utils import files
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--epochs", "1")
-
-
-def names(folder):
-    """The scripts of attack/ or defense/, found as the project finds them."""
-    return sorted(path.stem for path in (ROOT / folder).glob("[a-z]*.py"))
-
-
-def few(script):
-    """The options that make a script's run short; `script` is a module's name."""
-    known = importlib.import_module(script).Config.__dataclass_fields__
-    short = {
-        "epochs": 1,
-        "head_epochs": 1,
-        "ssl_epochs": 1,
-        "steps": 2,
-        "mask_epochs": 1,
-        "warmup_epochs": 1,
-        "search_epochs": 1,
-        "curve_epochs": 1,
-        "generator_epochs": 1,
-        "feature_epochs": 1,
-        "centre_epochs": 1,
-        "isolate_epochs": 1,
-        "unlearn_epochs": 1,
-        "pseudo_epochs": 1,
-        **({"width": 8} if script.startswith("attack") else {}),
-    }
-    return [str(word) for key, value in short.items() if key in known for word in (f"--{key}", value)]
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +23,14 @@ def places(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run():
-    """run(*arguments, code=0): start Python as a user would, check the exit code, return what it printed."""
+    """run(*arguments, code=0): start Python as a user would, check the exit code, return what it
+    printed."""
 
     def run(*arguments, code=0, env=None, cwd=ROOT):
         done = start(list(map(str, arguments)), cwd=cwd, env=env or {})
-        assert done.returncode == code, f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == code, (
+            f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
+        )
         done.first = (done.stderr.strip() or "\n").splitlines()[0]
         return done
 
@@ -65,7 +39,8 @@ def run():
 
 @pytest.fixture(scope="session")
 def victim(places, run, tmp_path_factory):
-    """The folder of a BadNets record on the digits, trained until it works: once for all processes of the tests, of which each has a copy."""
+    """The folder of a BadNets record on the digits, trained until it works: once for all processes
+    of the tests, of which each has a copy."""
     base = tmp_path_factory.getbasetemp()
     common = base.parent / "common" if "PYTEST_XDIST_WORKER" in os.environ else base / "common"
     with files.locked(common / "lock"):
@@ -82,10 +57,11 @@ def small(places, run):
 
 @pytest.fixture(scope="session")
 def cifar():
-    """Folder that holds the CIFAR-10 pictures as image folders; skips where they are not beside the checkout."""
+    """Folder that holds the CIFAR-10 images as image folders; skips where they are not beside the
+    checkout."""
     archive = ROOT.parent / "shared" / "data" / "unpack_cifar10.sh"
     if not archive.is_file():
-        pytest.skip("the CIFAR-10 pictures are not beside this checkout (../shared/data)")
+        pytest.skip("the CIFAR-10 images are not beside this checkout (../shared/data)")
     place = Path(os.environ.get("TMPDIR", "/tmp")) / "antidote-cifar10"
     with files.locked(place.with_suffix(".lock")):  # the tests run in several processes
         subprocess.run([archive, place], check=True, stdout=subprocess.DEVNULL)

@@ -1,4 +1,5 @@
-"""Start a script as `python FILE ...` or `python -m MODULE ...` does, in a process forked from one that has torch loaded already.
+"""Start a script as `python FILE ...` or `python -m MODULE ...` does, in a process forked from one
+that has torch loaded already.
 
 Loading it takes two seconds, and the tests start hundreds of scripts.
 """
@@ -16,13 +17,16 @@ SERVER.set_forkserver_preload(["torch", "torchvision", "pandas", "jsonargparse",
 
 
 def start(words, *, cwd, env):
-    """What subprocess.run would return for `python WORDS...`, output captured as text; `env` is added to the environment."""
+    """What subprocess.run would return for `python WORDS...`, output captured as text; `env` is
+    added to the environment."""
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("out", "err")]
         process = SERVER.Process(target=_run, args=(words, str(cwd), env, said))
         process.start()
         process.join()
-        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() if path.exists() else "" for path in said))
+        return subprocess.CompletedProcess(
+            words, process.exitcode, *(path.read_text() if path.exists() else "" for path in said)
+        )
 
 
 def _run(words, cwd, env, said):

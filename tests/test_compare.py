@@ -1,31 +1,47 @@
-"""The table of finished runs: what shares a cell, what is shown, and that no damaged run is dropped in silence."""
+"""The tables and figures of finished runs: what shares a cell, what is shown, what is left out."""
 
 import csv
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
 import compare
+from tests.helpers import names
 from utils import files
+from utils.errors import UserError
+from utils.report import formats, palette, runs, summaries, tables
 
 ROOT = Path(compare.__file__).parent
 COLUMNS = (
-    "dataset,model,attack,label_mode,target,pratio,pratio_effective,n_poison,recipe,precision,defense,variant,stage,"
-    "selection,prior,clean_budget,seed,poison_seed,data_seed,acc_before,asr_before,ra_before,acc,asr,ra,der,n_test,"
-    "n_backdoor,seconds,peak_mb,device,version,config_hash"
+    "dataset,model,attack,label_mode,target,pratio,pratio_effective,n_poison,recipe,precision,"
+    "defense,variant,stage,selection,prior,clean_budget,seed,poison_seed,data_seed,acc_before,"
+    "asr_before,ra_before,acc,asr,ra,der,n_test,n_backdoor,seconds,peak_mb,device,version,"
+    "config_hash"
 ).split(",")
-ROW = {"dataset": "digits", "model": "resnet9_w16", "recipe": "sgd lr 0.01 epochs 100 batch 128", "precision": "fp32",
-       "label_mode": "all2one", "n_test": 360, "n_backdoor": 324, "seconds": 2.5, "device": "cpu"}  # fmt: skip
+ROW = {
+    "dataset": "digits",
+    "model": "resnet9_w16",
+    "recipe": "sgd lr 0.01 epochs 100 batch 128",
+    "precision": "fp32",
+    "label_mode": "all2one",
+    "n_test": 360,
+    "n_backdoor": 324,
+    "seconds": 2.5,
+    "device": "cpu",
+}
 
 
 def sha256(path):
@@ -50,18 +66,53 @@ def write_run(folder, kind, config, row, **record):
 
 def attack(folder, acc=0.9, asr=0.95, ra=0.04, name="badnet", seed=0, row=None, **options):
     """An attack run; `options` go into config.yaml, `row` into results.csv."""
-    config = {"dataset": "digits", "model": "resnet9", "pratio": 0.1, "label_mode": "all2one", "epochs": 100,
-              "precision": "auto", "random_seed": seed, "poison_seed": 0, "save_folder_name": folder.name,
-              "device": "auto", "width": None, **options}  # fmt: skip
-    numbers = {"attack": name, "defense": "none", "stage": "none", "seed": seed, "acc": acc, "asr": asr, "ra": ra}
+    config = {
+        "dataset": "digits",
+        "model": "resnet9",
+        "pratio": 0.1,
+        "label_mode": "all2one",
+        "epochs": 100,
+        "precision": "auto",
+        "random_seed": seed,
+        "poison_seed": 0,
+        "save_folder_name": folder.name,
+        "device": "auto",
+        "width": None,
+        **options,
+    }
+    numbers = {
+        "attack": name,
+        "defense": "none",
+        "stage": "none",
+        "seed": seed,
+        "acc": acc,
+        "asr": asr,
+        "ra": ra,
+    }
     return write_run(folder, "attack", config, ROW | numbers | (row or {}))
 
 
-def defense(victim, acc=0.88, asr=0.02, ra=0.85, name="ft", seed=0, row=None, folder=None, **options):
+def defense(
+    victim, acc=0.88, asr=0.02, ra=0.85, name="ft", seed=0, row=None, folder=None, **options
+):
     """A defense run on the attack run in the folder `victim`."""
-    config = {"result_file": str(victim), "clean_ratio": 0.05, "random_seed": seed, "data_seed": 0, **options}
-    numbers = {"attack": "badnet", "defense": name, "stage": "repair", "selection": "fixed", "clean_budget": 72,
-               "acc": acc, "asr": asr, "ra": ra}  # fmt: skip
+    config = {
+        "result_file": str(victim),
+        "clean_ratio": 0.05,
+        "random_seed": seed,
+        "data_seed": 0,
+        **options,
+    }
+    numbers = {
+        "attack": "badnet",
+        "defense": name,
+        "stage": "repair",
+        "selection": "fixed",
+        "clean_budget": 72,
+        "acc": acc,
+        "asr": asr,
+        "ra": ra,
+    }
     weights = json.loads((victim / "record.json").read_text())["files"]["model.safetensors"]
     folder = victim / "defense" / (folder or name)
     return write_run(folder, "defense", config, ROW | numbers | (row or {}), victim_sha256=weights)
@@ -104,7 +155,10 @@ def table(run):
 
 
 def three_seeds(root):
-    """Three victims, each repaired by ft; their ACC 0.90, 0.92, 0.97 has mean 0.93 and deviation sqrt(0.0013)."""
+    """Three victims, each repaired by ft.
+
+    Their ACC 0.90, 0.92, 0.97 has the mean 0.93 and the deviation sqrt(0.0013).
+    """
     for seed, acc in enumerate([0.90, 0.92, 0.97]):
         victim = attack(root / f"badnet_{seed}", acc=acc, asr=0.95, ra=0.04, seed=seed)
         defense(victim, acc=acc - 0.02, asr=[0.01, 0.02, 0.06][seed], ra=0.8)
@@ -114,7 +168,12 @@ def three_seeds(root):
 def test_mean_deviation_and_count(tmp_path, run, table):
     three_seeds(tmp_path)
     none, ft = (row for _, row in table(tmp_path).iterrows())
-    assert (none["defense"], none["stage"], none["selection"], none["n"]) == ("none", "none", "none", 3)
+    assert (none["defense"], none["stage"], none["selection"], none["n"]) == (
+        "none",
+        "none",
+        "none",
+        3,
+    )
     assert (none["acc_mean"], none["acc_std"]) == (0.93, 0.036056)
     assert (ft["defense"], ft["stage"], ft["selection"], ft["n"]) == ("ft", "repair", "fixed", 3)
     assert (ft["asr_mean"], ft["asr_std"]) == (0.03, round(0.0007**0.5, 6))
@@ -137,7 +196,8 @@ def test_csv_keeps_six_digits(tmp_path, table):
     row = table(tmp_path).iloc[0]
     assert (row["acc_mean"], row["asr_mean"], row["ra_mean"]) == (0.123457, 0.833333, 0.000001)
     assert list(row.index) == (
-        "dataset,model,recipe,precision,attack,defense,stage,selection,n,acc_mean,acc_std,asr_mean,asr_std,ra_mean,ra_std,seconds_mean"
+        "dataset,model,recipe,precision,attack,defense,stage,selection,n,acc_mean,acc_std,asr_mean,"
+        "asr_std,ra_mean,ra_std,seconds_mean"
     ).split(",")
 
 
@@ -165,7 +225,7 @@ def test_many_columns_are_split_into_blocks(tmp_path, run):
     for number in range(9):
         attack(tmp_path / str(number), name=f"attack{number}")
     lines = run(tmp_path)[1].splitlines()
-    assert max(map(len, lines)) <= compare.TEXT_WIDTH
+    assert max(map(len, lines)) <= formats.TEXT_WIDTH
     assert sum(line.startswith("none") for line in lines) == 2
     assert all(any(f"attack{number}" in line for line in lines) for number in range(9))
 
@@ -175,11 +235,23 @@ def test_markdown(tmp_path, run):
     attack(tmp_path / "weak", name="wanet", asr=0.5)
     lines = run(tmp_path, "--format", "markdown")[1].splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    assert lines[:3] == ["### digits, resnet9_w16", "", "recipe sgd lr 0.01 epochs 100 batch 128, precision fp32"]
+    assert lines[:3] == [
+        "### digits, resnet9_w16",
+        "",
+        "recipe sgd lr 0.01 epochs 100 batch 128, precision fp32",
+    ]
     assert rows[0][:4] == ["defense", "badnet ACC", "badnet ASR", "badnet RA"]
     assert rows[0][4:] == [r"wanet\* ACC", r"wanet\* ASR", r"wanet\* RA"]
     assert rows[1] == ["---", *["---:"] * 6]
-    assert rows[2] == ["none", "93.0 ± 3.6 (3)", "95.0 ± 0.0 (3)", "4.0 ± 0.0 (3)", "90.0", "50.0", "4.0"]
+    assert rows[2] == [
+        "none",
+        "93.0 ± 3.6 (3)",
+        "95.0 ± 0.0 (3)",
+        "4.0 ± 0.0 (3)",
+        "90.0",
+        "50.0",
+        "4.0",
+    ]
     assert rows[3][4:] == ["–", "–", "–"]
     assert r"\* weak attack (ASR below 80 % before defense): no defense is credited on it" in lines
 
@@ -193,15 +265,26 @@ def test_latex_is_escaped(tmp_path, run):
     assert r" & \multicolumn{3}{c}{badnet} & \multicolumn{3}{c}{wa\&net\_50\%*} \\" in out
     assert r"none & 93.0 $\pm$ 3.6 (3) & 95.0 $\pm$ 0.0 (3)" in out
     assert r"trap\_and\_replace$^\dagger$ & -- & -- & -- & 88.0" in out
-    assert r"\begin{tabular}{lrrrrrr}" in out and r"\cmidrule(lr){5-7}" in out and "(ASR below 80 \\% before" in out
-    assert not set(out) & set("±–†") and out.count(r"\begin{tabular}") == out.count(r"\end{tabular}") == 1
+    assert (
+        r"\begin{tabular}{lrrrrrr}" in out
+        and r"\cmidrule(lr){5-7}" in out
+        and "(ASR below 80 \\% before" in out
+    )
+    assert (
+        not set(out) & set("±–†")
+        and out.count(r"\begin{tabular}") == out.count(r"\end{tabular}") == 1
+    )
 
 
 def test_csv_lists_combinations_that_were_not_run(tmp_path, table):
     defense(attack(tmp_path / "a"))
     attack(tmp_path / "b", name="wanet")
     row = table(tmp_path).set_index(["attack", "defense"]).loc[("wanet", "ft")]
-    assert row["n"] == 0 and row["stage"] == "repair" and row[["acc_mean", "asr_std", "seconds_mean"]].isna().all()
+    assert (
+        row["n"] == 0
+        and row["stage"] == "repair"
+        and row[["acc_mean", "asr_std", "seconds_mean"]].isna().all()
+    )
 
 
 def test_options_of_the_attack_make_columns(tmp_path, table):
@@ -210,7 +293,12 @@ def test_options_of_the_attack_make_columns(tmp_path, table):
     attack(tmp_path / "c", pratio=0.05, label_mode="all2all", row={"label_mode": "all2all"})
     attack(tmp_path / "d", name="wanet", grid=4)
     shown = table(tmp_path)
-    labels = ["badnet (all2all, pratio 0.05)", "badnet (all2one, pratio 0.05)", "badnet (all2one, pratio 0.1)", "wanet"]
+    labels = [
+        "badnet (all2all, pratio 0.05)",
+        "badnet (all2one, pratio 0.05)",
+        "badnet (all2one, pratio 0.1)",
+        "wanet",
+    ]
     assert list(shown["attack"]) == labels and set(shown["n"]) == {1}
 
 
@@ -220,16 +308,26 @@ def test_options_of_the_defense_make_rows(tmp_path, table):
     defense(victim, folder="2", name="fmp")
     defense(victim, folder="3", name="fmp", row={"variant": "released"})
     defense(victim, folder="4", name="ft", device="cuda", row={"precision": "bf16"})
-    labels = ["none", "fmp (clean_ratio 0.05)", "fmp (clean_ratio 0.1)", "fmp-released", "ft (precision bf16)"]
+    labels = [
+        "none",
+        "fmp (clean_ratio 0.05)",
+        "fmp (clean_ratio 0.1)",
+        "fmp-released",
+        "ft (precision bf16)",
+    ]
     assert list(table(tmp_path)["defense"]) == labels
 
 
-@pytest.mark.parametrize("column", ["stage", "selection", "prior", "clean_budget", "recipe", "precision"])
+@pytest.mark.parametrize(
+    "column", ["stage", "selection", "prior", "clean_budget", "recipe", "precision"]
+)
 def test_results_keep_defenses_apart_where_options_are_equal(tmp_path, table, column):
     victim = attack(tmp_path / "a")
     defense(victim, folder="1", seed=1)
     defense(victim, folder="2", seed=2, row={column: "other"})
-    assert f"ft ({column} other)" in set(table(tmp_path)["defense"]) and set(table(tmp_path)["n"]) == {1}
+    assert f"ft ({column} other)" in set(table(tmp_path)["defense"]) and set(
+        table(tmp_path)["n"]
+    ) == {1}
 
 
 @pytest.mark.parametrize("column", ["label_mode", "n_test"])
@@ -250,9 +348,16 @@ def test_recipe_and_precision_make_tables(tmp_path, run, table):
     attack(tmp_path / "b", epochs=20, row={"recipe": "sgd epochs 20"})
     attack(tmp_path / "c", row={"precision": "bf16", "dataset": "cifar10"}, dataset="cifar10")
     out = run(tmp_path)[1]
-    assert "digits, resnet9_w16, recipe sgd epochs 20, fp32\nrecipe sgd epochs 20, precision fp32\n" in out
+    assert (
+        "digits, resnet9_w16, recipe sgd epochs 20, fp32\nrecipe sgd epochs 20, precision fp32\n"
+        in out
+    )
     assert "\ncifar10, resnet9_w16\n" in out or out.startswith("cifar10, resnet9_w16\n")
-    assert len(table(tmp_path)) == 3 and list(table(tmp_path)["dataset"]) == ["cifar10", "digits", "digits"]
+    assert len(table(tmp_path)) == 3 and list(table(tmp_path)["dataset"]) == [
+        "cifar10",
+        "digits",
+        "digits",
+    ]
 
 
 def test_places_and_switches_do_not_separate(tmp_path, table):
@@ -275,7 +380,12 @@ def test_folders_given_twice_nested_or_linked_are_read_once(tmp_path, table):
     defense(attack(tmp_path / "record" / "a"))
     (tmp_path / "record" / "loop").symlink_to(tmp_path / "record")
     (tmp_path / "link").symlink_to(tmp_path / "record" / "a")
-    folders = [tmp_path / "record" / "a" / "defense", tmp_path / "record", tmp_path / "record", tmp_path / "link"]
+    folders = [
+        tmp_path / "record" / "a" / "defense",
+        tmp_path / "record",
+        tmp_path / "record",
+        tmp_path / "link",
+    ]
     assert list(table(*folders)["n"]) == [1, 1]
 
 
@@ -311,7 +421,7 @@ def test_weak_counts_before_defense(tmp_path, run):
     assert "badnet*" in run(folder)[1]
 
 
-def test_weak_is_judged_by_the_mean(tmp_path, run, monkeypatch):
+def test_weak_is_decided_by_the_mean(tmp_path, run, monkeypatch):
     attack(tmp_path / "a", asr=0.7, seed=0)
     attack(tmp_path / "b", asr=0.95, seed=1)
     defense(tmp_path / "a")
@@ -342,10 +452,16 @@ DAMAGES = {
     "kind 'other'": lambda folder: edit_record(folder, kind="other"),
     "no results.csv": lambda folder: (folder / "results.csv").unlink(),
     "no config.yaml": lambda folder: (folder / "config.yaml").unlink(),
-    "config.yaml was changed after it was written": lambda folder: (folder / "config.yaml").write_text("pratio: 0.2"),
-    "results.csv was changed after it was written": lambda folder: (folder / "results.csv").write_text(""),
+    "config.yaml was changed after it was written": lambda folder: (
+        folder / "config.yaml"
+    ).write_text("pratio: 0.2"),
+    "results.csv was changed after it was written": lambda folder: (
+        folder / "results.csv"
+    ).write_text(""),
     "results.csv is unusable: 0 rows instead of 1": lambda folder: set_results(folder, ""),
-    "results.csv is unusable: no value for acc, asr": lambda folder: set_results(folder, "dataset,model\nx,y\n"),
+    "results.csv is unusable: no value for acc, asr": lambda folder: set_results(
+        folder, "dataset,model\nx,y\n"
+    ),
     "could not convert string to float: 'high'": lambda folder: rewrite(folder, acc="high"),
     "acc is nan": lambda folder: rewrite(folder, acc="nan"),
     "asr is 95": lambda folder: rewrite(folder, asr=95),
@@ -372,12 +488,18 @@ def test_a_defense_of_another_or_damaged_victim_is_listed(tmp_path, run):
     out = run(tmp_path)[1]
     assert "\n3 runs left out:\n" in out
     assert f"\n{tmp_path / 'a/defense/ft'}: made for another victim" in out
-    assert f"\n{tmp_path / 'b/defense/ft'}: its attack run cannot be used: config.yaml was changed" in out
+    assert (
+        f"\n{tmp_path / 'b/defense/ft'}: its attack run cannot be used: config.yaml was changed"
+        in out
+    )
 
 
 def test_a_defense_whose_weights_are_named_nowhere_is_listed(tmp_path, run):
     folder = defense(attack(tmp_path / "a"))
-    edit_record(tmp_path / "a", files={name: sha256(tmp_path / "a" / name) for name in ("results.csv", "config.yaml")})
+    edit_record(
+        tmp_path / "a",
+        files={name: sha256(tmp_path / "a" / name) for name in ("results.csv", "config.yaml")},
+    )
     edit_record(folder, victim_sha256=None)
     assert f"{folder}: made for another victim" in run(tmp_path)[1]
 
@@ -397,7 +519,10 @@ def test_machine_readable_formats_list_on_stderr(tmp_path, run):
     (tmp_path / "b" / "state").mkdir(parents=True)
     for form in ("csv", "latex"):
         _, out, err = run(tmp_path, "--format", form)
-        assert "left out" not in out and f"1 run left out:\n{tmp_path / 'b'}: no record.json: unfinished\n" in err
+        assert (
+            "left out" not in out
+            and f"1 run left out:\n{tmp_path / 'b'}: no record.json: unfinished\n" in err
+        )
     out = run(tmp_path, "--format", "markdown")[1]
     assert out.endswith(f"|\n\n1 run left out:\n- {tmp_path / 'b'}: no record.json: unfinished\n")
 
@@ -423,7 +548,9 @@ def test_exit_3_when_nothing_is_found(tmp_path, run):
 def test_a_missing_folder_beside_a_run_is_listed(tmp_path, run):
     attack(tmp_path / "a")
     code, out, _ = run(tmp_path, tmp_path / "misspelt")
-    assert code == 0 and out.endswith(f"\n1 run left out:\n{tmp_path / 'misspelt'}: no such folder\n")
+    assert code == 0 and out.endswith(
+        f"\n1 run left out:\n{tmp_path / 'misspelt'}: no such folder\n"
+    )
 
 
 def test_exit_4_when_all_are_damaged(tmp_path, run):
@@ -443,14 +570,19 @@ def test_output_is_whole_or_untouched(tmp_path, run, monkeypatch):
     code, out, err = run(tmp_path, "--format", "csv", "--output", target)
     assert code == 0 and out == f"table written to {target}\n" and "left out" in err
     before = target.read_text()
-    assert before == run(tmp_path, "--format", "csv")[1] and os.listdir(target.parent) == ["table.csv"]
+    assert before == run(tmp_path, "--format", "csv")[1] and os.listdir(target.parent) == [
+        "table.csv"
+    ]
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
     code, out, err = run(tmp_path, "--output", target)
-    assert (code, out) == (1, "") and err == f"error: cannot write {target}: No space left on device\n"
+    assert (code, out) == (
+        1,
+        "",
+    ) and err == f"error: cannot write {target}: No space left on device\n"
     assert target.read_text() == before and os.listdir(target.parent) == ["table.csv"]
 
 
@@ -465,13 +597,19 @@ def test_unwritable_output(tmp_path, run, place):
 
 def shell(*arguments, **keywords):
     command = [sys.executable, "compare.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, **keywords)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, **keywords
+    )
 
 
 def test_command_line(tmp_path):
     attack(tmp_path / "a")
     good = shell(tmp_path)
-    assert good.returncode == 0 and good.stdout.startswith("digits, resnet9_w16\n") and good.stderr == ""
+    assert (
+        good.returncode == 0
+        and good.stdout.startswith("digits, resnet9_w16\n")
+        and good.stderr == ""
+    )
     assert shell(tmp_path, "--format", "html").returncode == shell().returncode == 2
     assert shell(tmp_path / "missing").returncode == 3
     (tmp_path / "a" / "record.json").unlink()
@@ -485,7 +623,7 @@ def test_a_terminal_without_the_signs_gets_the_table(tmp_path):
 
 
 def results_of(row, folder):
-    """A table of results with this row of a victim, and a row of a defense of a victim that is not there."""
+    """A table of results with this row of a victim, and a defense whose victim is not in it."""
     path = folder / "all.csv"
     lost = {**row, "run": "lost/defense/ft", "defense": "ft", "stage": "repair"}
     files.write(path, files.csv_text([{**row, "run": "x"}, lost], ["run", *row, "command"]))
@@ -503,7 +641,13 @@ def results_of(row, folder):
     ],
 )
 def test_rows_of_a_table_are_checked(tmp_path, run, changes, reason):
-    row = dict.fromkeys([*COLUMNS, "command"], "") | {"attack": "badnet", "defense": "none", "acc": "0.9", "asr": "0.5", "ra": "0.3"}
+    row = dict.fromkeys([*COLUMNS, "command"], "") | {
+        "attack": "badnet",
+        "defense": "none",
+        "acc": "0.9",
+        "asr": "0.5",
+        "ra": "0.3",
+    }
     code, out, err = run(results_of(row | changes, tmp_path))
     assert code == (4 if changes else 0) and reason in out + err
 
@@ -512,9 +656,17 @@ def test_rows_of_a_table_are_checked(tmp_path, run, changes, reason):
 def test_a_file_that_is_no_table_is_refused(tmp_path, run, content):
     (tmp_path / "x.csv").write_bytes(content)
     code, out, err = run(tmp_path / "x.csv")
-    assert code == 4 and err.startswith("error: all 1 runs found are damaged") and "x.csv: " in out + err
+    assert (
+        code == 4
+        and err.startswith("error: all 1 runs found are damaged")
+        and "x.csv: " in out + err
+    )
     write_run(
-        tmp_path / "good", "attack", {}, ROW | {"attack": "badnet", "defense": "none", "stage": "none", "selection": "none", "acc": 0.9}
+        tmp_path / "good",
+        "attack",
+        {},
+        ROW
+        | {"attack": "badnet", "defense": "none", "stage": "none", "selection": "none", "acc": 0.9},
     )
     code, out, _ = run(tmp_path / "good", tmp_path / "x.csv")
     assert code == 0 and "90.0" in out and "x.csv: " in out, "one bad table never costs the others"
@@ -526,7 +678,10 @@ def test_a_table_that_is_not_there_is_missing(tmp_path, run):
 
 def test_torch_is_not_imported():
     code = "import sys, compare; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode
+        == 0
+    )
 
 
 def test_deviation_is_the_samples(tmp_path, table):
@@ -534,3 +689,307 @@ def test_deviation_is_the_samples(tmp_path, table):
     for seed, acc in enumerate(values):
         attack(tmp_path / str(seed), acc=acc, seed=seed)
     assert table(tmp_path)["acc_std"][0] == round(statistics.stdev(values), 6)
+
+
+# ---------- the short tables ----------
+
+
+def overview_runs(root):
+    """Two seeds of badnet and of a clean model, a weak attack, an oracle: each rule of repaired."""
+    clean = {"n_poison": 0, "attack": "unpoisoned"}
+    for seed in (0, 1):
+        victim = attack(root / f"badnet_{seed}", acc=0.9, asr=0.95, ra=0.04, seed=seed)
+        defense(victim, acc=0.8501, asr=0.1, ra=0.69, row={"seconds": 4 + 2 * seed})  # repaired
+        lost = {"acc": 0.848} if seed else {"asr": 0.11, "acc": 0.9}
+        defense(victim, **{"acc": 0.9, "asr": 0.0, "ra": 0.8, **lost}, name="fp")
+        harmed = {"acc": 0.9, "asr": 0.05, "ra": 0.71}  # the RA is below 0.8 ACC
+        defense(victim, **harmed, name="anp", row={"selection": "oracle"})
+        free = attack(root / f"free_{seed}", name="unpoisoned", asr="", ra="", seed=seed, row=clean)
+        defense(free, asr="", ra="", acc=0.89, row=clean)
+    weak = attack(root / "weak", name="wanet", asr=0.5, ra=0.4)
+    defense(weak, acc=0.9, asr=0.0, ra=0.88, row={"attack": "wanet"})
+    return root
+
+
+def test_overview(tmp_path, run):
+    overview_runs(tmp_path)
+    code, out, err = run(tmp_path, "--table", "overview", "--format", "markdown")
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    assert (code, err) == (0, "")
+    assert rows[0] == [
+        "defense", "clean images", "unpoisoned ACC", "badnet", r"wanet\*", "repaired", "seconds",
+        "n",
+    ]  # fmt: skip
+    assert rows[2:] == [
+        ["none", "–", "90.0", "90.0 / 95.0 / 4.0", "90.0 / 50.0 / 40.0", "0 of 2", "2.5", "1 to 2"],
+        ["anp‡", "72", "–", "90.0 / 5.0 / 71.0", "–", "0 of 2", "2.5", "2"],
+        ["fp", "72", "–", "87.4 / 5.5 / 80.0", "–", "0 of 2", "2.5", "2"],
+        ["ft", "72", "89.0", "85.0 / 10.0 / 69.0", "90.0 / 0.0 / 88.0", "2 of 2", "3.5", "1 to 2"],
+    ]
+    assert "‡ chosen with test data" in out and summaries.REPAIRED in out
+    assert "recipe sgd lr 0.01 epochs 100 batch 128, precision fp32, cpu; ACC / ASR / RA" in out
+
+
+def test_overview_in_other_formats(tmp_path, run):
+    overview_runs(tmp_path)
+    lines = run(tmp_path, "--table", "overview")[1].splitlines()
+    words = ["ft", "72", "89.0", "85.0", "/", "10.0", "/", "69.0", "90.0", "/", "0.0", "/", "88.0"]
+    assert [*words, "2", "of", "2", "3.5", "1", "to", "2"] in [line.split() for line in lines]
+    assert max(map(len, lines[3:-4])) <= formats.TEXT_WIDTH
+    latex = run(tmp_path, "--table", "overview", "--format", "latex")[1]
+    assert r"\begin{tabular}{lrrrrrrr}" in latex and r"ft & 72 & 89.0 & 85.0 / 10.0 / 69.0" in latex
+    table = pd.read_csv(io.StringIO(run(tmp_path, "--table", "overview", "--format", "csv")[1]))
+    row = table.set_index("defense").loc["ft"]
+    assert (row["repaired"], row["attacked"], row["n_min"], row["n_max"]) == (2, 2, 1, 2)
+    assert (row["stage"], row["clean_budget"], row["seconds_mean"]) == ("repair", 72, 3.5)
+
+
+def test_overview_reads_tables_of_results(tmp_path, run):
+    row = dict.fromkeys([*COLUMNS, "command"], "") | ROW | {"attack": "badnet", "seed": 0}
+    victim = {**row, "run": "a", "defense": "none", "acc": 0.9, "asr": 0.9, "ra": 0.1}
+    repaired = {**row, "run": "a/defense/ft", "defense": "ft", "stage": "repair", "acc": 0.88}
+    repaired |= {"asr": 0.05, "ra": 0.8, "clean_budget": 72}
+    files.write(tmp_path / "all.csv", files.csv_text([repaired, victim], ["run", *row]))
+    out = run(tmp_path / "all.csv", "--table", "overview")[1]
+    words = "ft 72 88.0 / 5.0 / 80.0 1 of 1 2.5 1".split()
+    assert words in [line.split() for line in out.splitlines()]
+
+
+def test_overview_with_published_numbers(tmp_path, run):
+    paper = {"dataset": "cifar10", "model": "preactresnet18"}
+    defense(attack(tmp_path / "a", row=paper), row=paper)
+    out = run(tmp_path, "--table", "overview", "--published", "--format", "markdown")[1]
+    assert "| ft, published | – | 90.0 / 1.5 / 89.4 | – | – | – |" in out
+    assert "published: BackdoorBench leaderboard" in out
+
+
+def test_attacks(tmp_path, run):
+    paper = {"dataset": "cifar10", "model": "preactresnet18", "pratio_effective": 0.1}
+    for seed, acc in enumerate([0.90, 0.92, 0.97]):
+        victim = attack(tmp_path / str(seed), acc=acc, seed=seed, row=paper | {"seconds": 600})
+        edit_record(victim, trigger_seconds=[40, 50, "long"][seed])
+    defense(victim, row=paper)
+    attack(tmp_path / "weak", name="wanet", asr=0.3, row=paper | {"pratio_effective": ""})
+    out = run(tmp_path, "--table", "attacks", "--format", "markdown", "--published")[1]
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    assert rows[0] == [
+        "attack", "poisoned", "ACC", "ASR", "RA", "training s", "trigger s", "n", "published",
+    ]  # fmt: skip
+    assert rows[2] == [
+        "badnet", "10.0 %", "93.0 ± 3.6 (3)", "95.0 ± 0.0 (3)", "4.0 ± 0.0 (3)", "600", "45", "3",
+        "91.3 / 95.0 / 4.7",
+    ]  # fmt: skip
+    assert rows[3][:7] == [r"wanet\*", "–", "90.0", "30.0", "4.0", "2.5", "–"]
+    out = run(tmp_path, "--table", "attacks", "--format", "csv")[1]
+    table = pd.read_csv(io.StringIO(out)).set_index("attack")
+    badnet = table.loc["badnet"]
+    assert (badnet["n"], badnet["acc_std"], badnet["trigger_seconds_mean"]) == (3, 0.036056, 45)
+    out = run(tmp_path / "weak", "--table", "attacks")[1]
+    assert "trigger" not in out and "published" not in out
+
+
+def test_attacks_are_found_through_their_defenses(tmp_path, run):
+    folder = defense(attack(tmp_path / "a"))
+    row = run(folder, "--table", "attacks")[1].splitlines()[-1].split()
+    assert row == ["badnet", "–", "90.0", "95.0", "4.0", "2.5", "1"]
+
+
+def test_clean_models_are_those_without_poison(tmp_path, run):
+    attack(tmp_path / "a", name="clean_label", row={"n_poison": 50}, asr=0.5)
+    attack(tmp_path / "b", name="zero", row={"n_poison": 0}, asr=0.1)
+    header = run(tmp_path)[1].splitlines()[3]
+    assert header.split() == ["zero", "clean_label*"], (
+        "the clean model comes first, and is not weak"
+    )
+
+
+# ---------- colours and figures ----------
+
+
+def test_looks_are_fixed_and_differ():
+    assert palette.look("ft") == (0, 0) and palette.look("fmp") == (1, 1)
+    assert palette.look("badnet", palette.ATTACKS) == (0, 0)
+    for known, folder in ((palette.DEFENSES, "defense"), (palette.ATTACKS, "attack")):
+        assert len({palette.look(name, known) for name in known}) == len(known)
+        assert set(known) <= set(names(folder)), "a method that is no more"
+    taken = {palette.look(name) for name in palette.DEFENSES}
+    for name in ("a_new_one", "another", "", "-", "日本"):
+        assert palette.look(name) not in taken and palette.look(name) == palette.look(name)
+    variants = [palette.look(f"fmp-{name}") for name in ("random", "no_pruning", "released", "fmt")]
+    assert {colour for colour, _ in variants} == {1} and len({*variants, (1, 1)}) == 5
+
+
+def log_of(folder, rows):
+    """Give a finished run a log with these lines."""
+    lines = ["stage,epoch,loss,lr,acc,asr,ra,seconds", *rows]
+    (folder / "log.csv").write_text("\n".join(lines))
+    listed = json.loads((folder / "record.json").read_text())["files"]
+    edit_record(folder, files=listed | {"log.csv": sha256(folder / "log.csv")})
+    return folder
+
+
+LOG = ["a,1,0.5,0.1,0.8,0.9,0.1,1", "a,2,0.4,0.1,,,,2", "b,1,0.2,0.1,0.9,0.1,0.8,3"]
+
+
+def assert_sound(folder, count):
+    """Whether a folder holds `count` figures, each as PNG, PDF and SVG; returns their names."""
+    paths = sorted(folder.iterdir())
+    stems = sorted({path.stem for path in paths})
+    assert len(stems) == count and len(paths) == 3 * count
+    for stem in stems:
+        assert re.fullmatch(r"[a-z0-9_-]+", stem)
+        with Image.open(folder / f"{stem}.png") as image:
+            image.load()
+            assert image.format == "PNG" and min(image.size) > 100
+        pdf = (folder / f"{stem}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
+        assert b"/Type3" not in pdf and b"CreationDate" not in pdf
+        root = ElementTree.parse(folder / f"{stem}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    return stems
+
+
+def test_figures(tmp_path, run):
+    for name in ("badnet", "wanet"):
+        victim = log_of(attack(tmp_path / "r" / name, name=name), LOG)
+        log_of(defense(victim, row={"attack": name}), LOG)
+        defense(victim, name="anp", row={"attack": name, "selection": "oracle"})
+    code, out, err = run(tmp_path / "r", "--figures", tmp_path / "f")
+    assert (code, err) == (0, "")
+    assert out.endswith(f"\n5 figures, each as PNG, PDF, SVG, written to {tmp_path / 'f'}\n")
+    stems = assert_sound(tmp_path / "f", 5)
+    assert stems == [
+        "curves-digits-resnet9_w16-badnet",
+        "curves-digits-resnet9_w16-victims",
+        "curves-digits-resnet9_w16-wanet",
+        "heatmap-digits-resnet9_w16",
+        "tradeoff-digits-resnet9_w16",
+    ]
+    first = (tmp_path / "f" / "tradeoff-digits-resnet9_w16.svg").read_bytes()
+    assert palette.COLOURS[palette.look("ft")[0]][0].encode() in first
+    code, out, err = run(tmp_path / "r", "--figures", tmp_path / "g", "--format", "csv")
+    assert code == 0 and "figures" in err and "figures" not in out
+    again = (tmp_path / "g" / "tradeoff-digits-resnet9_w16.svg").read_bytes()
+    assert again == first, "the same runs give the same file"
+
+
+def test_figures_of_strangers(tmp_path, run):
+    hostile = [
+        "$\\frac{a}{0}$",
+        "../../etc/passwd",
+        "_a",
+        "<b>&",
+        "日本 " + "x" * 300,
+        "$x$",
+        "a\\$b",
+    ]
+    bad_log = ["a,1,1e308,,1e300,nan,inf,1", f"b,{'9' * 50},-1e308,,0.5,0.5,0,1", "c,-5,0.2,,,,,"]
+    for number, name in enumerate(hostile):
+        row = {"attack": name, "dataset": "../$x^2$", "model": "a/../b"}
+        victim = log_of(attack(tmp_path / "r" / str(number), name=name, row=row), bad_log)
+        log_of(defense(victim, name=hostile[-1 - number], folder="d", row=row), bad_log)
+    code, out, err = run(tmp_path / "r", "--figures", tmp_path / "f")
+    assert (code, err) == (0, "") and "figures, each as" in out
+    assert_sound(tmp_path / "f", 3 + len(hostile))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "r"]
+
+
+def test_figures_without_a_defense_or_a_log(tmp_path, run):
+    attack(tmp_path / "r" / "a")
+    out = run(tmp_path / "r", "--figures", tmp_path / "f")[1]
+    assert out.endswith("no figure written: no run is one of a defense, and none has a log of its "
+                        "epochs\n") and not (tmp_path / "f").exists()  # fmt: skip
+    log_of(tmp_path / "r" / "a", LOG)
+    assert (
+        "\n1 figure, as PNG, PDF, SVG, written"
+        in run(tmp_path / "r", "--figures", tmp_path / "f")[1]
+    )
+
+
+def test_figures_that_cannot_be_written(tmp_path, run, monkeypatch):
+    defense(attack(tmp_path / "r"))
+    (tmp_path / "f").write_text("")
+    code, _, err = run(tmp_path / "r", "--figures", tmp_path / "f")
+    assert code == 1 and err.startswith("error: cannot write ") and err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(tmp_path / "r", "--figures", tmp_path / "g")
+    assert code == 1 and err == (
+        "error: --figures needs the package matplotlib: pip install -r requirements.txt brings it\n"
+    )
+
+
+def test_what_figures_show(tmp_path):
+    from utils.report import figures
+
+    for seed in (0, 1):
+        victim = attack(tmp_path / str(seed), acc=0.9 + 0.02 * seed, seed=seed)
+        defense(victim, acc=0.85, asr=0.1 * seed)
+    log_of(victim, LOG)
+    (table,) = tables.group(runs.read_all(runs.find_runs([tmp_path]))[0])
+    (column,) = table.columns
+    none, ft = table.rows
+    assert figures.points_lost(table, column, ft) == pytest.approx(6)
+    assert figures.points_lost(table, column, none) is None
+    assert figures.asr_percent(table, column, ft) == pytest.approx(5)
+    ((row, before, after),) = figures.trade(table, column)
+    assert row == ft and before == pytest.approx([95, 91]) and after == pytest.approx([5, 85])
+    ((name, _, line),) = figures.victim_lines(table)
+    assert name == "badnet" and figures.series(line, "loss") == ([1, 2, 3], [0.5, 0.4, 0.2])
+    assert figures.series(line, "asr") == ([1, 3], [90, 10])
+    long = table._replace(rows={none: f"{'x' * 30}a{'x' * 30}", ft: f"{'x' * 30}b{'x' * 30}"})
+    first, second = figures.labels_of(long, [none, ft])
+    assert len(first) == figures.LONGEST and second == f"{first} #2"
+
+
+def test_a_large_heat_map_says_what_is_cut(tmp_path, monkeypatch):
+    from utils import charts
+    from utils.report import figures
+
+    for number in range(4):
+        defense(attack(tmp_path / str(number), name=f"attack{number}"))
+    (table,) = tables.group(runs.read_all(runs.find_runs([tmp_path]))[0])
+    monkeypatch.setattr(figures, "SIDE", 3)
+    monkeypatch.setattr(figures, "PANELS", 3)
+    with charts.plotting() as Figure:
+        drawn = dict(figures.drawn([table], Figure))
+    words = {
+        name: " ".join(text.get_text() for text in figure.texts) for name, figure in drawn.items()
+    }
+    assert "1 more rows and columns are not drawn" in words["heatmap-digits-resnet9_w16"]
+    assert "1 more attacks are not drawn" in words["tradeoff-digits-resnet9_w16"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_charts_of_defenses(count, monkeypatch):
+    """They are sound, and small enough for the page, however many layers or classes there are."""
+    import torch
+
+    from utils import charts
+    from utils.report import images
+
+    scores = [value / 64 for value in range(64)]
+    layers = {f"network.layer{number}.conv": (scores, [0, number]) for number in range(count)}
+    masks, patterns = torch.rand(count, 1, 8, 8), torch.rand(count, 3, 8, 8)
+    titles = [f"class {number}" for number in range(count)]
+    made = [
+        charts.score_chart(layers),
+        charts.trigger_chart(masks, patterns, titles, [number == 0 for number in range(count)]),
+    ]
+    for content in made:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            assert image.format == "PNG" and image.width * image.height < images.LARGEST_IMAGE
+            colours = image.convert("RGB").getcolors(2**24)
+        assert (196, 30, 58) in {colour for _, colour in colours}, (
+            "what is pruned or flagged is red"
+        )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="needs the package matplotlib: pip install"):
+        charts.score_chart(layers)
+
+
+def test_matplotlib_is_not_imported_for_a_table(tmp_path):
+    code = f"import sys, compare; compare.main([{str(attack(tmp_path / 'a'))!r}]); "
+    code += "sys.exit('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import data, sources
+from utils.data import dataset, sources
+from utils.data.memmap import MemmapImages
 from utils.errors import ConfigError, MissingError
-from utils.stored import Stored
 
 
 def folders(place, splits=("train", "test"), classes=("ant", "bee"), count=3, size=(20, 14)):
-    """Random pictures in place/<split>/<class>/; returns {path: array}."""
+    """Random images in place/<split>/<class>/; returns {path: array}."""
     random, written = np.random.default_rng(0), {}
     for split in splits:
         for name in classes:
@@ -28,7 +28,7 @@ def folders(place, splits=("train", "test"), classes=("ant", "bee"), count=3, si
 
 
 def load(name, root, tmp_path, **options):
-    return data.load(name, root, cache=tmp_path / "cache", **options)
+    return dataset.open_dataset(name, root, cache=tmp_path / "cache", **options)
 
 
 def test_digits(tmp_path):
@@ -39,8 +39,12 @@ def test_digits(tmp_path):
     counts = torch.bincount(test.labels)
     assert counts.min() >= 48 and counts.max() <= 51  # stratified
     pixels = train.images.double() / 255
-    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(spec.mean).double(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(pixels.std((0, 2, 3), correction=0), torch.tensor(spec.std).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        pixels.mean((0, 2, 3)), torch.tensor(spec.mean).double(), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        pixels.std((0, 2, 3), correction=0), torch.tensor(spec.std).double(), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
@@ -77,8 +81,11 @@ def test_torchvision_layout(tmp_path, monkeypatch):
     pictures = random.integers(0, 256, (10, 3072), dtype=np.uint8)
     for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
         (place / name).write_bytes(pickle.dumps({"data": pictures, "labels": list(range(10))}))
-    (place / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(number) for number in range(10)]}))
-    with pytest.raises(MissingError, match="damaged"):  # torchvision checks the archive before it unpickles anything
+    (place / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": [str(number) for number in range(10)]})
+    )
+    # torchvision checks the archive before it unpickles anything
+    with pytest.raises(MissingError, match="damaged"):
         load("cifar10", tmp_path, tmp_path)
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
@@ -93,7 +100,9 @@ def test_gtsrb_prefers_the_full_training_set(tmp_path):
         for label in ("00000", "00001"):
             (base / "GTSRB" / part / label).mkdir(parents=True)
             for number in range(count):
-                Image.new("RGB", (30, 33), (number, 0, 0)).save(base / "GTSRB" / part / label / f"{number}.ppm")
+                Image.new("RGB", (30, 33), (number, 0, 0)).save(
+                    base / "GTSRB" / part / label / f"{number}.ppm"
+                )
     (base / "GTSRB/Final_Test/Images").mkdir(parents=True)
     Image.new("RGB", (30, 33)).save(base / "GTSRB/Final_Test/Images/00000.ppm")
     (base / "GT-final_test.csv").write_text("Filename;Width;ClassId\n00000.ppm;30;1\n")
@@ -120,7 +129,9 @@ def test_second_start_reads_the_cache(tmp_path, monkeypatch):
     second = load("folder", tmp_path / "set", tmp_path, image_size=16)
     assert first[0] == second[0] and torch.equal(first[1].images, second[1].images)
     second[1].images.zero_()  # writing to the tensor must not reach the file
-    assert torch.equal(first[1].images, load("folder", tmp_path / "set", tmp_path, image_size=16)[1].images)
+    assert torch.equal(
+        first[1].images, load("folder", tmp_path / "set", tmp_path, image_size=16)[1].images
+    )
 
 
 def test_damaged_cache(tmp_path):
@@ -141,7 +152,9 @@ def test_a_changed_picture_is_read_again(tmp_path):
     assert (after[1].images[0] == 255).all() and before[0].fingerprint != after[0].fingerprint
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n rubbish", None], ids=["zero bytes", "rubbish", "truncated"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x89PNG\r\n\x1a\n rubbish", None], ids=["zero bytes", "rubbish", "truncated"]
+)
 def test_damaged_picture_is_named(tmp_path, content):
     folders(tmp_path / "set")
     path = tmp_path / "set/train/bee/1.png"
@@ -163,7 +176,9 @@ def test_pool_and_single_process_agree(tmp_path, monkeypatch):
     folders(tmp_path / "set", count=8)
     alone = load("folder", tmp_path / "set", tmp_path, image_size=16)
     monkeypatch.setattr(sources, "CHUNK", 3)
-    pooled = data.load("folder", tmp_path / "set", image_size=16, cache=tmp_path / "other")
+    pooled = dataset.open_dataset(
+        "folder", tmp_path / "set", image_size=16, cache=tmp_path / "other"
+    )
     assert torch.equal(alone[1].images, pooled[1].images) and alone[0] == pooled[0]
 
 
@@ -180,8 +195,8 @@ def test_missing_set_names_the_place_and_both_remedies(tmp_path):
         (lambda place: folders(place, ("train",)), "neither test/ nor val/"),
         (lambda place: folders(place, classes=("one",)), "at least two class folders"),
         (lambda place: (folders(place), (place / "test/wasp").mkdir()), "wasp"),
-        (lambda place: folders(place, count=0), "no pictures below"),
-        (lambda place: None, "no pictures at"),
+        (lambda place: folders(place, count=0), "no images below"),
+        (lambda place: None, "no images at"),
     ],
 )
 def test_incomplete_folders(tmp_path, build, sentence):
@@ -201,44 +216,73 @@ def test_folder_needs_a_size_and_names_must_be_known(tmp_path):
 def test_balanced_subset():
     labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 3)
     for count in (3, 10, 31, 60, 103):
-        index = data.balanced_subset(labels, count, 0)
+        index = dataset.balanced_subset(labels, count, 0)
         counts = torch.bincount(labels[index], minlength=3).tolist()
-        assert len(index) == count == len(set(index.tolist())) and index.tolist() == sorted(index.tolist())
+        assert len(index) == count == len(set(index.tolist())) and index.tolist() == sorted(
+            index.tolist()
+        )
         assert counts[2] == min(3, -(-count // 3)) or counts[2] == count // 3
         assert abs(counts[0] - counts[1]) <= 1
-    assert len(data.balanced_subset(labels, 0, 0)) == 3, "at least one of every class"
-    assert data.balanced_subset(labels, 10, 0).tolist() == data.balanced_subset(labels, 10, 0).tolist()
-    assert data.balanced_subset(labels, 10, 0).tolist() != data.balanced_subset(labels, 10, 1).tolist()
+    assert len(dataset.balanced_subset(labels, 0, 0)) == 3, "at least one of every class"
+    assert (
+        dataset.balanced_subset(labels, 10, 0).tolist()
+        == dataset.balanced_subset(labels, 10, 0).tolist()
+    )
+    assert (
+        dataset.balanced_subset(labels, 10, 0).tolist()
+        != dataset.balanced_subset(labels, 10, 1).tolist()
+    )
 
 
 def test_all_of_cifar10_and_a_warm_start(cifar, tmp_path):
     cache = tmp_path / "cache"
-    spec, train, test = data.load("cifar10", cifar, cache=cache)
+    spec, train, test = dataset.open_dataset("cifar10", cifar, cache=cache)
     assert len(train) == 50_000 and len(test) == 10_000 and spec.classes == 10
     assert torch.bincount(train.labels).tolist() == [5000] * 10
     begin = time.perf_counter()
-    _, again, _ = data.load("cifar10", cifar, cache=cache)
+    _, again, _ = dataset.open_dataset("cifar10", cifar, cache=cache)
     assert time.perf_counter() - begin < 3
     assert torch.equal(again.images[::1000], train.images[::1000])
     names = sorted(os.listdir(cifar / "cifar10" / "train"))
-    picture = np.asarray(Image.open(cifar / "cifar10" / "train" / names[9] / sorted(os.listdir(cifar / "cifar10/train" / names[9]))[-1]))
+    picture = np.asarray(
+        Image.open(
+            cifar
+            / "cifar10"
+            / "train"
+            / names[9]
+            / sorted(os.listdir(cifar / "cifar10/train" / names[9]))[-1]
+        )
+    )
     np.testing.assert_array_equal(train.images[-1].permute(1, 2, 0), picture)
 
 
 def test_a_set_above_the_budget_stays_in_its_file(tmp_path):
     options = {"cache": tmp_path}
-    spec, train, test = data.load("digits", "data", **options)
-    same, stored, exam = data.load("digits", "data", **options, resident_gb=0)
-    assert spec == same and isinstance(stored.images, Stored) and isinstance(exam.images, Stored)
-    assert torch.equal(stored.images[:], train.images) and torch.equal(exam.images[:], test.images)
-    assert torch.is_tensor(data.load("digits", "data", **options, resident_gb=1)[1].images)
-    size = (train.images.numel() + test.images.numel() + 256) / 1e9  # with the headers of the two files
-    assert torch.is_tensor(data.load("digits", "data", **options, resident_gb=size)[1].images)
-    assert not torch.is_tensor(data.load("digits", "data", **options, resident_gb=size - 1e-6)[1].images)
+    spec, train, test = dataset.open_dataset("digits", "data", **options)
+    same, stored, test_sets = dataset.open_dataset("digits", "data", **options, resident_gb=0)
+    assert (
+        spec == same
+        and isinstance(stored.images, MemmapImages)
+        and isinstance(test_sets.images, MemmapImages)
+    )
+    assert torch.equal(stored.images[:], train.images) and torch.equal(
+        test_sets.images[:], test.images
+    )
+    assert torch.is_tensor(
+        dataset.open_dataset("digits", "data", **options, resident_gb=1)[1].images
+    )
+    # with the headers of the two files
+    size = (train.images.numel() + test.images.numel() + 256) / 1e9
+    assert torch.is_tensor(
+        dataset.open_dataset("digits", "data", **options, resident_gb=size)[1].images
+    )
+    assert not torch.is_tensor(
+        dataset.open_dataset("digits", "data", **options, resident_gb=size - 1e-6)[1].images
+    )
 
 
 def test_channel_statistics_are_counted_in_parts():
     images = np.random.default_rng(0).integers(0, 256, (2500, 3, 5, 4), dtype=np.uint8)
-    found = data._statistics(images)
+    found = dataset._statistics(images)
     np.testing.assert_allclose(found["mean"], images.mean((0, 2, 3)) / 255)
     np.testing.assert_allclose(found["std"], images.std((0, 2, 3)) / 255)

@@ -1,4 +1,7 @@
-"""Defenses that look for poison in the training set: planted cases, plain references in float64, and one small real record."""
+"""Defenses that look for poison in the training set.
+
+On planted cases, against plain references in float64, and on one small real record.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +17,26 @@ from defense import ac, spectral
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 from utils import config, files, train
-from utils.channels import last_features
 from utils.config import Defense
-from utils.data import Split
+from utils.data.dataset import Split
 from utils.errors import ConfigError
+from utils.features import last_features
+from utils.repair.options import RetrainingOptions
 
 BOTH = pytest.mark.parametrize("method", [ac, spectral], ids=["ac", "spectral"])
 
 
 def planted(share=0.2, label=3, count=3000, wide=16):
-    """(features, labels in mixed order, which of them are planted): ten labels; of one a share lies apart."""
+    """(features, labels in mixed order, which images are planted).
+
+    There are ten labels; of one, a share of the images lies apart.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count)[torch.randperm(count, generator=generator)] % 10
-    features = torch.randn(count, wide, generator=generator, dtype=torch.float64) + 10 * torch.eye(10, wide, dtype=torch.float64)[labels]
+    features = (
+        torch.randn(count, wide, generator=generator, dtype=torch.float64)
+        + 10 * torch.eye(10, wide, dtype=torch.float64)[labels]
+    )
     members = (labels == label).nonzero().flatten()
     bad = torch.zeros(count, dtype=torch.bool)
     bad[members[: round(share * len(members))]] = True
@@ -35,15 +45,17 @@ def planted(share=0.2, label=3, count=3000, wide=16):
 
 
 def flagged_by(method, features, labels, monkeypatch, tmp_path, **changes):
-    """What `repair` hands to the retraining when these are the features; the tensors that it keeps."""
+    """(what `repair` removes for these features, the tensors that it keeps)."""
     record, _ = found_record(tmp_path, len(labels))
     record = replace(record, train=Split(record.train.images, labels, labels))
-    seen = []
+    retrained_without = []
     monkeypatch.setattr(method, "last_features", lambda *_: features.float())
-    monkeypatch.setattr(method, "retrain", lambda record, flagged, config: seen.append(flagged))
+    monkeypatch.setattr(
+        method, "retrain", lambda record, flagged, config: retrained_without.append(flagged)
+    )
     method.repair(None, record, method.Config(result_file="x", **changes))
     (kept,) = (tmp_path / "kept").glob("*.safetensors")
-    return seen[0], load_file(kept)
+    return retrained_without[0], load_file(kept)
 
 
 # what both share
@@ -55,72 +67,105 @@ def test_last_features_are_what_the_last_linear_layer_gets(name):
     model = models.build(name, SPEC, 4 if name == "resnet9" else None).train()
     images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = last_features(model, Split(images, torch.arange(7), torch.arange(7)))
-    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    features = last_features(model, Split(images, torch.arange(7), torch.arange(7)))
+    assert model.training and all(
+        torch.equal(value, before[key]) for key, value in model.state_dict().items()
+    )
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     assert not last._forward_pre_hooks
     with torch.no_grad():
         logits = model.eval()(images / 255)
-        again = last(found) * (0.125 if name == "resnet9" else 1)
+        again = last(features) * (0.125 if name == "resnet9" else 1)
     torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="no linear layer"):
         last_features(nn.Flatten(), Split(images, torch.arange(7), torch.arange(7)))
 
 
 def test_retraining_leaves_out_what_is_flagged(tmp_path, monkeypatch):
-    record, said = found_record(tmp_path, 40)
-    shown = []
+    record, reported = found_record(tmp_path, 40)
+    seen = []
 
     def loss(model, images, labels, index, label_smoothing):
-        shown.append(images)
+        seen.append(images)
         return nn.functional.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
     monkeypatch.setattr(train, "cross_entropy", loss)
-    monkeypatch.setattr(train, "augmentation", lambda spec, *_: lambda images, generator, **_: images)
-    flagged = torch.arange(40) % 5 == 2
-    options = config.Retraining(result_file="x", epochs=1, batch_size=8, precision="fp32")
-    model = train.retrain(record, flagged, options)
-    assert said == ["retrain"] and list(model.state_dict()) == list(models.build("resnet9", SPEC, 8).state_dict())
-    seen = (torch.cat(shown) * 255).round().to(torch.uint8).flatten(1)
-    assert len(seen) == 32 and set(map(tuple, seen.tolist())) == set(map(tuple, record.train.images[~flagged].flatten(1).tolist()))
-    again, other = (
-        train.retrain(replace(record, state=tmp_path / str(seed)), flagged, replace(options, random_seed=seed)) for seed in (0, 1)
+    monkeypatch.setattr(
+        train, "augmentation", lambda spec, *_: lambda images, generator, **_: images
     )
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    flagged = torch.arange(40) % 5 == 2
+    options = RetrainingOptions(result_file="x", epochs=1, batch_size=8, precision="fp32")
+    model = train.retrain(record, flagged, options)
+    assert reported == ["retrain"] and list(model.state_dict()) == list(
+        models.build("resnet9", SPEC, 8).state_dict()
+    )
+    pixels = (torch.cat(seen) * 255).round().to(torch.uint8).flatten(1)
+    assert len(pixels) == 32 and set(map(tuple, pixels.tolist())) == set(
+        map(tuple, record.train.images[~flagged].flatten(1).tolist())
+    )
+    again, other = (
+        train.retrain(
+            replace(record, state=tmp_path / str(seed)), flagged, replace(options, random_seed=seed)
+        )
+        for seed in (0, 1)
+    )
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
+    )
     assert not torch.equal(model.network.linear.weight, other.network.linear.weight)
 
 
 @BOTH
 def test_the_recipe_is_the_victims_unless_options_say_otherwise(method, tmp_path):
-    made = {"dataset": "digits", "epochs": 7, "lr": 0.3, "batch_size": 32, "schedule": "one_cycle", "nesterov": True, "pad": 2,
-            "label_smoothing": 0.1, "pratio": 0.3, "precision": "bf16", "random_seed": 5, "compile": "default"}  # fmt: skip
-    files.write_yaml(tmp_path / "config.yaml", made)
+    victim = {
+        "dataset": "digits",
+        "epochs": 7,
+        "lr": 0.3,
+        "batch_size": 32,
+        "schedule": "one_cycle",
+        "nesterov": True,
+        "pad": 2,
+        "label_smoothing": 0.1,
+        "pratio": 0.3,
+        "precision": "bf16",
+        "random_seed": 5,
+        "compile": "default",
+    }
+    files.write_yaml(tmp_path / "config.yaml", victim)
     words = ["--result_file", str(tmp_path)]
-    found = config.parse(method.Config, words)
-    assert all(getattr(found, key) == made[key] for key in config.RECIPE if key in made)
-    assert (found.precision, found.random_seed, found.compile) == ("auto", 0, "none") and not hasattr(found, "pratio")
+    options = config.parse(method.Config, words)
+    assert all(getattr(options, key) == victim[key] for key in config.RECIPE if key in victim)
+    assert (options.precision, options.random_seed, options.compile) == (
+        "auto",
+        0,
+        "none",
+    ) and not hasattr(options, "pratio")
     assert config.parse(method.Config, [*words, "--epochs", "9"]).epochs == 9
-    assert "7 epochs on 100 pictures" in found.work(5, 100)
-    assert f"python defense/x.py --result_file {tmp_path}" == config.command("defense/x.py", found)
-    files.write_yaml(tmp_path / "config.yaml", {**made, "epochs": "seven"})
+    assert f"python defense/x.py --result_file {tmp_path}" == config.command(
+        "defense/x.py", options
+    )
+    files.write_yaml(tmp_path / "config.yaml", {**victim, "epochs": "seven"})
     with pytest.raises(ConfigError, match="wrong type"):
         config.parse(method.Config, words)
 
 
 def test_a_recipe_is_all_that_trains_an_attack():
-    ours = set(config.Retraining.__dataclass_fields__) - set(Defense.__dataclass_fields__)
+    ours = set(RetrainingOptions.__dataclass_fields__) - set(Defense.__dataclass_fields__)
     assert ours - {"compile"} == set(config.RECIPE)
 
 
 @BOTH
-def test_planted_pictures_are_removed_by_their_position(method, monkeypatch, tmp_path):
+def test_planted_images_are_removed_by_their_position(method, monkeypatch, tmp_path):
     features, labels, bad = planted()
     changes = {"classes": "outlying", "epsilon": 2 / 15} if method is spectral else {}
-    found, kept = flagged_by(method, features, labels, monkeypatch, tmp_path, **changes)
-    assert torch.equal(found, bad) and torch.equal(kept["removed"], bad.nonzero().flatten())
+    flagged, kept = flagged_by(method, features, labels, monkeypatch, tmp_path, **changes)
+    assert torch.equal(flagged, bad) and torch.equal(kept["removed"], bad.nonzero().flatten())
     if method is spectral:
         everywhere, _ = flagged_by(method, features, labels, monkeypatch, tmp_path, epsilon=0.1)
-        assert torch.bincount(labels[everywhere], minlength=10).tolist() == [45] * 10 and (everywhere & bad).sum() == 45
+        assert (
+            torch.bincount(labels[everywhere], minlength=10).tolist() == [45] * 10
+            and (everywhere & bad).sum() == 45
+        )
 
 
 @BOTH
@@ -132,15 +177,35 @@ def test_nothing_is_removed_where_nothing_is_planted(method, seed, monkeypatch, 
     assert not flagged_by(method, features, labels, monkeypatch, tmp_path, **changes)[0].any()
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "bounds"),
+    [
+        (ac, {"components": 0}, "1 or more"),
+        (ac, {"size": 0.6}, "from 0 to 0.5"),
+        (ac, {"silhouette": -1.5}, "from -1 to 1"),
+        (spectral, {"epsilon": 0.7}, "from 0 to 0.66"),
+        (spectral, {"outlier": 0.9}, "1 or more"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range(method, changes, bounds):
+    with pytest.raises(ConfigError, match=f"{next(iter(changes))} must be {bounds}"):
+        method.Config(result_file="x", **changes)
+
+
 # Spectral Signatures
 
 
-@pytest.mark.parametrize("wide", [6, 90], ids=["more pictures than features", "fewer"])
+@pytest.mark.parametrize("wide", [6, 90], ids=["more images than features", "fewer"])
 def test_spectral_scores_are_those_of_the_singular_vector(wide):
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 22, (500,), generator=generator) ** 2 // 21  # of very unequal size, some without a picture
+    labels = (
+        torch.randint(0, 22, (500,), generator=generator) ** 2 // 21
+    )  # of very unequal size, some without an image
     labels[labels == 20] = 19
-    features = torch.rand(500, wide, generator=generator, dtype=torch.float64) * torch.arange(1, wide + 1)
+    features = torch.rand(500, wide, generator=generator, dtype=torch.float64) * torch.arange(
+        1, wide + 1
+    )
     scores, tops = spectral.score(features, labels, 22)
     assert len(tops) == 22 > spectral.TOGETHER and 0 in labels.bincount(minlength=22)
     for label in range(22):
@@ -150,32 +215,44 @@ def test_spectral_scores_are_those_of_the_singular_vector(wide):
             continue
         centred = mine - np.mean(mine, 0)
         _, values, vectors = np.linalg.svd(centred, full_matrices=False)
-        np.testing.assert_allclose(scores[labels == label], [np.dot(row, vectors[0]) ** 2 for row in centred], atol=1e-8)
+        np.testing.assert_allclose(
+            scores[labels == label], [np.dot(row, vectors[0]) ** 2 for row in centred], atol=1e-8
+        )
         assert float(tops[label]) == pytest.approx(values[0] / len(mine) ** 0.5, abs=1e-8)
 
 
-def test_the_highest_scores_of_every_label_go():
+def test_the_highest_scores_of_every_label_are_flagged():
     generator = torch.Generator().manual_seed(1)
-    labels, scores = torch.randint(0, 5, (203,), generator=generator), torch.rand(203, generator=generator)
+    labels, scores = (
+        torch.randint(0, 5, (203,), generator=generator),
+        torch.rand(203, generator=generator),
+    )
     scores[::3] = 0.5  # ties
-    found = set(spectral.highest(scores, labels, 6, 0.15).nonzero().flatten().tolist())
-    wanted = set()
+    flagged = set(spectral.highest(scores, labels, 6, 0.15).nonzero().flatten().tolist())
+    expected = set()
     for label in range(5):
-        ranked = sorted((index for index in range(203) if labels[index] == label), key=lambda index: (-float(scores[index]), index))
-        wanted |= set(ranked[: int(0.15 * len(ranked))])
-    assert found == wanted and not spectral.highest(scores, labels, 6, 0.0).any()
+        ranked = sorted(
+            (index for index in range(203) if labels[index] == label),
+            key=lambda index: (-float(scores[index]), index),
+        )
+        expected |= set(ranked[: int(0.15 * len(ranked))])
+    assert flagged == expected and not spectral.highest(scores, labels, 6, 0.0).any()
 
 
 # Activation Clustering
 
 
 @pytest.mark.parametrize("reduction", ["ica", "pca"])
-def test_clusters_do_not_depend_on_the_order_of_the_set(reduction):
+def test_clusters_do_not_depend_on_the_order_of_the_images(reduction):
     features, labels, bad = planted()
     options = ac.Config(result_file="x", reduction=reduction)
     smaller, share, silhouette = ac.clusters(features.numpy(), labels.numpy(), 11, options)
-    assert (smaller & (labels == 3).numpy() == bad.numpy()).all() and share[3] == 0.2 and np.nanargmax(silhouette) == 3
-    assert np.isnan([share[10], silhouette[10]]).all(), "a label without pictures"
+    assert (
+        (smaller & (labels == 3).numpy() == bad.numpy()).all()
+        and share[3] == 0.2
+        and np.nanargmax(silhouette) == 3
+    )
+    assert np.isnan([share[10], silhouette[10]]).all(), "a label without images"
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(4))
     again = ac.clusters(features[order].numpy(), labels[order].numpy(), 11, options)
     assert (again[0] & (labels[order] == 3).numpy() == bad[order].numpy()).all()
@@ -183,15 +260,26 @@ def test_clusters_do_not_depend_on_the_order_of_the_set(reduction):
 
 def test_a_cluster_is_poison_by_its_size_or_by_its_distance(monkeypatch, tmp_path):
     features, labels, bad = planted(share=0.4)
-    assert not (flagged_by(ac, features, labels, monkeypatch, tmp_path, reduction="pca")[0] & bad).any()
-    found, _ = flagged_by(ac, features, labels, monkeypatch, tmp_path, reduction="pca", criterion="silhouette", silhouette=0.3)
-    assert torch.equal(found, bad)
+    assert not (
+        flagged_by(ac, features, labels, monkeypatch, tmp_path, reduction="pca")[0] & bad
+    ).any()
+    flagged, _ = flagged_by(
+        ac,
+        features,
+        labels,
+        monkeypatch,
+        tmp_path,
+        reduction="pca",
+        criterion="silhouette",
+        silhouette=0.3,
+    )
+    assert torch.equal(flagged, bad)
 
 
-def test_labels_that_cannot_be_cut_lose_nothing():
+def test_labels_that_cannot_be_clustered_lose_nothing():
     labels = np.repeat([0, 1, 2], [3, 40, 40])
     features = np.random.default_rng(0).normal(size=(83, 5))
-    features[labels == 1] = 1.0  # one picture, many times
+    features[labels == 1] = 1.0  # one image, many times
     features[:, 4] = 0  # a feature that is dead
     smaller, share, _ = ac.clusters(features, labels, 3, ac.Config(result_file="x"))
     assert np.isnan(share[:2]).all() and not smaller[:43].any() and 0 < share[2] <= 0.5
@@ -208,10 +296,14 @@ def few(places, run):
 
 
 def hits(folder, record):
-    """(pictures removed, poisoned ones among them)."""
-    (kept,) = (path for path in folder.glob("*.safetensors") if path.name != "model.safetensors")
-    removed = load_file(kept)["removed"]
-    return len(removed), int(torch.isin(removed, load_file(record / "poison.safetensors")["train_index"]).sum())
+    """(images removed, poisoned ones among them)."""
+    (evidence,) = (
+        path for path in folder.glob("*.safetensors") if path.name != "model.safetensors"
+    )
+    removed = load_file(evidence)["removed"]
+    return len(removed), int(
+        torch.isin(removed, load_file(record / "poison.safetensors")["train_index"]).sum()
+    )
 
 
 def test_spectral_removes_the_backdoor(few, places, run):
@@ -219,12 +311,23 @@ def test_spectral_removes_the_backdoor(few, places, run):
     folder = few / "defense" / "spectral"
     removed, poisoned = hits(folder, few)
     row = results(folder)
-    assert removed == 189 and poisoned >= 15 and "removing 189 of 1297 pictures" in done.stderr
+    assert removed == 189 and poisoned >= 15 and "removing 189 of 1297 images" in done.stderr
     assert (row["stage"], row["prior"], row["selection"]) == ("in-training", "rate=0.1", "fixed")
     assert float(row["asr"]) < 0.25 < 0.8 < float(row["asr_before"]) and float(row["acc"]) > 0.95
 
 
 def test_activation_clustering_finds_the_poison(few, places, run):
-    run("defense/ac.py", *places, "--result_file", "few", "--epochs", 1, "--reduction", "pca", "--save_folder_name", "pca")
+    run(
+        "defense/ac.py",
+        *places,
+        "--result_file",
+        "few",
+        "--epochs",
+        1,
+        "--reduction",
+        "pca",
+        "--save_folder_name",
+        "pca",
+    )
     removed, poisoned = hits(few / "defense" / "pca", few)
     assert poisoned >= 35 and removed < 250 and results(few / "defense" / "pca")["prior"] == ""

@@ -1,13 +1,27 @@
-"""The tables of docs/ say what the committed results say."""
+"""The tables of the pages say what the committed results say, and the grids name their runs."""
 
 import re
+import shlex
 
+import pytest
+
+from benchmarks import tables
 from compare import main
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from utils import files
+from utils.sweep import grid
 
 PAGE = (ROOT / "docs" / "strong_victims.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
+# table of results: the grids whose runs it holds
+GRIDS = {
+    "attacks": ["attacks_digits", "attacks_cifar10"],
+    "defenses": ["defenses_digits", "defenses_cifar10"],
+    "baselines": ["baselines"],
+    "cpu": ["cpu"],
+    "rates": ["rates"],
+    "widths": ["widths"],
+}
 
 
 def percent(row):
@@ -20,20 +34,35 @@ def line(*cells):
 
 def victims_table():
     """The rows of victims, those of the evidence first."""
-    rows = [row for name in ("cpu.csv", "widths.csv") for row in files.read_csv(RESULTS / name) if row["defense"] == "none"]
+    rows = [
+        row
+        for name in ("cpu.csv", "widths.csv")
+        for row in files.read_csv(RESULTS / name)
+        if row["defense"] == "none"
+    ]
     return [
-        line(f"`{row['model']}`", row["recipe"].split(":")[0], row["attack"], *percent(row), f"{float(row['seconds']):.0f}") for row in rows
+        line(
+            f"`{row['model']}`",
+            row["recipe"].split(":")[0],
+            row["attack"],
+            *percent(row),
+            f"{float(row['seconds']):.0f}",
+        )
+        for row in rows
     ]
 
 
 def rates_table():
     """Fine-tuning at several rates, victim by victim."""
-    lines = [line("victim", "its rate / batch", "`ft` at", "epochs", "ACC", "ASR", "RA"), "|---|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        line("victim", "its rate / batch", "`ft` at", "epochs", "ACC", "ASR", "RA"),
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for row in files.read_csv(RESULTS / "rates.csv"):
         rate, batch = (re.search(rf"{name} (\S+)", row["recipe"])[1] for name in ("lr", "batch"))
         epochs = re.search(r"--epochs (\d+)", row["command"])
-        told = ["none", ""] if row["defense"] == "none" else [row["lr"], epochs[1]]
-        lines.append(line(f"`{row['model']}`", f"{rate} / {batch}", *told, *percent(row)))
+        own = ["none", ""] if row["defense"] == "none" else [row["lr"], epochs[1]]
+        lines.append(line(f"`{row['model']}`", f"{rate} / {batch}", *own, *percent(row)))
     return lines
 
 
@@ -43,3 +72,23 @@ def test_the_tables_of_strong_victims_are_the_measured_ones(capsys):
     assert main([str(RESULTS / "cpu.csv"), "--format", "markdown"]) == 0
     shown = capsys.readouterr().out
     assert shown[shown.index("| defense") :].strip() in PAGE
+
+
+@pytest.mark.parametrize("path", tables.pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_tables_of_a_page_are_what_their_commands_print(path):
+    text = path.read_text()
+    assert tables.rewritten(text) == text, "python -m benchmarks.tables writes them anew"
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_measured_runs_are_runs_of_the_grids(name):
+    paths = [ROOT / f"config/sweep/{each}.yaml" for each in GRIDS[name]]
+    cells = {str(cell.path): cell for path in paths for cell in grid.cells(grid.read(path))}
+    for row in files.read_csv(RESULTS / f"{name}.csv"):
+        cell = cells[row["run"]]
+        words = shlex.split(row["command"])
+        given = dict(zip(words[2::2], words[3::2], strict=True))
+        assert words[1] == f"{cell.kind}/{cell.script}.py"
+        for option, value in cell.options.items():
+            assert given.get(f"--{option}", str(value)) == str(value), (row["run"], option)
+        assert row["seed"] == str((cell.victim or cell).options["random_seed"])

@@ -9,10 +9,13 @@ from torch import nn
 
 import models
 from defense import fmp
-from utils import channels, data, seeds
-from utils.data import Spec
+from utils import seeds
+from utils.data import dataset
+from utils.data.dataset import Spec
 from utils.errors import ConfigError
-from utils.record import Record
+from utils.repair import fmp_released as released
+from utils.repair import layers
+from utils.repair.defender import Defender
 
 SPEC = Spec("digits", 10, 32, (0.3, 0.3, 0.3), (0.35, 0.35, 0.35), False, {})
 
@@ -41,12 +44,23 @@ class Block(nn.Module):
 def network(pre, project):
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), Block(6, 8 if project else 6, pre, project),
-        nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear((8 if project else 6) * 16, 4),
-    ).double()  # fmt: skip
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        Block(6, 8 if project else 6, pre, project),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear((8 if project else 6) * 16, 4),
+    ).double()
     for module in net.modules():  # statistics and scales as after training, not the identity
         if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+            for tensor in (
+                module.running_mean,
+                module.running_var,
+                module.weight.data,
+                module.bias.data,
+            ):
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
     return net.eval()
 
@@ -55,7 +69,9 @@ STEP = {"alpha": 16 / 255, "epsilon": 64 / 255, "seed": 3}
 
 
 def score(model, images, labels, **changes):
-    return fmp.score_maps(model, images, labels, **{**STEP, "batch": 64, "steps": fmp.fmp_step, **changes})
+    return fmp.score_maps(
+        model, images, labels, **{**STEP, "batch": 64, "steps": fmp.fmp_step, **changes}
+    )
 
 
 def options(**changes):
@@ -64,7 +80,9 @@ def options(**changes):
 
 def images_and_labels(count=12):
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(count) % 4
+    return torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64), torch.arange(
+        count
+    ) % 4
 
 
 def one_map_at_a_time(model, images, labels, alpha, epsilon, seed, fmt=False):
@@ -78,7 +96,9 @@ def one_map_at_a_time(model, images, labels, alpha, epsilon, seed, fmt=False):
 
         def own_output(pixels, layer=layer):
             kept = []
-            handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output.clone()))
+            handle = layer.register_forward_hook(
+                lambda module, inputs, output: kept.append(output.clone())
+            )
             logits = model(pixels)
             handle.remove()
             return kept[0], logits
@@ -89,13 +109,20 @@ def one_map_at_a_time(model, images, labels, alpha, epsilon, seed, fmt=False):
             leaf = start.clone().requires_grad_()
             loss = (own_output(leaf)[0][:, channel] - clean[:, channel]).square().sum()
             (gradient,) = torch.autograd.grad(loss, leaf)
-            attacks = [(start + epsilon * gradient.sign()).clamp(0, 1)]
+            sign = gradient.sign()
+            attacks = [(start + epsilon * sign).clamp(0, 1)]
             if fmt:
+                changes = [start + j * alpha * sign - images for j in (1, 2)]
                 attacks = [
-                    (images + torch.clamp(start + j * alpha * gradient.sign() - images, -epsilon, epsilon)).clamp(0, 1) for j in (1, 2)
+                    (images + change.clamp(-epsilon, epsilon)).clamp(0, 1) for change in changes
                 ]
-            found = [model(attacked).detach() for attacked in attacks]
-            rows.append([[(logits.argmax(1) == labels).double().mean(), F.cross_entropy(logits, labels)] for logits in found])
+            outputs = [model(attacked).detach() for attacked in attacks]
+            rows.append(
+                [
+                    [(logits.argmax(1) == labels).double().mean(), F.cross_entropy(logits, labels)]
+                    for logits in outputs
+                ]
+            )
         scores[name] = torch.tensor(rows).permute(2, 1, 0).numpy()  # 2,J,C
     return scores
 
@@ -108,15 +135,18 @@ def test_shared_passes_equal_one_map_at_a_time(pre, project, score_batch):
     labels = model(images).argmax(1)  # some maps then cost accuracy and others do not
     labels[:3] = (labels[:3] + 1) % 4
     for fmt in (False, True):
-        found = score(model, images, labels, batch=score_batch, steps=fmp.fmt_steps if fmt else fmp.fmp_step)
+        steps = fmp.fmt_steps if fmt else fmp.fmp_step
+        scores = score(model, images, labels, batch=score_batch, steps=steps)
         expected = one_map_at_a_time(model, images, labels, **STEP, fmt=fmt)
-        assert set(found) == set(expected)
-        assert fmt or len({accuracy.tobytes() for accuracy, _ in expected.values()}) > 1, "the reference must tell maps apart"
-        for name, (accuracy, loss) in found.items():
+        assert set(scores) == set(expected)
+        kinds = {accuracy.tobytes() for accuracy, _ in expected.values()}
+        assert fmt or len(kinds) > 1, "the reference must tell maps apart"
+        for name, (accuracy, loss) in scores.items():
             assert accuracy.shape == (1 + fmt, len(model.get_submodule(name).weight))
             np.testing.assert_array_equal(accuracy, expected[name][0])
             np.testing.assert_allclose(loss, expected[name][1], rtol=0, atol=1e-12)
-            assert fmp.ranking(accuracy[0], loss[0]).tolist() == fmp.ranking(*expected[name][:, 0]).tolist()
+            order = fmp.ranking(accuracy[0], loss[0])
+            assert order.tolist() == fmp.ranking(*expected[name][:, 0]).tolist()
 
 
 def test_no_random_start_gives_no_gradient():
@@ -130,17 +160,19 @@ def test_scoring_leaves_the_model_as_it_was():
     model, (images, labels) = network(True, True).train(), images_and_labels()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     score(model, images, labels)
-    score(model, images, labels, maps=fmp.block_sums)
+    score(model, images, labels, read_maps=released.block_sums)
     assert model.training
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_captured_map_is_the_raw_convolution():
+def test_a_map_is_the_raw_output_of_its_convolution():
     model, (images, _) = network(True, True), images_and_labels()
     block = model[3]
-    maps = channels.feature_maps(model, images)
+    maps = layers.feature_maps(model, images)
     hidden = block.conv1(F.relu(block.bn1(model[:3](images))))
     torch.testing.assert_close(maps["3.conv2"], block.conv2(F.relu(block.bn2(hidden))))
 
@@ -177,9 +209,13 @@ def test_ties_go_by_loss_then_by_channel():
 
 def test_preactresnet18_prunes_75_of_4800_and_pairs_8():
     model = models.build("preactresnet18", SPEC)
-    maps = {name: layer.out_channels for name, layer in channels.convolutions(model).items()}
-    assert len(maps) == 20 and sum(maps.values()) == 4800 and sum(count // 64 for count in maps.values()) == 75
-    pairs = channels.paired_norms(model)
+    maps = {name: layer.out_channels for name, layer in layers.convolutions(model).items()}
+    assert (
+        len(maps) == 20
+        and sum(maps.values()) == 4800
+        and sum(count // 64 for count in maps.values()) == 75
+    )
+    pairs = layers.paired_norms(model)
     assert len(pairs) == 8 and sum(maps[name] // 64 for name in pairs) == 30
     assert all(conv.endswith("conv1") and norm.endswith("bn2") for conv, norm in pairs.items())
 
@@ -187,13 +223,15 @@ def test_preactresnet18_prunes_75_of_4800_and_pairs_8():
 @pytest.mark.parametrize("name", ["resnet9", "vgg19_bn", "resnet18"])
 def test_every_convolution_is_paired_where_a_norm_follows(name):
     model = models.build(name, SPEC)
-    assert set(channels.paired_norms(model)) == {key for key, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    assert set(layers.paired_norms(model)) == {
+        key for key, module in model.named_modules() if isinstance(module, nn.Conv2d)
+    }
 
 
 def test_pruned_filters_are_zero_and_stay_zero():
     model = models.build("resnet9", SPEC, 8)
-    doomed = {name: [1, 3] for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    prune = channels.zeroing(channels.parameters_of(model, doomed))
+    to_prune = {name: [1, 3] for name in layers.convolutions(model)}
+    prune = layers.make_pruner(layers.parameters_of(model, to_prune))
     prune()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(3):
@@ -201,51 +239,61 @@ def test_pruned_filters_are_zero_and_stay_zero():
         F.cross_entropy(model(torch.rand(4, 3, 32, 32)), torch.arange(4)).backward()
         optimizer.step()
         prune()
-    modules, pairs = dict(model.named_modules()), channels.paired_norms(model)
-    for name, gone in doomed.items():
+    modules, pairs = dict(model.named_modules()), layers.paired_norms(model)
+    for name, channels in to_prune.items():
         norm = modules[pairs[name]]
         for parameter in (modules[name].weight, norm.weight, norm.bias):
-            zero = parameter.detach().flatten(1).abs().sum(1) == 0 if parameter.ndim > 1 else parameter == 0
-            assert zero.nonzero().flatten().tolist() == gone
-    assert all((output[:, [1, 3]] == 0).all() for output in channels.feature_maps(model.eval(), torch.rand(2, 3, 32, 32)).values())
+            size = parameter.detach().abs().reshape(len(parameter), -1).sum(1)
+            assert (size == 0).nonzero().flatten().tolist() == channels
+    maps = layers.feature_maps(model.eval(), torch.rand(2, 3, 32, 32))
+    assert all((output[:, [1, 3]] == 0).all() for output in maps.values())
 
 
 def test_a_norm_of_a_residual_sum_is_never_paired():
     model = network(True, True)
-    assert channels.paired_norms(model) == {"0": "1", "3.conv1": "3.bn2"}
+    assert layers.paired_norms(model) == {"0": "1", "3.conv1": "3.bn2"}
 
 
-def test_where_the_norm_is_left_alone():
+def test_norms_and_biases_can_be_left_alone():
     model = network(True, True)
-    doomed = {name: [0] for name in channels.convolutions(model)}
-    assert len(channels.parameters_of(model, doomed)) == 4 + 3 + 2 * 2  # filters, biases, scale and shift of the two pairs
-    assert len(channels.parameters_of(model, doomed, norms=False)) == 7 and len(channels.parameters_of(model, doomed, biases=False)) == 8
+    to_prune = {name: [0] for name in layers.convolutions(model)}
+    # filters, biases, scale and shift of the two pairs
+    assert len(layers.parameters_of(model, to_prune)) == 4 + 3 + 2 * 2
+    assert len(layers.parameters_of(model, to_prune, norms=False)) == 7
+    assert len(layers.parameters_of(model, to_prune, biases=False)) == 8
 
 
 def planted(maps, count=2):
-    """Scores of layers in order of execution: map c of a layer has accuracy (c * 7 % maps) / maps."""
-    return {name: (np.stack([(np.arange(size) * 7 % size) / size] * count), np.zeros((count, size))) for name, size in maps.items()}
+    """Scores of layers in order of execution: map c has accuracy (c * 7 % maps) / maps."""
+    return {
+        name: (np.stack([(np.arange(size) * 7 % size) / size] * count), np.zeros((count, size)))
+        for name, size in maps.items()
+    }
 
 
 def test_every_layer_is_pruned_by_its_own_ranks():
-    """The block's shortcut runs first and is registered last: the released code then gives the lists to other layers."""
+    """The block's shortcut runs first and is defined last: exec_order mixes up the ranks."""
     model = network(True, True)
-    registered, executed = list(channels.convolutions(model)), list(channels.feature_maps(model, torch.rand(1, 3, 8, 8).double()))
-    assert registered != executed and set(registered) == set(executed)
-    scores = {name: (np.linspace(0, 1, 8)[None], np.zeros((1, 8))) for name in executed}
-    scores[executed[1]] = (np.linspace(1, 0, 8)[None], np.zeros((1, 8)))
-    counts = dict.fromkeys(registered, 2)
-    own = fmp.by_rank(fmp.rankings(scores, options()), counts, options())
+    defined = list(layers.convolutions(model))
+    executed = list(layers.feature_maps(model, torch.rand(1, 3, 8, 8).double()))
+    assert defined != executed and set(defined) == set(executed)
+    orders = {name: np.arange(8) for name in executed}
+    orders[executed[1]] = np.arange(8)[::-1]
+    counts = dict.fromkeys(defined, 2)
+    own = fmp.by_rank(orders, counts)
     assert [own[name] for name in executed] == [[0, 1], [6, 7], [0, 1], [0, 1]]
-    other = fmp.by_rank(fmp.rankings(scores, options()), counts, options(exec_order=True))
-    assert other[registered[1]] == [6, 7] and registered[1] != executed[1] and other[executed[1]] == [0, 1]
+    other = released.by_misplaced_ranks(orders, counts)
+    assert other[defined[1]] == [6, 7] and other[executed[1]] == [0, 1]
+    assert defined[1] != executed[1]
 
 
 def test_small_layers_and_the_released_sort():
-    scores = {"a": (np.array([[0.5, 0.2, 0.2]]), np.array([[0.0, 1.0, 2.0]]))}
-    own, other = fmp.rankings(scores, options()), fmp.rankings(scores, options(argsort=True))
-    assert own["a"].tolist() == [2, 1, 0] and sorted(other["a"].tolist()[:2]) == [1, 2]
-    assert fmp.by_rank(own, {"a": 1}, options()) == {"a": [2]} and fmp.by_rank(own, {"a": 0}, options()) == {"a": []}
+    accuracy, loss = np.array([0.5, 0.2, 0.2]), np.array([0.0, 1.0, 2.0])
+    order = fmp.ranking(accuracy, loss)
+    assert order.tolist() == [2, 1, 0]
+    assert sorted(released.by_accuracy_alone(accuracy, loss).tolist()[:2]) == [1, 2]
+    assert fmp.by_rank({"a": order}, {"a": 1}) == {"a": [2]}
+    assert fmp.by_rank({"a": order}, {"a": 0}) == {"a": []}
 
 
 def test_the_smaller_cluster_is_pruned():
@@ -255,102 +303,172 @@ def test_the_smaller_cluster_is_pruned():
     low, high = (0.1, 0.0), (0.9, 0.8)
     assert fmp.by_clusters(points(low, high, high, low, high)) == {"layer": [0, 3]}
     assert fmp.by_clusters(points(high, low, low)) == {"layer": [0]}, "whatever its mean"
-    assert fmp.by_clusters(points(high, low, high, low)) == {"layer": [1, 3]}, "the lower of two equal ones"
+    assert fmp.by_clusters(points(high, low, high, low)) == {"layer": [1, 3]}, (
+        "the lower of two equal ones"
+    )
     assert fmp.by_clusters(points(high, high, high)) == {"layer": []}
     assert all(channel < 12 for channel in fmp.by_clusters(planted({"a": 12}))["a"])
 
 
-def test_the_alias_quirk_scores_the_sums_of_blocks():
-    """As the released hooks see an in-place sum: on PreActResNet18 8 of 20 layers, 1,920 of 4,800 maps."""
+def test_alias_sum_scores_the_sums_of_blocks():
+    """On PreActResNet18 these are 8 of 20 layers, 1,920 of 4,800 maps."""
     model = models.build("preactresnet18", SPEC).double().eval()
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    plain, sums = channels.feature_maps(model, images), fmp.block_sums(model, images)
+    plain, sums = layers.feature_maps(model, images), released.block_sums(model, images)
     assert list(plain) == list(sums)
     other = [name for name in plain if not torch.equal(plain[name], sums[name])]
-    assert len(other) == 8 and all(name.endswith("conv2") for name in other) and sum(plain[name].shape[1] for name in other) == 1920
-    torch.testing.assert_close(sums["network.layer1.0.conv2"], model.network.layer1[0](plain["network.conv1"]))
+    assert len(other) == 8 and all(name.endswith("conv2") for name in other)
+    assert sum(plain[name].shape[1] for name in other) == 1920
+    torch.testing.assert_close(
+        sums["network.layer1.0.conv2"], model.network.layer1[0](plain["network.conv1"])
+    )
 
 
-def test_the_alias_quirk_says_where_it_cannot_be_had():
+def test_alias_sum_is_refused_where_the_model_cannot_be_traced():
     class Branching(nn.Module):
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
     with pytest.raises(ConfigError, match="--alias_sum false"):
-        fmp.block_sums(Branching(), torch.rand(1, 3, 4, 4))
+        released.block_sums(Branching(), torch.rand(1, 3, 4, 4))
 
 
-def test_the_norm_quirk_takes_the_list_of_the_convolution_before():
+def test_bn_last_conv_takes_the_list_of_the_convolution_before():
     model = network(True, True)
-    entries = fmp.norms_by_last_convolution(model, {"0": [5], "3.conv1": [1], "3.conv2": [7], "3.shortcut": []})
-    found = [(next(name for name, other in model.named_parameters() if other is scale), gone) for scale, gone in entries]
-    assert found == [("1.weight", [5]), ("3.bn1.weight", [5]), ("3.bn2.weight", [5])], "in the order of definition, shifts stay"
+    to_prune = {"0": [5], "3.conv1": [1], "3.conv2": [7], "3.shortcut": []}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    entries = released.scales_by_last_convolution(model, to_prune)
+    entries = [(names[scale], channels) for scale, channels in entries]
+    expected = [("1.weight", [5]), ("3.bn1.weight", [5]), ("3.bn2.weight", [5])]
+    assert entries == expected, "in the order of definition, and without shifts"
 
 
 def found_record(tmp_path, count=300):
+    """(a record of random images, all of them clean, the list of stages that were reported)."""
     generator = torch.Generator().manual_seed(2)
-    images, labels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(count) % 10
-    said = []
-    clean = data.Split(images, labels, labels)
-    return Record(
-        SPEC, clean, clean, torch.arange(count), "resnet9", 8, tmp_path, tmp_path, lambda stage, model, **_: said.append(stage)
-    ), said
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels, stages = torch.arange(count) % 10, []
+    clean = dataset.Split(images, labels, labels)
+    record = Defender(
+        SPEC,
+        clean,
+        clean,
+        torch.arange(count),
+        "resnet9",
+        8,
+        tmp_path,
+        tmp_path,
+        lambda stage, model, **_: stages.append(stage),
+    )
+    return record, stages
 
 
-def test_scored_pictures(tmp_path):
+def test_the_images_to_score(tmp_path):
     record, _ = found_record(tmp_path)
-    images, labels = fmp.scored_pictures(record, options())
-    assert len(images) == 128 and labels.bincount().max() - labels.bincount().min() == 1 and 0 <= images.min() and images.max() == 1
-    assert torch.equal(images, fmp.scored_pictures(record, options())[0])
-    assert len(fmp.scored_pictures(record, options(variant="fmt"))[0]) == 300, "never more than there are"
-    few, its = fmp.scored_pictures(record, options(few_images=True))
-    assert len(few) == 32 and its.bincount(minlength=10).max() - its.bincount(minlength=10).min() > 1
-    twice, _ = fmp.scored_pictures(record, options(double_norm=True))
+    images, labels = fmp.images_to_score(record, options())
+    counts = labels.bincount()
+    assert len(images) == 128 and counts.max() - counts.min() == 1
+    assert images.min() >= 0 and images.max() == 1
+    assert torch.equal(images, fmp.images_to_score(record, options())[0])
+    every, _ = fmp.images_to_score(record, options(variant="fmt"))
+    assert len(every) == 300, "never more than there are"
+    few, its_labels = fmp.images_to_score(record, options(few_images=True))
+    counts = its_labels.bincount(minlength=10)
+    assert len(few) == 32 and counts.max() - counts.min() > 1
+    twice, _ = fmp.images_to_score(record, options(double_norm=True))
     torch.testing.assert_close(twice, (images - 0.3) / 0.35)
-    assert not torch.equal(images, fmp.scored_pictures(record, options(score_aug=True))[0])
+    augmented, _ = fmp.images_to_score(record, options(score_aug=True))
+    assert not torch.equal(images, augmented)
 
 
-@pytest.mark.parametrize("variant", [None, "released", "fmt", "random", "no_pruning"])
-def test_every_variant_on_one_set(variant, tmp_path):
-    """The controls fine-tune on the same pictures; random prunes as many maps of every layer, and they stay pruned."""
-    record, said = found_record(tmp_path)
+def repaired(variant, record):
+    """A network that a variant has repaired."""
     torch.manual_seed(0)
     model = models.build("resnet9", SPEC, 8)
-    for name in channels.paired_norms(model).values():
-        model.get_submodule(name).bias.data.fill_(0.1)  # as after training: what is behind the ReLU gets a gradient
-    norms = {"bn_last_conv": False, "prune_norm": False} if variant == "released" else {}  # dead scales would keep filters dead
-    config = options(variant=variant, p=8, epochs=1, precision="fp32", scored_images=20, lr=0.1, **norms)
-    fmp.repair(model, record, config)
-    assert said == ["pruned", "finetune"]
-    if variant == "no_pruning":
-        return
-    kept = load_file(tmp_path / "kept" / "scores.safetensors")
-    layers = channels.convolutions(model)
-    assert {f"{name}/pruned" for name in layers} <= set(kept)
-    zero = {name: layer.weight.detach().flatten(1).abs().sum(1) == 0 for name, layer in layers.items()}
-    if variant == "released":
-        assert not all(zero[name][kept[f"{name}/pruned"]].all() for name in layers), "without a mask they grow again"
-    else:
-        assert all(torch.equal(zero[name], kept[f"{name}/pruned"]) for name in layers)
-    if variant != "fmt":
-        assert all(int(kept[f"{name}/pruned"].sum()) == layer.out_channels // 8 for name, layer in layers.items())
+    for name in layers.paired_norms(model).values():
+        # as after training: what is behind the ReLU gets a gradient
+        model.get_submodule(name).bias.data.fill_(0.1)
+    changes = {"p": 8, "epochs": 1, "precision": "fp32", "scored_images": 20, "lr": 0.1}
+    if variant == "released":  # a scale of zero would keep its filter at zero
+        changes |= {"bn_last_conv": False, "prune_norm": False}
+    return fmp.repair(model, record, options(variant=variant, **changes))
+
+
+def zero_filters(layer):
+    """Which filters of a convolution are zero, a bool each."""
+    return layer.weight.detach().flatten(1).abs().sum(1) == 0
+
+
+@pytest.mark.parametrize("variant", [None, "fmt", "random"])
+def test_pruned_filters_stay_zero_while_fine_tuning(variant, tmp_path):
+    record, stages = found_record(tmp_path)
+    model = repaired(variant, record)
+    assert stages == ["pruned", "finetune"]
+    tensors = load_file(tmp_path / "kept" / "scores.safetensors")
+    for name, layer in layers.convolutions(model).items():
+        assert torch.equal(zero_filters(layer), tensors[f"{name}/pruned"])
+
+
+def test_with_zero_init_pruned_filters_grow_again(tmp_path):
+    record, stages = found_record(tmp_path)
+    model = repaired("released", record)
+    assert stages == ["pruned", "finetune"]
+    tensors = load_file(tmp_path / "kept" / "scores.safetensors")
+    assert not all(
+        zero_filters(layer)[tensors[f"{name}/pruned"]].all()
+        for name, layer in layers.convolutions(model).items()
+    )
+
+
+def test_no_pruning_fine_tunes_only(tmp_path):
+    record, stages = found_record(tmp_path)
+    model = repaired("no_pruning", record)
+    assert stages == ["pruned", "finetune"] and not (tmp_path / "kept").exists()
+    assert not any(zero_filters(layer).any() for layer in layers.convolutions(model).values())
+
+
+@pytest.mark.parametrize("variant", [None, "released", "fmt", "random"])
+def test_scores_are_kept(variant, tmp_path):
+    """Random pruning has no scores, and takes as many maps of every layer."""
+    record, _ = found_record(tmp_path)
+    convolutions = layers.convolutions(repaired(variant, record))
+    tensors = load_file(tmp_path / "kept" / "scores.safetensors")
     assert (tmp_path / "kept" / "scores.png").is_file() == (variant != "random")
-    if variant != "random":
-        assert variant == "fmt" or all(
-            sorted(kept[f"{name}/rank"].tolist()) == list(range(layer.out_channels)) for name, layer in layers.items()
-        )
-        if variant is None:  # by its own ranks, the worst first
-            assert all(
-                torch.equal(kept[f"{name}/rank"] < layer.out_channels // 8, kept[f"{name}/pruned"]) for name, layer in layers.items()
-            )
-        assert all(kept[f"{name}/accuracy"].shape == (1 + (variant == "fmt"), layer.out_channels) for name, layer in layers.items())
+    for name, layer in convolutions.items():
+        count = layer.out_channels
+        pruned = tensors[f"{name}/pruned"]
+        assert variant == "fmt" or int(pruned.sum()) == count // 8
+        if variant == "random":
+            assert f"{name}/accuracy" not in tensors
+            continue
+        assert tensors[f"{name}/accuracy"].shape == (1 + (variant == "fmt"), count)
+        if variant != "fmt":
+            rank = tensors[f"{name}/rank"]
+            assert sorted(rank.tolist()) == list(range(count))
+            if variant is None:
+                assert torch.equal(rank < count // 8, pruned), "the worst of its own ranks"
 
 
-def test_at_least_so_many_of_a_small_layer(tmp_path):
+def test_min_prune_is_for_small_layers(tmp_path):
     record, _ = found_record(tmp_path)
     model = models.build("resnet9", SPEC, 8)
     config = options(variant="random", min_prune=3, epochs=0, precision="fp32")
-    counts = {name: len(gone) for name, gone in fmp.choose_maps(model, record, config).items()}
-    assert set(counts.values()) == {3} and counts.keys() == channels.convolutions(model).keys()
+    to_prune = fmp.choose_maps(model, record, config)
+    assert {len(channels) for channels in to_prune.values()} == {3}
+    assert to_prune.keys() == layers.convolutions(model).keys()
     with pytest.raises(ConfigError, match="no convolution"):
         fmp.choose_maps(nn.Linear(2, 2), record, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("p", 0, "p must be 1 or more"),
+        ("min_prune", -1, "min_prune must be 0 or more"),
+        ("alpha", 1.5, "alpha must be from 0 to 1"),
+        ("scored_images", 0, "scored_images must be 1 or more images"),
+    ],
+)
+def test_options_out_of_range(name, value, words):
+    with pytest.raises(ConfigError, match=words):
+        options(**{name: value})

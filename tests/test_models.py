@@ -1,4 +1,5 @@
-"""Every model keeps the contract of `models.build`: pixels in [0, 1] in, logits out, readable by hooks and torch.fx."""
+"""Every model keeps the contract of `models.build`: pixels in [0, 1] in, logits out, readable by
+hooks and torch.fx."""
 
 import copy
 import subprocess
@@ -14,7 +15,15 @@ from models.split import SPLITS, split
 from utils.errors import ConfigError
 
 CLASSES = 7
-SMALL_NETS = ["airbench", "preactresnet18", "resnet9", "resnet18", "vgg19_bn", "wrn16_1", "wrn16_1_leaky"]
+SMALL_NETS = [
+    "airbench",
+    "preactresnet18",
+    "resnet9",
+    "resnet18",
+    "vgg19_bn",
+    "wrn16_1",
+    "wrn16_1_leaky",
+]
 CIFAR_FORMS = [*SMALL_NETS, "resnet34", "resnet50"]
 
 
@@ -36,7 +45,8 @@ def convolutions(model):
 
 
 def assert_near(logits, expected):
-    """Equal up to rounding, relative to the largest logit: some untrained networks give logits of 1e-14."""
+    """Equal up to rounding, relative to the largest logit: some untrained networks give logits of
+    1e-14."""
     largest = expected.abs().max()
     assert largest > 0
     assert (logits - expected).abs().max() <= 1e-3 * largest
@@ -47,7 +57,8 @@ def model(request):
     """Each model once, in evaluation mode; the tests below only read it."""
     model = seeded(request.param).eval()
     if request.param == "vit_b_16":
-        nn.init.normal_(model.network.vit.heads.head.weight)  # starts at zero, which would make all logits equal
+        # starts at zero, which would make all logits equal
+        nn.init.normal_(model.network.vit.heads.head.weight)
     return model
 
 
@@ -76,7 +87,8 @@ def test_state_dict_holds_learned_things_only(model):
 
 
 def test_layers_are_the_standard_modules(model):
-    """Defenses find layers by type: a filter bank is a Conv2d's weight, running statistics are a BatchNorm2d's."""
+    """Defenses find layers by type: a filter bank is a Conv2d's weight, running statistics are a
+    BatchNorm2d's."""
     filters = [m for m in model.modules() for p in m.parameters(recurse=False) if p.ndim == 4]
     assert filters and {type(module) for module in filters} == {nn.Conv2d}
     assert {type(m) for m in model.modules() if hasattr(m, "running_mean")} <= {nn.BatchNorm2d}
@@ -87,7 +99,10 @@ def test_hooks_read_raw_outputs(model):
     assert not any(getattr(module, "inplace", False) for module in model.modules())
     kept = []
     layers = convolutions(model)
-    hooks = [m.register_forward_hook(lambda m, args, out: kept.append((out, out.clone()))) for m in layers]
+    hooks = [
+        m.register_forward_hook(lambda m, args, out: kept.append((out, out.clone())))
+        for m in layers
+    ]
     with torch.inference_mode():
         model(pixels())
     for hook in hooks:
@@ -154,8 +169,15 @@ def test_preactresnet18_has_its_known_counts():
     model = seeded("preactresnet18")
     assert len(convolutions(model)) == 20
     assert sum(conv.out_channels for conv in convolutions(model)) == 4800
-    assert sum(p.numel() for p in models.build("preactresnet18", spec(classes=10)).parameters()) == 11_171_146
-    assert [type(m) for m in model.network.children()][-3:] == [nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+    assert (
+        sum(p.numel() for p in models.build("preactresnet18", spec(classes=10)).parameters())
+        == 11_171_146
+    )
+    assert [type(m) for m in model.network.children()][-3:] == [
+        nn.AdaptiveAvgPool2d,
+        nn.Flatten,
+        nn.Linear,
+    ]
 
 
 def test_preactresnet18_convolutions_read_by_a_batch_norm_only():
@@ -167,7 +189,9 @@ def test_preactresnet18_convolutions_read_by_a_batch_norm_only():
         if isinstance(layers.get(node.target), nn.Conv2d)
         and all(isinstance(layers.get(user.target), nn.BatchNorm2d) for user in node.users)
     ]
-    assert alone == [f"network.layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2)]
+    assert alone == [
+        f"network.layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2)
+    ]
 
 
 def test_preactresnet18_shortcut_reads_the_activated_input():
@@ -187,10 +211,24 @@ def test_a_narrow_preactresnet18_has_a_share_of_the_channels():
 def test_airbench_is_the_papers():
     model = models.build("airbench", spec(classes=10))
     assert [conv.out_channels for conv in convolutions(model)] == [24, 64, 64, 256, 256, 256, 256]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_971_328  # filters 1,967,616, shifts 1,152, linear 2,560
-    assert [conv.out_channels for conv in convolutions(seeded("airbench", width=8))] == [24, 8, 8, 32, 32, 32, 32]
+    # filters 1,967,616, shifts 1,152, linear 2,560
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_971_328
+    assert [conv.out_channels for conv in convolutions(seeded("airbench", width=8))] == [
+        24,
+        8,
+        8,
+        32,
+        32,
+        32,
+        32,
+    ]
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        assert (norm.eps, norm.momentum, norm.weight.requires_grad, norm.bias.requires_grad) == (1e-12, 0.4, False, True)
+        assert (norm.eps, norm.momentum, norm.weight.requires_grad, norm.bias.requires_grad) == (
+            1e-12,
+            0.4,
+            False,
+            True,
+        )
         assert norm.weight.eq(1).all() and norm.bias.eq(0).all()
 
 
@@ -204,18 +242,27 @@ def test_airbench_computes_what_the_paper_says():
         norm.bias.data.normal_()
 
     def normed(x, name):
-        mean, variance, shift = (state[f"{name}.{part}"].view(-1, 1, 1) for part in ("running_mean", "running_var", "bias"))
+        mean, variance, shift = (
+            state[f"{name}.{part}"].view(-1, 1, 1)
+            for part in ("running_mean", "running_var", "bias")
+        )
         return (x - mean) / (variance + 1e-12).sqrt() + shift
 
     def gelu(x):
         return x * 0.5 * (1 + torch.erf(x / 2**0.5))
 
     images = pixels().double()
-    x = gelu(nn.functional.conv2d(model.normalize(images), state["whiten.weight"], state["whiten.bias"]))
+    x = gelu(
+        nn.functional.conv2d(model.normalize(images), state["whiten.weight"], state["whiten.bias"])
+    )
     for group in ("group1", "group2", "group3"):
         x = nn.functional.conv2d(x, state[f"{group}.conv1.weight"], padding=1)
         x = gelu(normed(nn.functional.max_pool2d(x, 2), f"{group}.norm1"))
-        x = gelu(normed(nn.functional.conv2d(x, state[f"{group}.conv2.weight"], padding=1), f"{group}.norm2"))
+        x = gelu(
+            normed(
+                nn.functional.conv2d(x, state[f"{group}.conv2.weight"], padding=1), f"{group}.norm2"
+            )
+        )
     expected = nn.functional.max_pool2d(x, 3).flatten(1) @ state["linear.weight"].T / 9
     assert net.scale.factor == 1 / 9
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-12)
@@ -224,19 +271,29 @@ def test_airbench_computes_what_the_paper_says():
 def test_airbench_whitens_patches():
     model = models.build("airbench", spec(classes=10), 8).double()
     generator = torch.Generator().manual_seed(0)
-    smooth = nn.functional.avg_pool2d(torch.rand(700, 3, 34, 34, generator=generator, dtype=torch.float64), 3, 1)
+    smooth = nn.functional.avg_pool2d(
+        torch.rand(700, 3, 34, 34, generator=generator, dtype=torch.float64), 3, 1
+    )
     models.fit_to(model, smooth)
     whitened = model.network.whiten(model.normalize(smooth)).movedim(1, -1).reshape(-1, 24)
     assert torch.equal(model.network.whiten.weight[:12], -model.network.whiten.weight[12:])
     moments = whitened[:, :12].T @ whitened[:, :12] / len(whitened)
-    patches = torch.stack([image[:, top : top + 2, left : left + 2].flatten() for image in model.normalize(smooth[:40])
-                           for top in range(31) for left in range(31)])  # fmt: skip
+    patches = torch.stack(
+        [
+            image[:, top : top + 2, left : left + 2].flatten()
+            for image in model.normalize(smooth[:40])
+            for top in range(31)
+            for left in range(31)
+        ]
+    )
     variances = torch.linalg.svdvals(patches).square() / len(patches)
     assert (moments - moments.diag().diag()).abs().max() < 1e-9, "directions are uncorrelated"
     torch.testing.assert_close(moments.diag(), variances / (variances + 5e-4), rtol=0.05, atol=0)
     for conv in convolutions(model)[1:]:
         inputs = min(conv.weight.shape[:2])
-        assert torch.equal(conv.weight[:inputs, :inputs, 1, 1], torch.eye(inputs).double()), "the identity to begin with"
+        assert torch.equal(conv.weight[:inputs, :inputs, 1, 1], torch.eye(inputs).double()), (
+            "the identity to begin with"
+        )
         assert conv.weight[:inputs].abs().sum() == inputs
 
 
@@ -254,10 +311,15 @@ def test_wrn16_1_is_the_papers():
     assert sum(p.numel() for p in models.build("wrn16_1", spec(classes=10)).parameters()) == 175_066
 
 
-@pytest.mark.parametrize(("name", "total", "head"), [("wrn16_1_leaky", 175_626, 74_890), ("preactresnet18", 11_171_146, 4_725_770)])
+@pytest.mark.parametrize(
+    ("name", "total", "head"),
+    [("wrn16_1_leaky", 175_626, 74_890), ("preactresnet18", 11_171_146, 4_725_770)],
+)
 def test_trap_and_replace_splits_where_the_paper_does(name, total, head):
     model = models.build(name, spec(classes=10))
-    assert [sum(p.numel() for p in part.parameters()) for part in (model, split(name, model)[1])] == [total, head]
+    assert [
+        sum(p.numel() for p in part.parameters()) for part in (model, split(name, model)[1])
+    ] == [total, head]
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -274,7 +336,10 @@ def test_stem_and_head_are_the_network(name):
 
 
 def test_what_cannot_be_split_is_refused():
-    with pytest.raises(ConfigError, match=r"no split into stem and head for vgg19_bn; there is one for airbench, preactresnet18"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no split into stem and head for vgg19_bn; there is one for airbench, preact",
+    ):
         split("vgg19_bn", seeded("vgg19_bn"))
     with pytest.raises(ConfigError, match="1 to 8 blocks, not 9"):
         split("preactresnet18", seeded("preactresnet18"), 9)
@@ -282,7 +347,11 @@ def test_what_cannot_be_split_is_refused():
 
 @pytest.mark.parametrize("name", ["vgg19_bn", "wrn16_1"])
 def test_convolutions_start_from_hes_normal_initialisation(name):
-    widening = [c for c in convolutions(seeded(name)) if c.kernel_size == (3, 3) and c.in_channels < c.out_channels]
+    widening = [
+        c
+        for c in convolutions(seeded(name))
+        if c.kernel_size == (3, 3) and c.in_channels < c.out_channels
+    ]
     fan_out = 9 * widening[-1].out_channels
     assert widening[-1].weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03)
 
@@ -293,15 +362,30 @@ def test_vgg19_bn_has_torchvisions_features():
     reference = make_layers(cfgs["E"], batch_norm=True).eval()
     network = seeded("vgg19_bn").network.eval()
     features = network[:5]
-    reference.load_state_dict(dict(zip(reference.state_dict(), features.state_dict().values(), strict=True)))
+    reference.load_state_dict(
+        dict(zip(reference.state_dict(), features.state_dict().values(), strict=True))
+    )
     with torch.inference_mode():
         torch.testing.assert_close(features(pixels()), reference(pixels()))
     assert sum(isinstance(module, nn.Linear) for module in network.modules()) == 1
 
 
 def test_resnet9_width():
-    assert [conv.out_channels for conv in convolutions(seeded("resnet9"))] == [64, 128, 128, 128, 256, 512, 512, 512]
-    assert [type(layer).__name__ for layer in seeded("resnet9").network][-3:] == ["GlobalMaxPool", "Linear", "Scale"]
+    assert [conv.out_channels for conv in convolutions(seeded("resnet9"))] == [
+        64,
+        128,
+        128,
+        128,
+        256,
+        512,
+        512,
+        512,
+    ]
+    assert [type(layer).__name__ for layer in seeded("resnet9").network][-3:] == [
+        "GlobalMaxPool",
+        "Linear",
+        "Scale",
+    ]
     narrow = seeded("resnet9", width=3)
     assert [conv.out_channels for conv in convolutions(narrow)] == [3, 6, 6, 6, 12, 24, 24, 24]
     assert narrow(pixels()).shape == (2, CLASSES)
@@ -320,12 +404,16 @@ def test_resize_enlarges_as_torch_does_and_antialiases_when_shrinking():
     from models.torchvision_nets import Resize
 
     small = pixels(32)
-    expected = nn.functional.interpolate(small, scale_factor=7, mode="bilinear", align_corners=False)
+    expected = nn.functional.interpolate(
+        small, scale_factor=7, mode="bilinear", align_corners=False
+    )
     torch.testing.assert_close(Resize(224, antialias=False)(small), expected)
     stripes = torch.zeros(1, 3, 64, 64)
     stripes[..., ::4] = 1
     shrunk = Resize(16, antialias=True)(stripes)
-    torch.testing.assert_close(shrunk[..., 2:-2], torch.full((1, 3, 16, 12), 0.25), rtol=0, atol=0.1)
+    torch.testing.assert_close(
+        shrunk[..., 2:-2], torch.full((1, 3, 16, 12), 0.25), rtol=0, atol=0.1
+    )
 
 
 def test_normalisation_follows_the_model_to_another_precision():
@@ -335,25 +423,38 @@ def test_normalisation_follows_the_model_to_another_precision():
 
 
 def test_names_are_sorted_and_complete():
-    wanted = "airbench preactresnet18 resnet9 vgg19_bn wrn16_1 wrn16_1_leaky resnet18 resnet34 resnet50 mobilenet_v3_large efficientnet_b3"
+    wanted = "airbench preactresnet18 resnet9 vgg19_bn wrn16_1 wrn16_1_leaky resnet18 resnet34"
+    wanted += " resnet50 mobilenet_v3_large efficientnet_b3"
     wanted = [*wanted.split(), "densenet161", "convnext_tiny", "vit_b_16"]
     assert models.names() == sorted(wanted)
 
 
 def test_options_are_checked_before_torch_is_loaded():
-    code = "import sys, models; models.names(); models.label('resnet9', 16); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=models.__path__[0] + "/..").returncode == 0
+    code = "import sys, models; models.names(); models.label('resnet9', 16);"
+    code += "sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=models.__path__[0] + "/..").returncode == 0
+    )
 
 
 def test_labels():
     assert models.label("resnet9", None) == models.label("resnet9", 64) == "resnet9"
     assert models.label("resnet9", 16) == "resnet9_w16"
-    assert models.label("preactresnet18", None) == models.label("preactresnet18", 64) == "preactresnet18"
-    assert [models.label(name, 32) for name in ("airbench", "preactresnet18")] == ["airbench_w32", "preactresnet18_w32"]
+    assert (
+        models.label("preactresnet18", None)
+        == models.label("preactresnet18", 64)
+        == "preactresnet18"
+    )
+    assert [models.label(name, 32) for name in ("airbench", "preactresnet18")] == [
+        "airbench_w32",
+        "preactresnet18_w32",
+    ]
 
 
 def test_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"'preactresnet81'; did you mean preactresnet18.* all models: .*vit_b_16"):
+    with pytest.raises(
+        ConfigError, match=r"'preactresnet81'; did you mean preactresnet18.* all models: .*vit_b_16"
+    ):
         models.build("preactresnet81", spec())
     with pytest.raises(ConfigError, match=r"'zzz'; the models are: .*resnet9"):
         models.build("zzz", spec())
@@ -365,8 +466,12 @@ def test_files_that_are_no_model_are_refused(helper):
         models.build(helper, spec())
 
 
-@pytest.mark.parametrize("name, width", [("resnet18", 16), ("vgg19_bn", 64), ("resnet9", 0), ("resnet9", -4)])
-@pytest.mark.parametrize("call", [lambda name, width: models.build(name, spec(), width), models.label])
+@pytest.mark.parametrize(
+    "name, width", [("resnet18", 16), ("vgg19_bn", 64), ("resnet9", 0), ("resnet9", -4)]
+)
+@pytest.mark.parametrize(
+    "call", [lambda name, width: models.build(name, spec(), width), models.label]
+)
 def test_impossible_width_is_refused(call, name, width):
     with pytest.raises(ConfigError, match=f"width of {name}"):
         call(name, width)

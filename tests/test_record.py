@@ -1,4 +1,5 @@
-"""Records: what is written comes back, and everything that is damaged, foreign or unfinished is refused."""
+"""Records: what is written comes back, and everything that is damaged, foreign or unfinished is
+refused."""
 
 import csv
 import dataclasses
@@ -14,9 +15,12 @@ import yaml
 
 from attack.badnet import Config as BadNet
 from defense.ft import Config
-from utils import files, metrics, record
+from utils import checkpoint, evaluation, files
+from utils.data.memmap import MemmapImages
 from utils.errors import ConfigError, MissingError, RefusedError
-from utils.stored import Stored
+from utils.record import contents
+from utils.record import folder as layout
+from utils.repair.defender import Defender
 
 CPU = torch.device("cpu")
 
@@ -26,7 +30,9 @@ def copy(victim, tmp_path):
     """A record of one's own to damage, and the options of a defense on it."""
     shutil.copytree(victim, tmp_path / "copy")
     made = yaml.safe_load((victim / "config.yaml").read_text())
-    return tmp_path / "copy", Config(result_file=str(tmp_path / "copy"), cache_path=made["cache_path"])
+    return tmp_path / "copy", Config(
+        result_file=str(tmp_path / "copy"), cache_path=made["cache_path"]
+    )
 
 
 def rewrite(folder, name, content):
@@ -39,46 +45,77 @@ def rewrite(folder, name, content):
 
 def test_round_trip(copy):
     folder, config = copy
-    model, found, exam, clean, spec = record.load(folder, config, CPU)
+    model, found, clean, test_sets, spec = contents.load(folder, config, CPU)
     saved = safetensors.torch.load_file(folder / "poison.safetensors")
     made = yaml.safe_load((folder / "config.yaml").read_text())
     index = saved["train_index"]
     assert len(index) == round(made["pratio"] * len(clean)) and (saved["train_kind"] == 1).all()
-    assert torch.equal(found.images[index], saved["train_images"]) and (found.labels[index] == 0).all()
+    assert (
+        torch.equal(found.images[index], saved["train_images"]) and (found.labels[index] == 0).all()
+    )
     rest = torch.ones(len(clean), dtype=torch.bool)
     rest[index] = False
-    assert torch.equal(found.images[rest], clean.images[rest]) and torch.equal(found.labels[rest], clean.truth[rest])
-    assert torch.equal(found.truth, found.labels), "the found set does not tell what was poisoned"
-    assert not torch.equal(found.images[index], clean.images[index]), "the clean set is not the stamped one"
-    assert 0 not in exam.backdoor.truth and (exam.backdoor.labels == 0).all() and len(exam.backdoor) == (exam.test.truth != 0).sum()
-    assert torch.equal(exam.test.truth[saved["test_index"]], exam.backdoor.truth)
-    assert (exam.backdoor.images[:, :, 29:, 29:] == 255).all()
-    assert torch.equal(exam.target.truth, exam.target.labels) and len(exam.target) == (exam.test.truth == 0).sum()
-    assert torch.equal(exam.test.truth[saved["target_index"]], exam.target.truth) and (exam.target.images[:, :, 29:, 29:] == 255).all()
+    assert torch.equal(found.images[rest], clean.images[rest]) and torch.equal(
+        found.labels[rest], clean.truth[rest]
+    )
+    assert torch.equal(found.truth, found.labels), (
+        "the training set does not tell what was poisoned"
+    )
+    assert not torch.equal(found.images[index], clean.images[index]), (
+        "the clean set is not the stamped one"
+    )
+    assert (
+        0 not in test_sets.backdoor.truth
+        and (test_sets.backdoor.labels == 0).all()
+        and len(test_sets.backdoor) == (test_sets.test.truth != 0).sum()
+    )
+    assert torch.equal(test_sets.test.truth[saved["test_index"]], test_sets.backdoor.truth)
+    assert (test_sets.backdoor.images[:, :, 29:, 29:] == 255).all()
+    assert (
+        torch.equal(test_sets.target.truth, test_sets.target.labels)
+        and len(test_sets.target) == (test_sets.test.truth == 0).sum()
+    )
+    assert (
+        torch.equal(test_sets.test.truth[saved["target_index"]], test_sets.target.truth)
+        and (test_sets.target.images[:, :, 29:, 29:] == 255).all()
+    )
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     info = json.loads((folder / "record.json").read_text())
-    assert set(info["files"]) == {path.name for path in folder.iterdir() if path.is_file()} - {"record.json"}
+    assert set(info["files"]) == {path.name for path in folder.iterdir() if path.is_file()} - {
+        "record.json"
+    }
 
 
 def test_what_a_record_says(victim):
     info = json.loads((victim / "record.json").read_text())
     assert info["format"] == 1 and info["seeds"] == {"random_seed": 0, "poison_seed": 0}
-    assert {"torch", "torchvision", "numpy", "python"} <= set(info["versions"]) and info["seconds"] > 0 and info["peak_mb"] > 0
+    assert (
+        {"torch", "torchvision", "numpy", "python"} <= set(info["versions"])
+        and info["seconds"] > 0
+        and info["peak_mb"] > 0
+    )
     (row,) = csv.DictReader(open(victim / "results.csv"))
     assert row["defense"] == "none" and float(row["asr"]) + float(row["ra"]) <= 1
-    assert float(row["acc"]) > 0.9 and float(row["asr"]) > 0.9 and row["n_poison"] == "130" and row["precision"] in ("bf16", "fp32")
+    assert (
+        float(row["acc"]) > 0.9
+        and float(row["asr"]) > 0.9
+        and row["n_poison"] == "130"
+        and row["precision"] in ("bf16", "fp32")
+    )
     assert not (victim / "state").exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "poison.safetensors", "config.yaml", "results.csv", "preview.png"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "poison.safetensors", "config.yaml", "results.csv", "preview.png"]
+)
 def test_changed_file(copy, name):
     folder, config = copy
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
     with pytest.raises(RefusedError, match=f"{name} is not the file that was saved"):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "poison.safetensors", "config.yaml"])
@@ -87,10 +124,10 @@ def test_missing_and_truncated_files(copy, name):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(RefusedError, match=name):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
     (folder / name).unlink()
     with pytest.raises(RefusedError, match=f"{name} is missing"):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
 
 
 class Bomb:
@@ -103,15 +140,19 @@ def test_a_pickle_is_refused_and_not_run(copy, name):
     folder, config = copy
     rewrite(folder, name, pickle.dumps(Bomb()))
     with pytest.raises(RefusedError, match="not a safetensors file"):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
     assert not os.path.exists("/tmp/antidote-was-here")
 
 
 def test_yaml_runs_no_code(copy):
     folder, config = copy
-    rewrite(folder, "config.yaml", b"dataset: !!python/object/apply:os.system ['touch /tmp/antidote-was-here']\n")
+    rewrite(
+        folder,
+        "config.yaml",
+        b"dataset: !!python/object/apply:os.system ['touch /tmp/antidote-was-here']\n",
+    )
     with pytest.raises(RefusedError, match="config.yaml"):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
     assert not os.path.exists("/tmp/antidote-was-here")
 
 
@@ -128,13 +169,13 @@ def test_record_json(copy):
     ):
         path.write_text(text)
         with pytest.raises(RefusedError, match=sentence):
-            record.load(folder, config, CPU)
+            contents.load(folder, config, CPU)
     path.unlink()
     with pytest.raises(RefusedError, match="no record.json"):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
     (folder / "state").mkdir()
     with pytest.raises(RefusedError, match="has not finished"):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
 
 
 @pytest.mark.parametrize(
@@ -147,16 +188,20 @@ def test_record_json(copy):
 )
 def test_poison_that_does_not_fit(copy, change, sentence):
     folder, config = copy
-    rewrite(folder, "poison.safetensors", safetensors.torch.save(change(safetensors.torch.load_file(folder / "poison.safetensors"))))
+    rewrite(
+        folder,
+        "poison.safetensors",
+        safetensors.torch.save(change(safetensors.torch.load_file(folder / "poison.safetensors"))),
+    )
     with pytest.raises(RefusedError, match=sentence):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
 
 
 def test_weights_of_another_model(copy):
     folder, config = copy
     rewrite(folder, "model.safetensors", safetensors.torch.save({"x": torch.zeros(1)}))
     with pytest.raises(RefusedError, match="damaged"):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
 
 
 def test_made_on_a_set_of_another_size(copy):
@@ -165,7 +210,7 @@ def test_made_on_a_set_of_another_size(copy):
     info["data"]["train"] = 1298
     (folder / "record.json").write_text(json.dumps(info))
     with pytest.raises(RefusedError, match="train is 1298, but here it is 1297.*--dataset_path"):
-        record.load(folder, config, CPU)
+        contents.load(folder, config, CPU)
 
 
 def test_missing_record():
@@ -175,18 +220,22 @@ def test_missing_record():
 
 def test_begin(tmp_path):
     folder, config = tmp_path / "run", Config(result_file="x")
-    assert record.begin(folder, config, kind="defense") and record.begin(folder, config, kind="defense"), "an unfinished run goes on"
-    assert record.begin(folder, Config(result_file="x", epochs=4), kind="defense"), "a run that got nowhere stands in nobody's way"
-    assert record.begin(folder, config, kind="defense")
+    assert layout.begin(folder, config, kind="defense") and layout.begin(
+        folder, config, kind="defense"
+    ), "an unfinished run goes on"
+    assert layout.begin(folder, Config(result_file="x", epochs=4), kind="defense"), (
+        "a run that got nowhere stands in nobody's way"
+    )
+    assert layout.begin(folder, config, kind="defense")
     files.write(folder / "state" / "log.csv", "")
     with pytest.raises(ConfigError, match="epochs 100 there and 3 here.*--overwrite"):
-        record.begin(folder, Config(result_file="x", epochs=3), kind="defense")
-    assert record.begin(folder, Config(result_file="x", epochs=3, overwrite=True), kind="defense")
+        layout.begin(folder, Config(result_file="x", epochs=3), kind="defense")
+    assert layout.begin(folder, Config(result_file="x", epochs=3, overwrite=True), kind="defense")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("!")
     with pytest.raises(RefusedError, match="--save_folder_name"):
-        record.begin(foreign, config, kind="defense")
+        layout.begin(foreign, config, kind="defense")
 
 
 def test_what_goes_on_and_what_starts_again(tmp_path):
@@ -194,7 +243,7 @@ def test_what_goes_on_and_what_starts_again(tmp_path):
     kept = folder / "state" / "finetune.safetensors"
 
     def progress_survives(options, victim):
-        assert record.begin(folder, options, kind="defense", victim=victim)
+        assert layout.begin(folder, options, kind="defense", victim=victim)
         found = kept.exists()
         kept.write_bytes(b"")
         return found
@@ -203,15 +252,24 @@ def test_what_goes_on_and_what_starts_again(tmp_path):
     assert progress_survives(config, "v1")
     assert not progress_survives(config, "v2"), "a checkpoint of another victim is of no use"
     files.write(folder / "state" / "log.csv", "")
-    record.finish(folder, {"model.safetensors": b"1", "results.csv": "2"}, {"victim_sha256": "v2"}, kind="defense")
-    assert not record.begin(folder, config, kind="defense", victim="v2")
+    layout.finish(
+        folder,
+        {"model.safetensors": b"1", "results.csv": "2"},
+        {"victim_sha256": "v2"},
+        kind="defense",
+    )
+    assert not layout.begin(folder, config, kind="defense", victim="v2")
     other = Config(result_file="x", epochs=3, overwrite=True)
     assert not progress_survives(other, "v2")
     assert progress_survives(other, "v2"), "an interrupted run that overwrites goes on"
-    assert progress_survives(Config(result_file="x", epochs=3), "v2"), "also without saying so again"
-    assert not record.begin(folder, config, kind="defense", victim="v2"), "the old run is still complete"
+    assert progress_survives(Config(result_file="x", epochs=3), "v2"), (
+        "also without saying so again"
+    )
+    assert not layout.begin(folder, config, kind="defense", victim="v2"), (
+        "the old run is still complete"
+    )
     with pytest.raises(ConfigError, match="another victim"):
-        record.begin(folder, config, kind="defense", victim="v3")
+        layout.begin(folder, config, kind="defense", victim="v3")
 
 
 def test_nothing_is_half_written(tmp_path, monkeypatch):
@@ -230,7 +288,7 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
 def test_a_run_cut_off_in_its_last_step_is_completed(tmp_path, monkeypatch):
     folder, config = tmp_path / "run", Config(result_file="x")
     contents = {"model.safetensors": b"1", "results.csv": "2"}
-    assert record.begin(folder, config, kind="defense")
+    assert layout.begin(folder, config, kind="defense")
     files.write(folder / "state" / "log.csv", "3")
     real, left = os.replace, [6]
 
@@ -242,12 +300,12 @@ def test_a_run_cut_off_in_its_last_step_is_completed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        record.finish(folder, contents, {}, kind="defense")
+        layout.finish(folder, contents, {}, kind="defense")
     monkeypatch.setattr(os, "replace", real)
     with pytest.raises(RefusedError, match="not finished"):
-        record.verify(folder, "defense")
-    assert not record.begin(folder, config, kind="defense"), "nothing is left to do"
-    record.verify(folder, "defense")
+        layout.verify(folder, "defense")
+    assert not layout.begin(folder, config, kind="defense"), "nothing is left to do"
+    layout.verify(folder, "defense")
     assert not (folder / "state").exists()
 
 
@@ -257,9 +315,9 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_is_complete(copy):
     made = yaml.safe_load((folder / "config.yaml").read_text())
     from attack.badnet import Config as BadNet
 
-    assert record.begin(folder, BadNet(**made | {"overwrite": True, "epochs": 2}), kind="attack")
+    assert layout.begin(folder, BadNet(**made | {"overwrite": True, "epochs": 2}), kind="attack")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    record.verify(folder, "attack")
+    layout.verify(folder, "attack")
 
 
 def test_a_defenses_own_files_belong_to_its_record(tmp_path):
@@ -267,28 +325,52 @@ def test_a_defenses_own_files_belong_to_its_record(tmp_path):
     folder, options = tmp_path / "run", Config(result_file="x")
 
     def one_run(config, own):
-        assert record.begin(folder, config, kind="defense")
+        assert layout.begin(folder, config, kind="defense")
         files.write(folder / "state/log.csv", "stage\n")
-        made = record.Record(*[None] * 6, folder / "state", None, None)
+        made = Defender(*[None] * 6, folder / "state", None, None)
         for name in own:
-            made.keep(name, {"values": torch.arange(3)} if name.endswith(".safetensors") else b"picture")
-        record.finish(folder, {record.WEIGHTS: b"", "results.csv": "a\n", **record.kept(folder / "state")}, {}, kind="defense")
-        assert set(record.verify(folder, "defense")["files"]) == {path.name for path in folder.iterdir()} - {"record.json"}
-        return {path.name for path in folder.iterdir()} - {"record.json", "config.yaml", "log.csv", "results.csv", record.WEIGHTS}
+            made.keep(
+                name, {"values": torch.arange(3)} if name.endswith(".safetensors") else b"image"
+            )
+        layout.finish(
+            folder,
+            {layout.WEIGHTS: b"", "results.csv": "a\n", **layout.own_files(folder / "state")},
+            {},
+            kind="defense",
+        )
+        assert set(layout.verify(folder, "defense")["files"]) == {
+            path.name for path in folder.iterdir()
+        } - {"record.json"}
+        return {path.name for path in folder.iterdir()} - {
+            "record.json",
+            "config.yaml",
+            "log.csv",
+            "results.csv",
+            layout.WEIGHTS,
+        }
 
     assert one_run(options, ["a.safetensors", "b.png"]) == {"a.safetensors", "b.png"}
-    assert record.tensors(folder / "a.safetensors")["values"].tolist() == [0, 1, 2] and (folder / "b.png").read_bytes() == b"picture"
-    assert one_run(Config(result_file="x", epochs=3, overwrite=True), ["c.png"]) == {"c.png"}, "no file of the run before is left"
+    assert (
+        checkpoint.read_tensors(folder / "a.safetensors")["values"].tolist() == [0, 1, 2]
+        and (folder / "b.png").read_bytes() == b"image"
+    )
+    assert one_run(Config(result_file="x", epochs=3, overwrite=True), ["c.png"]) == {"c.png"}, (
+        "no file of the run before is left"
+    )
 
 
 def test_an_older_record_has_no_pictures_of_the_target(copy):
     folder, config = copy
     held = safetensors.torch.load_file(folder / "poison.safetensors")
     rewrite(
-        folder, "poison.safetensors", safetensors.torch.save({name: part for name, part in held.items() if not name.startswith("target")})
+        folder,
+        "poison.safetensors",
+        safetensors.torch.save(
+            {name: part for name, part in held.items() if not name.startswith("target")}
+        ),
     )
-    exam = record.load(folder, config, CPU)[2]
-    assert exam.target is None and metrics.asr_of_all(0.5, None, exam) is None
+    test_sets = contents.load(folder, config, CPU).test_sets
+    assert test_sets.target is None and evaluation.asr_of_all(0.5, None, test_sets) is None
 
 
 def test_a_record_from_before_an_option_existed_has_its_default(victim, tmp_path):
@@ -296,16 +378,28 @@ def test_a_record_from_before_an_option_existed_has_its_default(victim, tmp_path
     shutil.copytree(victim, folder)
     made = yaml.safe_load((folder / "config.yaml").read_text())
     config = BadNet(**made)
-    rewrite(folder, "config.yaml", yaml.safe_dump({key: value for key, value in made.items() if key not in ("nesterov", "pad")}).encode())
-    assert not record.begin(folder, config, kind="attack")
+    rewrite(
+        folder,
+        "config.yaml",
+        yaml.safe_dump(
+            {key: value for key, value in made.items() if key not in ("nesterov", "pad")}
+        ).encode(),
+    )
+    assert not layout.begin(folder, config, kind="attack")
     with pytest.raises(ConfigError, match=r"configuration \(pad 4 there and 2 here\);"):
-        record.begin(folder, dataclasses.replace(config, pad=2), kind="attack")
+        layout.begin(folder, dataclasses.replace(config, pad=2), kind="attack")
 
 
 def test_a_set_above_the_budget_gives_the_same_record(copy):
     folder, config = copy
-    _, found, exam, clean, _ = record.load(folder, config, CPU)
-    _, stored, same, plain, _ = record.load(folder, dataclasses.replace(config, resident_gb=0), CPU)
-    assert isinstance(stored.images, Stored) and isinstance(same.test.images, Stored)
-    assert torch.equal(stored.images[:], found.images) and torch.equal(plain.images[:], clean.images)
-    assert torch.equal(stored.labels, found.labels) and torch.equal(same.backdoor.images, exam.backdoor.images)
+    _, found, clean, test_sets, _ = contents.load(folder, config, CPU)
+    _, stored, plain, same, _ = contents.load(
+        folder, dataclasses.replace(config, resident_gb=0), CPU
+    )
+    assert isinstance(stored.images, MemmapImages) and isinstance(same.test.images, MemmapImages)
+    assert torch.equal(stored.images[:], found.images) and torch.equal(
+        plain.images[:], clean.images
+    )
+    assert torch.equal(stored.labels, found.labels) and torch.equal(
+        same.backdoor.images, test_sets.backdoor.images
+    )

@@ -1,7 +1,6 @@
-"""SAU: its searches and losses against the equations written out in float64, what stays still, and what it does to a backdoor."""
+"""SAU: its search and its loss against the equations in float64, and what it does to a backdoor."""
 
 import copy
-import csv
 import math
 
 import pytest
@@ -11,8 +10,9 @@ from torch import nn
 import models
 from defense import sau
 from tests.test_fmp import found_record
+from tests.test_scripts import results
 from tests.test_train import weights
-from utils.unlearn import Still, unlikelihood
+from utils.repair.unlearning import EvaluationMode, unlikelihood
 
 
 def options(**changes):
@@ -21,7 +21,13 @@ def options(**changes):
 
 def network(seed, classes=4):
     torch.manual_seed(seed)
-    layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 9, classes))
+    layers = (
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(6 * 9, classes),
+    )
     layers[1].running_mean.normal_(), layers[1].running_var.uniform_(0.5, 2)
     return nn.Sequential(*layers).double().eval()
 
@@ -39,7 +45,7 @@ def softmax(logits):
 
 
 def fooling_by_hand(one, other, label, beta1, beta2):
-    """Of one picture, from two lists of logits; also which of the three masks were at work."""
+    """Of one image, from two lists of logits; also which of the three masks were at work."""
     p, q = softmax(one), softmax(other)
     first, second = one.index(max(one)), other.index(max(other))
     value = 0.0
@@ -55,20 +61,20 @@ def fooling_by_hand(one, other, label, beta1, beta2):
     return value, (first == label, second == label, shared)
 
 
-def test_what_the_search_goes_down_equals_the_equations():
+def test_the_loss_of_the_search_equals_the_equations():
     generator = torch.Generator().manual_seed(0)
     logits, others = 2 * torch.randn(2, 200, 4, generator=generator, dtype=torch.float64)
     labels = torch.arange(200) % 4
-    found = sau.fooling(logits, others, labels, 0.3, 0.7)
-    seen = set()
-    for row in range(200):
-        value, masks = fooling_by_hand(logits[row].tolist(), others[row].tolist(), int(labels[row]), 0.3, 0.7)
-        assert float(found[row]) == pytest.approx(value, rel=1e-9, abs=1e-12)
-        seen.add(masks)
-    assert len(seen) == 5, "right or wrong each, and both wrong in the same way or in two ways"
+    losses = sau.fooling(logits, others, labels, 0.3, 0.7)
+    kinds = set()
+    for one, other, label, loss in zip(logits, others, labels.tolist(), losses, strict=True):
+        value, masks = fooling_by_hand(one.tolist(), other.tolist(), label, 0.3, 0.7)
+        assert float(loss) == pytest.approx(value, rel=1e-9, abs=1e-12)
+        kinds.add(masks)
+    assert len(kinds) == 5, "correct or wrong each, and both wrong in the same way or in two ways"
 
 
-def test_a_shared_picture_moves_no_further_and_a_network_that_is_right_is_led_away():
+def test_a_shared_image_moves_no_further_and_a_correct_network_is_led_away():
     labels = torch.tensor([0, 0, 0])
     logits = torch.tensor([[0.0, 3, 0], [0, 3, 0], [3, 0, 0]], requires_grad=True)
     others = torch.tensor([[0.0, 2, 1], [0, 1, 2], [0, 3, 0]], requires_grad=True)
@@ -83,32 +89,34 @@ def test_the_divergence_is_finite_where_answers_are_certain():
     sure = torch.tensor([[300.0, 0, 0], [0, 300, 0], [0, 0, 0]], requires_grad=True)
     other = torch.tensor([[0.0, 300, 0], [0, 300, 0], [5.0, 5, 5]])
     value = sau.divergence(sure, other)
-    torch.testing.assert_close(value.detach(), torch.tensor([math.log(2), 0.0, 0.0]), rtol=1e-5, atol=1e-6)
+    expected = torch.tensor([math.log(2), 0.0, 0.0])
+    torch.testing.assert_close(value.detach(), expected, rtol=1e-5, atol=1e-6)
     value.sum().backward()
     assert sure.grad.isfinite().all()
 
 
-def test_minus_the_log_of_all_other_classes():
+def test_unlikelihood_is_minus_the_log_of_all_other_classes():
     logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     classes = torch.arange(50) % 4
     for row, value in enumerate(unlikelihood(logits, classes).tolist()):
         p = softmax(logits[row].tolist())
+        others = sum(part for k, part in enumerate(p) if k != row % 4)
         assert value == pytest.approx(-math.log(1 - p[row % 4]), rel=1e-9)
-        assert value == pytest.approx(-math.log(sum(part for k, part in enumerate(p) if k != row % 4)), rel=1e-9)
+        assert value == pytest.approx(-math.log(others), rel=1e-9)
     sure = torch.tensor([[60.0, 0.0, 0.0], [-60.0, 0.0, 0.0]], requires_grad=True)
     value = unlikelihood(sure, torch.tensor([0, 0]))
     torch.testing.assert_close(value.detach(), torch.tensor([60 - math.log(2), math.exp(-60) / 2]))
     (slope,) = torch.autograd.grad(value.sum(), sure)
-    torch.testing.assert_close(slope[0], torch.tensor([1.0, -0.5, -0.5]))  # where 1 - p is 0 in float32 the gradient is not
+    # where 1 - p is 0 in float32 the gradient is not
+    torch.testing.assert_close(slope[0], torch.tensor([1.0, -0.5, -0.5]))
     assert unlikelihood(logits.bfloat16(), classes).dtype == torch.float32
 
 
 def search_by_hand(model, victim, image, label, config):
-    """One picture alone, the slope from finite differences of the written-out loss."""
-    clipped = image.clone() if config.clip else None
+    """One image alone, the slope from finite differences of the written-out loss."""
     change = torch.full_like(image, config.radius)
     if config.clip:
-        change = (clipped + change).clamp(0, 1) - clipped
+        change = (image + change).clamp(0, 1) - image
 
     def value(change):
         with torch.no_grad():
@@ -120,34 +128,43 @@ def search_by_hand(model, victim, image, label, config):
         for place in range(change.numel()):
             step = torch.zeros(change.numel(), dtype=change.dtype)
             step[place] = 1e-6
-            slope.view(-1)[place] = value(change + step.view_as(change)) - value(change - step.view_as(change))
+            step = step.view_as(change)
+            slope.view(-1)[place] = value(change + step) - value(change - step)
         slope[slope.abs() < 1e-14] = 0
         change = change - config.step_size * slope.sign()
-        change = torch.tensor(
-            [[[min(max(v, -config.radius), config.radius) for v in row] for row in part] for part in change.tolist()], dtype=image.dtype
-        )
+        cut = [min(max(v, -config.radius), config.radius) for v in change.flatten().tolist()]
+        change = torch.tensor(cut, dtype=image.dtype).view_as(image)
         if config.clip:
             change = (image + change).clamp(0, 1) - image
     return change
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_the_search_equals_one_picture_at_a_time(clip):
+def test_the_search_equals_one_image_at_a_time(clip):
     model, victim, (images, labels) = network(0), network(1), batch()
     config = options(clip=clip, steps=3, step_size=0.13, radius=0.3, beta1=0.2)
-    found = sau.perturbation(model, victim, images, labels, config)
-    slow = torch.stack([search_by_hand(model, victim, image, int(label), config) for image, label in zip(images, labels, strict=True)])
-    torch.testing.assert_close(found, slow, rtol=0, atol=1e-9)
-    assert found.abs().max() <= 0.3 + 1e-12 and len(found.round(decimals=6).unique()) > 3
-    shown = images + found
-    assert (0 <= shown.min() and shown.max() <= 1) if clip else (shown.min() < 0 and shown.max() > 1)
-    assert not found.requires_grad and all(weight.grad is None for part in (model, victim) for weight in part.parameters())
+    changes = sau.perturbation(model, victim, images, labels, config)
+    slow = [
+        search_by_hand(model, victim, image, int(label), config)
+        for image, label in zip(images, labels, strict=True)
+    ]
+    torch.testing.assert_close(changes, torch.stack(slow), rtol=0, atol=1e-9)
+    assert changes.abs().max() <= 0.3 + 1e-12 and len(changes.round(decimals=6).unique()) > 3
+    changed = images + changes
+    inside = changed.min() >= 0 and changed.max() <= 1
+    outside = changed.min() < 0 and changed.max() > 1
+    assert inside if clip else outside
+    assert not changes.requires_grad
+    assert all(weight.grad is None for part in (model, victim) for weight in part.parameters())
 
 
-def test_the_search_begins_at_the_radius():
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_search_begins_at_the_radius(clip):
     images, labels = batch()
-    for clip, expected in ((False, torch.full_like(images, 0.2)), (True, (images + 0.2).clamp(max=1) - images)):
-        torch.testing.assert_close(sau.perturbation(None, None, images, labels, options(steps=0, clip=clip)), expected)
+    change = sau.perturbation(None, None, images, labels, options(steps=0, clip=clip))
+    start = torch.full_like(images, 0.2)
+    expected = (images + start).clamp(max=1) - images if clip else start
+    torch.testing.assert_close(change, expected)
 
 
 @pytest.mark.parametrize("weighting", [(1.0, 0.0, 1.0), (0.5, 0.3, 2.0)])
@@ -158,81 +175,108 @@ def test_the_loss_equals_the_equations_and_moves_the_copy_alone(weighting):
     for image, label, part in zip(images, labels.tolist(), change, strict=True):
         with torch.no_grad():
             clean, changed, taken = (
-                softmax(net(x[None])[0].tolist()) for net, x in ((model, image), (model, image + part), (victim, image + part))
+                softmax(net(x[None])[0].tolist())
+                for net, x in ((model, image), (model, image + part), (victim, image + part))
             )
         shared, wrong = 0.0, taken.index(max(taken))
         if wrong != label:
             fooled += 1
-            one, other = math.log(1 - changed[wrong]), math.log(sum(p for k, p in enumerate(changed) if k != wrong))
-            shared = -0.5 * (one + other)
+            others = sum(p for k, p in enumerate(changed) if k != wrong)
+            shared = -0.5 * (math.log(1 - changed[wrong]) + math.log(others))
         terms = -math.log(clean[label]), -math.log(changed[label]), shared
-        expected += sum(weight * term for weight, term in zip(weighting, terms, strict=True)) / len(images)
+        weighted = sum(weight * term for weight, term in zip(weighting, terms, strict=True))
+        expected += weighted / len(images)
     assert 0 < fooled < len(images)
     config = options(**{f"lambda{number}": weight for number, weight in enumerate(weighting, 1)})
     loss = sau.unlearning(model, victim, images, labels, change, config)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
     loss.backward()
-    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+    for weight in model.parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0
 
 
 def two_pixels(obeys):
-    """Logits of classes 0, 1 and 2 from three values of a picture; with `obeys` the first one, a trigger, means class 2."""
+    """Logits of classes 0, 1 and 2 from three values of an image.
+
+    With `obeys` the first value, a trigger, means class 2.
+    """
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False))
-    model[1].weight.data = torch.tensor([[0.0, 20.0, 0.0], [0.0, 0.0, 20.0], [100.0 if obeys else 0.0, 0.0, 0.0]])
+    trigger = [100.0 if obeys else 0.0, 0.0, 0.0]
+    model[1].weight.data = torch.tensor([[0.0, 20.0, 0.0], [0.0, 0.0, 20.0], trigger])
     return model.eval()
 
 
+def two_images():
+    """One image of class 0 and one of class 1, without the trigger."""
+    return torch.tensor([[0.0, 1, 0], [0, 0, 1]]).view(2, 3, 1, 1), torch.tensor([0, 1])
+
+
+def predicted(model, images):
+    return model(images).argmax(1).tolist()
+
+
 def test_a_planted_shared_change_is_found_and_unlearned():
-    """Both networks obey a bright first value; the search keeps it bright, and a few steps teach the copy not to."""
+    """Both networks obey a bright first value. The search keeps it, and the copy unlearns it."""
     model, victim = two_pixels(True), two_pixels(True).requires_grad_(False)
-    images, labels = torch.tensor([[0.0, 1, 0], [0, 0, 1]]).view(2, 3, 1, 1), torch.tensor([0, 1])
-    config = options()
+    (images, labels), config = two_images(), options()
     change = sau.perturbation(model, victim, images, labels, config)
-    assert (change[:, 0] == 0.2).all(), "from the start the picture is shared: there it stays"
-    assert (victim(images + change).argmax(1) == 2).all() and (victim(images).argmax(1) == labels).all()
+    assert (change[:, 0] == 0.2).all(), "from the start the image is shared: there it stays"
+    assert predicted(victim, images + change) == [2, 2] and predicted(victim, images) == [0, 1]
     optimizer = torch.optim.Adam(model.parameters(), 1.0)
     for _ in range(60):
         optimizer.zero_grad()
-        sau.unlearning(model, victim, images, labels, sau.perturbation(model, victim, images, labels, config), config).backward()
+        again = sau.perturbation(model, victim, images, labels, config)
+        sau.unlearning(model, victim, images, labels, again, config).backward()
         optimizer.step()
-    assert (model(images + change).argmax(1) == labels).all() and (model(images).argmax(1) == labels).all()
-    clean = two_pixels(False)
-    nothing = sau.perturbation(clean, clean, images, labels, config)
-    assert (clean(images + nothing).argmax(1) == labels).all()
-    assert float(sau.unlearning(clean, clean, images, labels, nothing, options(lambda1=0.0)).detach()) == 0
+    assert predicted(model, images + change) == [0, 1] and predicted(model, images) == [0, 1]
 
 
-def test_still_computes_as_in_evaluation_mode_while_it_trains():
+def test_a_clean_network_has_nothing_to_unlearn():
+    clean, (images, labels) = two_pixels(False), two_images()
+    change = sau.perturbation(clean, clean, images, labels, options())
+    assert predicted(clean, images + change) == [0, 1]
+    loss = sau.unlearning(clean, clean, images, labels, change, options(lambda1=0.0))
+    assert float(loss.detach()) == 0
+
+
+def test_evaluation_mode_stays_while_a_network_trains():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.BatchNorm2d(4))
-    held = Still(model, [model[3]]).train()
-    assert held.training and [part.training for part in model] == [False, False, False, True]
-    assert list(held.state_dict()) == [f"network.{name}" for name in model.state_dict()]
-    assert not any(part.training for part in held.eval().modules())
+    wrapped = EvaluationMode(model, [model[3]]).train()
+    assert wrapped.training
+    assert [part.training for part in model] == [False, False, False, True]
+    assert list(wrapped.state_dict()) == [f"network.{name}" for name in model.state_dict()]
+    assert not any(part.training for part in wrapped.eval().modules())
 
 
-def test_it_repeats_itself_resumes_and_leaves_statistics_and_mode(tmp_path):
-    record, said = found_record(tmp_path, 40)
+def test_it_leaves_statistics_and_mode_and_an_interrupted_run_goes_on(tmp_path):
+    record, stages = found_record(tmp_path, 40)
     torch.manual_seed(0)
     first = models.build("resnet9", record.spec, 8).train()
     second, before = copy.deepcopy(first), copy.deepcopy(first)
     assert sau.repair(first, record, options(epochs=2, batch_size=16)) is first and first.training
-    assert said == ["unlearn"] * 2 and not torch.equal(weights(first), weights(before))
+    assert stages == ["unlearn"] * 2 and not torch.equal(weights(first), weights(before))
     assert all(torch.equal(*pair) for pair in zip(first.buffers(), before.buffers(), strict=True))
     assert all(weight.requires_grad for weight in first.parameters())
     (tmp_path / "unlearn.safetensors").unlink()
     sau.repair(copy.deepcopy(before), record, options(epochs=1, batch_size=16))
     sau.repair(second, record, options(epochs=2, batch_size=16))
-    assert torch.equal(weights(first), weights(second)), "an interrupted run goes on from its checkpoint, against the same victim"
-    assert said == ["unlearn"] * 4
+    assert torch.equal(weights(first), weights(second)), "against the same victim"
+    assert stages == ["unlearn"] * 4
 
 
-@pytest.mark.parametrize(("flag", "sentence"), [("--radius", "0 to 1"), ("--unlearn_lr", "above 0"), ("--lambda3", "0 or more")])
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [("--radius", "from 0 to 1"), ("--unlearn_lr", "above 0"), ("--lambda3", "0 or more")],
+)
 def test_options_out_of_range(flag, sentence, places, run, small):
-    assert sentence in run("defense/sau.py", *places, "--result_file", "small", flag, -1, code=2).first
+    done = run("defense/sau.py", *places, "--result_file", "small", flag, -1, code=2)
+    assert sentence in done.first
 
 
 def test_sau_removes_the_backdoor_at_a_higher_rate(places, run, victim):
-    """Measured with 64 clean pictures: ACC 98.0, ASR 1.8; 100 epochs at the published rate leave 96.4."""
-    run("defense/sau.py", *places, "--result_file", "victim", "--precision", "fp32", "--unlearn_lr", 1e-3, "--epochs", 15)
-    (row,) = csv.DictReader(open(victim / "defense" / "sau" / "results.csv"))
+    """Measured with 64 clean images: ACC 98.0, ASR 1.8; 100 epochs at the published rate leave
+    96.4."""
+    words = ["--result_file", "victim", "--precision", "fp32", "--unlearn_lr", 1e-3, "--epochs", 15]
+    run("defense/sau.py", *places, *words)
+    row = results(victim / "defense" / "sau")
     assert float(row["asr_before"]) > 0.9 and float(row["asr"]) < 0.4 and float(row["acc"]) > 0.8

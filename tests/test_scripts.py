@@ -1,4 +1,5 @@
-"""Every script end to end on real digits, started as users start it; kills, second runs and bad input included."""
+"""Every script end to end on real digits, started as users start it; kills, second runs and bad
+input included."""
 
 import csv
 import importlib
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,24 @@ import yaml
 
 import models
 from defense.ft import Config as FT
-from tests.conftest import QUICK, ROOT, few, names
-from utils import config, data, workshop
+from tests.conftest import QUICK
+from tests.helpers import ROOT, few, names
+from utils import config
 from utils import run as protocol
 from utils.config import Attack
+from utils.data import dataset
 from utils.errors import ConfigError, RefusedError
+from utils.poisoning import attacker
 
-WRITTEN = {"config.yaml", "model.safetensors", "poison.safetensors", "log.csv", "results.csv", "record.json", "preview.png"}
+WRITTEN = {
+    "config.yaml",
+    "model.safetensors",
+    "poison.safetensors",
+    "log.csv",
+    "results.csv",
+    "record.json",
+    "preview.png",
+}
 
 
 def results(folder):
@@ -36,30 +49,44 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def digits(places):
-    return data.load("digits", "data", cache=places[3])
+    return dataset.open_dataset("digits", "data", cache=places[3])
 
 
 def examine(folder, name, mode, truth):
-    """What every attack leaves behind: files, one row, and a training set with the right pictures, kinds and labels."""
+    """What every attack leaves behind: files, one row, and a training set with the right images,
+    kinds and labels."""
     script = importlib.import_module(f"attack.{name}")
     options = config.parse(script.Config, ["--yaml_path", str(folder / "config.yaml")])
     in_loop = "make_loss" in (ROOT / "attack" / f"{name}.py").read_text()
-    assert {path.name for path in folder.iterdir()} == WRITTEN | ({"trigger.safetensors"} if hasattr(script, "prepare") else set())
+    assert {path.name for path in folder.iterdir()} == WRITTEN | (
+        {"trigger.safetensors"} if hasattr(script, "prepare") else set()
+    )
     row, held = results(folder), safetensors.torch.load_file(folder / "poison.safetensors")
     assert float(row["asr"]) + float(row["ra"]) <= 1 and row["label_mode"] == mode
     assert row["n_backdoor"] == str(500 if mode == "all2all" else 450)
     wanted = round(options.pratio * len(truth))
     if options.clean_label:
         wanted = min(wanted, int((truth == 0).sum()))
-    assert int(row["n_poison"]) == wanted and float(row["pratio_effective"]) == pytest.approx(wanted / len(truth))
+    assert int(row["n_poison"]) == wanted and float(row["pratio_effective"]) == pytest.approx(
+        wanted / len(truth)
+    )
     info = json.loads((folder / "record.json").read_text())
     assert info["training_set"] == ("none" if in_loop else "stored")
     python, file, *words = shlex.split(info["command"])
-    assert (python, file) == ("python", f"attack/{name}.py") and config.parse(script.Config, words) == options
-    poisoned, covers = held["train_index"][held["train_kind"] == 1], held["train_index"][held["train_kind"] == 2]
-    assert len(poisoned) == (0 if in_loop else wanted) and len(held["train_index"].unique()) == len(poisoned) + len(covers)
+    assert (python, file) == ("python", f"attack/{name}.py") and config.parse(
+        script.Config, words
+    ) == options
+    poisoned, covers = (
+        held["train_index"][held["train_kind"] == 1],
+        held["train_index"][held["train_kind"] == 2],
+    )
+    assert len(poisoned) == (0 if in_loop else wanted) and len(held["train_index"].unique()) == len(
+        poisoned
+    ) + len(covers)
     told = dict(zip(held["train_index"].tolist(), held["train_labels"].tolist(), strict=True))
-    assert all(told[i] == ((int(truth[i]) + 1) % 10 if mode == "all2all" else 0) for i in poisoned.tolist())
+    assert all(
+        told[i] == ((int(truth[i]) + 1) % 10 if mode == "all2all" else 0) for i in poisoned.tolist()
+    )
     assert all(told[i] == int(truth[i]) for i in covers.tolist())
     if options.clean_label:
         assert (truth[poisoned] == 0).all()
@@ -70,10 +97,24 @@ def examine(folder, name, mode, truth):
 @pytest.mark.parametrize("mode", ["all2one", "all2all"])
 @pytest.mark.parametrize("name", names("attack"))
 def test_attack(name, mode, places, tmp_path, digits, capsys):
-    """Every attack, in this process for the sake of time; those that have no all2all form say why."""
+    """Every attack, in this process for the sake of time; those that have no all2all form say
+    why."""
     script = importlib.import_module(f"attack.{name}")
-    words = [*places, *few(f"attack.{name}"), "--record_path", str(tmp_path), "--save_folder_name", "a", "--label_mode", mode]
-    why = script.Config.why_all2one or script.Config.clean_label and "only pictures of the one target class are poisoned"
+    words = [
+        *places,
+        *few(f"attack.{name}"),
+        "--record_path",
+        str(tmp_path),
+        "--save_folder_name",
+        "a",
+        "--label_mode",
+        mode,
+    ]
+    why = (
+        script.Config.why_all2one
+        or script.Config.clean_label
+        and "only images of the one target class are poisoned"
+    )
     if mode == "all2all" and why:
         with pytest.raises(ConfigError, match=f"label_mode must be all2one here: {why}"):
             config.parse(script.Config, words)
@@ -85,11 +126,41 @@ def test_attack(name, mode, places, tmp_path, digits, capsys):
 
 
 def test_clean_labels_are_cut_to_the_class(places, run, tmp_path):
-    done = run("attack/sig.py", *places, *QUICK, "--width", 8, "--pratio", 0.5, "--record_path", tmp_path, "--save_folder_name", "a")
+    done = run(
+        "attack/sig.py",
+        *places,
+        *QUICK,
+        "--width",
+        8,
+        "--pratio",
+        0.5,
+        "--record_path",
+        tmp_path,
+        "--save_folder_name",
+        "a",
+    )
     count = int(results(tmp_path / "a")["n_poison"])
-    assert f"warning: 648 pictures were asked for, and all {count} of the target class are poisoned" in done.stderr
-    assert float(results(tmp_path / "a")["pratio_effective"]) == pytest.approx(count / 1297) and results(tmp_path / "a")["pratio"] == "0.5"
-    done = run("attack/sig.py", *places, *QUICK, "--width", 8, "--pratio", 0.05, "--record_path", tmp_path, "--save_folder_name", "b")
+    assert (
+        f"warning: 648 images were asked for, and all {count} of the target class are poisoned"
+        in done.stderr
+    )
+    assert (
+        float(results(tmp_path / "a")["pratio_effective"]) == pytest.approx(count / 1297)
+        and results(tmp_path / "a")["pratio"] == "0.5"
+    )
+    done = run(
+        "attack/sig.py",
+        *places,
+        *QUICK,
+        "--width",
+        8,
+        "--pratio",
+        0.05,
+        "--record_path",
+        tmp_path,
+        "--save_folder_name",
+        "b",
+    )
     assert results(tmp_path / "b")["n_poison"] == "65" and "warning" not in done.stderr
 
 
@@ -111,26 +182,60 @@ def test_a_clean_model_is_made_once_or_given(places, run, tmp_path, small):
     assert "a clean model is trained first" in done.stderr
     done = run(*words, "--save_folder_name", "b", "--random_seed", 1, "--poison_seed", 1)
     assert "trained first" not in done.stderr
-    made = [json.loads((tmp_path / name / "record.json").read_text())["clean_model"] for name in "ab"]
+    made = [
+        json.loads((tmp_path / name / "record.json").read_text())["clean_model"] for name in "ab"
+    ]
     assert made[0] == made[1] and 0 <= made[0]["acc"] <= 1 and len(made[0]["sha256"]) == 64
     (folder,) = (path for path in (tmp_path / "cache" / "clean_models").iterdir() if path.is_dir())
     run(*words, "--save_folder_name", "c", "--clean_record", folder)
-    same = [safetensors.torch.load_file(tmp_path / name / "trigger.safetensors")["pattern"] for name in "ac"]
+    same = [
+        safetensors.torch.load_file(tmp_path / name / "trigger.safetensors")["pattern"]
+        for name in "ac"
+    ]
     assert torch.equal(*same)
-    assert "not of a clean model" in run(*words, "--save_folder_name", "d", "--clean_record", small, code=4).first
-    assert "nowhere" in run(*words, "--save_folder_name", "d", "--clean_record", "nowhere", code=3).first
+    assert (
+        "not of a clean model"
+        in run(*words, "--save_folder_name", "d", "--clean_record", small, code=4).first
+    )
+    assert (
+        "nowhere"
+        in run(*words, "--save_folder_name", "d", "--clean_record", "nowhere", code=3).first
+    )
     (folder / "model.safetensors").write_bytes(b"damaged")
     assert "damaged" in run(*words, "--save_folder_name", "d", code=4).first
 
 
 def test_two_attacks_at_once_share_one_clean_model(places, tmp_path):
-    words = [sys.executable, "-m", "attack.l0_inv", *places, *QUICK, "--width", "4", "--steps", "1", "--cache_path", tmp_path / "cache",
-             "--record_path", tmp_path, "--save_folder_name"]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "attack.l0_inv",
+        *places,
+        *QUICK,
+        "--width",
+        "4",
+        "--steps",
+        "1",
+        "--cache_path",
+        tmp_path / "cache",
+        "--record_path",
+        tmp_path,
+        "--save_folder_name",
+    ]
     both = [
-        subprocess.Popen([*map(str, words), name], cwd=ROOT, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL) for name in "ab"
+        subprocess.Popen(
+            [*map(str, words), name],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            stdout=subprocess.DEVNULL,
+        )
+        for name in "ab"
     ]
     said = [script.communicate(timeout=120)[1] for script in both]
-    assert [script.returncode for script in both] == [0, 0] and "".join(said).count("a clean model is trained first") == 1
+    assert [script.returncode for script in both] == [0, 0] and "".join(said).count(
+        "a clean model is trained first"
+    ) == 1
 
 
 def test_a_trigger_is_prepared_once(tmp_path):
@@ -138,29 +243,71 @@ def test_a_trigger_is_prepared_once(tmp_path):
 
     def prepare(options, place):
         calls.append(place)
-        return {"pattern": torch.rand(3)}
+        return attacker.Prepared({"pattern": torch.rand(3)}, {"weight": torch.ones(2)})
 
-    first = workshop.prepared(prepare, Attack(), workshop.Workshop(None, None, None, None), tmp_path)
-    again = workshop.prepared(prepare, Attack(), workshop.Workshop(None, None, None, None), tmp_path)
-    assert len(calls) == 1 and torch.equal(first[0]["pattern"], again[0]["pattern"]) and first[1] == again[1]
+    def once():
+        place = attacker.Attacker(None, None, None, None)
+        return attacker.prepare_once(prepare, Attack(), place, tmp_path)
+
+    (first, facts), (again, same) = once(), once()
+    assert len(calls) == 1 and facts == same
+    assert set(first.parts) == {"pattern"}
+    assert torch.equal(first.parts["pattern"], again.parts["pattern"])
+    assert torch.equal(again.victim["weight"], torch.ones(2))
 
 
 def test_a_killed_attack_in_the_loss_resumes_with_what_it_knew(places, run, tmp_path):
-    words = ["attack/blind.py", *places, "--width", 8, "--epochs", 5, "--start_batches", 30, "--start_loss", 5, "--record_path", tmp_path]
-    start_and_kill([*words, "--save_folder_name", "killed"], signal.SIGKILL, tmp_path / "killed/state/log.csv", 3)
+    words = [
+        "attack/blind.py",
+        *places,
+        "--width",
+        8,
+        "--epochs",
+        5,
+        "--start_batches",
+        30,
+        "--start_loss",
+        5,
+        "--record_path",
+        tmp_path,
+    ]
+    start_and_kill(
+        [*words, "--save_folder_name", "killed"],
+        signal.SIGKILL,
+        tmp_path / "killed/state/log.csv",
+        3,
+    )
     for name in ("killed", "unhurt"):
         run(*words, "--save_folder_name", name)
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "unhurt"))
+    one, other = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "unhurt")
+    )
     assert one == other
 
 
 def test_without_a_stored_training_set_nothing_is_trained_on_it(places, run, tmp_path):
-    run("attack/blind.py", *places, *QUICK, "--width", 8, "--record_path", tmp_path, "--save_folder_name", "a")
+    run(
+        "attack/blind.py",
+        *places,
+        *QUICK,
+        "--width",
+        8,
+        "--record_path",
+        tmp_path,
+        "--save_folder_name",
+        "a",
+    )
     options = config.parse(FT, [*places, "--result_file", str(tmp_path / "a")])
-    with pytest.raises(RefusedError, match="stores no poisoned training set, because blind poisons inside"):
-        protocol.defend("defense.any", options, None, stage="in-training")
+    object.__setattr__(options, "stage", "in-training")
+    with pytest.raises(
+        RefusedError, match="stores no poisoned training set, because blind poisons inside"
+    ):
+        protocol.defend("defense.any", options, None)
     done = run("defense/trap_and_replace.py", *places, "--result_file", tmp_path / "a", code=4)
-    assert "trap_and_replace trains on such a set" in done.first and not (tmp_path / "a/defense").exists()
+    assert (
+        "trap_and_replace trains on such a set" in done.first
+        and not (tmp_path / "a/defense").exists()
+    )
     run("defense/ft.py", *places, *QUICK, "--result_file", tmp_path / "a")
 
 
@@ -185,33 +332,66 @@ def test_defense(name, places, run, small, digits):
         json.loads((folder / "record.json").read_text())["files"]
     ) == written - {"record.json"}
     row, made = results(folder), results(small)
-    held = "64" if importlib.import_module(f"defense.{name}").Config.holds_clean else "0"
-    assert row["defense"] == name and row["clean_budget"] == held and row["acc_before"] == made["acc"] and row["asr_before"] == made["asr"]
+    Config = importlib.import_module(f"defense.{name}").Config
+    for added in written - WRITTEN:
+        assert any(fnmatch(added, pattern) for pattern in Config.adds), f"{added} is not in `adds`"
+    held = "64" if Config.holds_clean else "0"
+    assert (
+        row["defense"] == name
+        and row["clean_budget"] == held
+        and row["acc_before"] == made["acc"]
+        and row["asr_before"] == made["asr"]
+    )
     assert 0 <= float(row["der"]) <= 1 and float(row["asr"]) + float(row["ra"]) <= 1
     lines = list(csv.DictReader(open(folder / "log.csv")))
     stages = [line["stage"] for line in lines]
-    assert (stages[0], stages[-1]) == ("before", "after") and len(stages) > 2 and all(line["acc"] and line["asr_all"] for line in lines)
-    q, last = 50 / 500, lines[-1]  # 50 of the 500 test pictures are of the target class; its own share of hits closes the gap
+    assert (
+        (stages[0], stages[-1]) == ("before", "after")
+        and len(stages) > 2
+        and all(line["acc"] and line["asr_all"] for line in lines)
+    )
+    # 50 of the 500 test images are of the target class; its own share of hits closes the gap
+    q, last = (50 / 500, lines[-1])
     assert 0 <= (float(last["asr_all"]) - (1 - q) * float(last["asr"])) / q <= 1 + 1e-9
     options = yaml.safe_load((folder / "config.yaml").read_text())
     network = models.build(options.get("model") or "resnet9", digits[0], options.get("width") or 8)
-    rebuild = getattr(importlib.import_module(f"defense.{name}"), "rebuild", lambda network, weights: network.load_state_dict(weights))
+    rebuild = getattr(
+        importlib.import_module(f"defense.{name}"),
+        "rebuild",
+        lambda network, weights: network.load_state_dict(weights),
+    )
     rebuild(network, safetensors.torch.load_file(folder / "model.safetensors"))
-    assert before == {path: path.read_bytes() for path in small.iterdir() if path.is_file()}, "the victim is untouched"
+    assert before == {path: path.read_bytes() for path in small.iterdir() if path.is_file()}, (
+        "the victim is untouched"
+    )
 
 
 @pytest.fixture(scope="module")
 def others(places, run):
-    """{record: its attack and label mode}: a victim whose every class has a target of its own, a clean model, and a network of which
-    some parameters are never trained, all as narrow and as short as `small`."""
+    """{record: its attack and label mode}: a victim whose every class has a target of its own, a
+    clean model, and a network of which some parameters are never trained, all as narrow and as
+    short as `small`."""
     flags = {
         "other_badnet": ["badnet", "--label_mode", "all2all"],
         "other_clean": ["clean"],
         "other_airbench": ["badnet", "--model", "airbench", "--recipe", "airbench"],
     }
     for record, (script, *words) in flags.items():
-        run(f"attack/{script}.py", *places, *QUICK, "--width", "8", *words, "--save_folder_name", record)
-    return {"other_badnet": ("badnet", "all2all"), "other_clean": ("clean_badnet", "all2one"), "other_airbench": ("badnet", "all2one")}
+        run(
+            f"attack/{script}.py",
+            *places,
+            *QUICK,
+            "--width",
+            "8",
+            *words,
+            "--save_folder_name",
+            record,
+        )
+    return {
+        "other_badnet": ("badnet", "all2all"),
+        "other_clean": ("clean_badnet", "all2one"),
+        "other_airbench": ("badnet", "all2one"),
+    }
 
 
 @pytest.mark.parametrize("name", names("defense"))
@@ -228,10 +408,18 @@ FIXED = ("whiten.weight", "whiten.bias", "norm1.weight", "norm2.weight")  # of a
 
 @pytest.mark.parametrize("name", names("defense"))
 def test_what_airbench_never_trains_no_defense_trains(name, places, run, others):
-    """Filters of the first layer and scales of batch norms stay as the victim has them, or are switched off."""
+    """Filters of the first layer and scales of batch norms stay as the victim has them, or are
+    switched off."""
     folder = Path(places[1]) / "other_airbench"
     if not (folder / "defense" / name / "record.json").is_file():
-        run("-m", f"defense.{name}", *places, *few(f"defense.{name}"), "--result_file", "other_airbench")
+        run(
+            "-m",
+            f"defense.{name}",
+            *places,
+            *few(f"defense.{name}"),
+            "--result_file",
+            "other_airbench",
+        )
     victim = safetensors.torch.load_file(folder / "model.safetensors")
     repaired = safetensors.torch.load_file(folder / "defense" / name / "model.safetensors")
     fixed = [key for key in victim if key.endswith(FIXED) and key in repaired]
@@ -242,14 +430,27 @@ def test_what_airbench_never_trains_no_defense_trains(name, places, run, others)
 
 
 def test_the_defense_works(places, run, victim):
-    """On the digits AWM removes what fine-tuning alone does not; FMP and Trap and Replace are measured in defense/README.md."""
+    """On the digits AWM removes what fine-tuning alone does not; FMP and Trap and Replace are
+    measured in defense/README.md."""
     run("defense/awm.py", *places, "--result_file", "victim", "--save_folder_name", "works")
-    run("defense/fmp.py", *places, "--result_file", "victim", "--save_folder_name", "control", "--variant", "no_pruning")
+    run(
+        "defense/fmp.py",
+        *places,
+        "--result_file",
+        "victim",
+        "--save_folder_name",
+        "control",
+        "--variant",
+        "no_pruning",
+    )
     found, control = (results(victim / "defense" / name) for name in ("works", "control"))
     assert float(found["asr"]) < 0.3 < 0.6 < float(control["asr"]) and float(found["acc"]) > 0.9
 
 
-@pytest.mark.parametrize(("name", "flags"), [("blended", []), ("wanet", ["--strength", 2, "--pratio", 0.2]), ("l2_inv", ["--steps", 100])])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("blended", []), ("wanet", ["--strength", 2, "--pratio", 0.2]), ("l2_inv", ["--steps", 100])],
+)
 def test_the_attack_works(name, flags, places, run, tmp_path):
     """On the digits; badnet's own record is looked at in test_record.py."""
     run(f"attack/{name}.py", *places, *flags, "--record_path", tmp_path, "--save_folder_name", "a")
@@ -258,35 +459,78 @@ def test_the_attack_works(name, flags, places, run, tmp_path):
 
 
 def test_a_clean_record_is_one_like_any_other(places, run, tmp_path):
-    run("attack/clean.py", *places, *QUICK, "--width", 8, "--trigger", "blended", "--record_path", tmp_path, "--save_folder_name", "c")
+    run(
+        "attack/clean.py",
+        *places,
+        *QUICK,
+        "--width",
+        8,
+        "--trigger",
+        "blended",
+        "--record_path",
+        tmp_path,
+        "--save_folder_name",
+        "c",
+    )
     made = results(tmp_path / "c")
-    assert made["attack"] == "clean_blended" and made["pratio_effective"] == "0.0" and made["n_backdoor"] == "450"
-    assert len(safetensors.torch.load_file(tmp_path / "c" / "poison.safetensors")["train_index"]) == 0
+    assert (
+        made["attack"] == "clean_blended"
+        and made["pratio_effective"] == "0.0"
+        and made["n_backdoor"] == "450"
+    )
+    assert (
+        len(safetensors.torch.load_file(tmp_path / "c" / "poison.safetensors")["train_index"]) == 0
+    )
     run("defense/ft.py", *places, *QUICK, "--result_file", tmp_path / "c")
     assert results(tmp_path / "c" / "defense" / "ft")["acc_before"] == made["acc"]
 
 
 def test_a_clean_model_does_not_start_from_a_victim(monkeypatch):
     clean, lira = (importlib.import_module(f"attack.{name}") for name in ("clean", "lira"))
-    monkeypatch.setattr(lira, "prepare", lambda options, place: {"victim/weight": torch.ones(1), "generator/weight": torch.ones(1)})
-    assert set(clean._prepare(clean.Config(trigger="lira"), None)) == {"generator/weight"}
+    monkeypatch.setattr(
+        lira,
+        "prepare",
+        lambda options, place: attacker.Prepared(
+            {"generator/weight": torch.ones(1)}, {"weight": torch.ones(1)}
+        ),
+    )
+    prepared = clean._prepare(clean.Config(trigger="lira"), None)
+    assert set(prepared.parts) == {"generator/weight"} and not prepared.victim
 
 
 def test_started_by_path_or_by_module_it_is_the_same(places, run, tmp_path):
     for number, start in enumerate((["attack/badnet.py"], ["-m", "attack.badnet"])):
         run(*start, *places, *QUICK, "--record_path", tmp_path, "--save_folder_name", f"a{number}")
-        run(*(["defense/ft.py"], ["-m", "defense.ft"])[number], *places, *QUICK, "--record_path", tmp_path, "--result_file", f"a{number}")
+        run(
+            *(["defense/ft.py"], ["-m", "defense.ft"])[number],
+            *places,
+            *QUICK,
+            "--record_path",
+            tmp_path,
+            "--result_file",
+            f"a{number}",
+        )
     for part in ("", "defense/ft"):
-        one, other = ((tmp_path / f"a{number}" / part / "model.safetensors").read_bytes() for number in (0, 1))
+        one, other = (
+            (tmp_path / f"a{number}" / part / "model.safetensors").read_bytes() for number in (0, 1)
+        )
         assert one == other, "same seed, same weights"
 
 
 def test_a_second_run_is_quick_and_changes_nothing(places, run, victim):
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in victim.iterdir() if path.is_file()}
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in victim.iterdir()
+        if path.is_file()
+    }
     begin = time.perf_counter()
     done = run("attack/badnet.py", *places, "--save_folder_name", "victim")
     assert "already done" in done.stdout and time.perf_counter() - begin < 30
-    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in victim.iterdir() if path.is_file()}
+    assert before == {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in victim.iterdir()
+        if path.is_file()
+    }
 
 
 def test_another_configuration_is_refused_and_overwritten_on_demand(places, run, tmp_path):
@@ -305,7 +549,13 @@ def test_another_configuration_is_refused_and_overwritten_on_demand(places, run,
 
 def start_and_kill(arguments, how, log, epochs):
     """Start a script, send it a signal once `epochs` rows are in its log, return its exit code."""
-    script = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    script = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > epochs):
         assert script.poll() is None, script.communicate()
@@ -315,9 +565,22 @@ def start_and_kill(arguments, how, log, epochs):
     return script.wait(60), script.stderr.read()
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_killed_attack_resumes_and_ends_with_the_same_weights(how, code, places, run, tmp_path, whole):
-    arguments = ["attack/badnet.py", *places, "--record_path", tmp_path, "--save_folder_name", "a", "--epochs", "6"]
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_killed_attack_resumes_and_ends_with_the_same_weights(
+    how, code, places, run, tmp_path, whole
+):
+    arguments = [
+        "attack/badnet.py",
+        *places,
+        "--record_path",
+        tmp_path,
+        "--save_folder_name",
+        "a",
+        "--epochs",
+        "6",
+    ]
     state = tmp_path / "a" / "state"
     found, said = start_and_kill(arguments, how, state / "log.csv", 2)
     assert found == code and (how == signal.SIGKILL or "resumes" in said)
@@ -327,35 +590,82 @@ def test_a_killed_attack_resumes_and_ends_with_the_same_weights(how, code, place
     done = run(*arguments)
     assert done.stdout.startswith("ACC") and not state.exists()
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == whole
-    assert [row["epoch"] for row in csv.DictReader(open(tmp_path / "a" / "log.csv"))] == ["1", "2", "3", "4", "5", "6", ""]
+    assert [row["epoch"] for row in csv.DictReader(open(tmp_path / "a" / "log.csv"))] == [
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "",
+    ]
 
 
 @pytest.fixture(scope="module")
 def whole(places, run, tmp_path_factory):
     """The weights of the same run, never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    run("attack/badnet.py", *places, "--record_path", folder, "--save_folder_name", "a", "--epochs", "6")
+    run(
+        "attack/badnet.py",
+        *places,
+        "--record_path",
+        folder,
+        "--save_folder_name",
+        "a",
+        "--epochs",
+        "6",
+    )
     return (folder / "a" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("words", "rows"),
-    [(["ft", "--epochs", "40"], 6), (["trap_and_replace", "--epochs", "4", "--head_epochs", "40"], 12), (["awm", "--epochs", "14"], 8)],
+    [
+        (["ft", "--epochs", "40"], 6),
+        (["trap_and_replace", "--epochs", "4", "--head_epochs", "40"], 12),
+        (["awm", "--epochs", "14"], 8),
+    ],
     ids=["ft", "trap_and_replace", "awm"],
 )
 def test_a_killed_defense_resumes(words, rows, places, run, victim):
     name, *rest = words
-    arguments = [f"defense/{name}.py", *places, "--result_file", "victim", *rest, "--save_folder_name"]
-    start_and_kill([*arguments, f"{name}_killed"], signal.SIGKILL, victim / f"defense/{name}_killed/state/log.csv", rows)
+    arguments = [
+        f"defense/{name}.py",
+        *places,
+        "--result_file",
+        "victim",
+        *rest,
+        "--save_folder_name",
+    ]
+    start_and_kill(
+        [*arguments, f"{name}_killed"],
+        signal.SIGKILL,
+        victim / f"defense/{name}_killed/state/log.csv",
+        rows,
+    )
     run(*arguments, f"{name}_killed")
-    shutil.rmtree(victim / "defense/.shared", ignore_errors=True)  # or stage 1 would be taken from there
+    # or stage 1 would be taken from there
+    shutil.rmtree(victim / "defense/.shared", ignore_errors=True)
     run(*arguments, f"{name}_unhurt")
-    one, other = (safetensors.torch.load_file(victim / "defense" / f"{name}_{how}" / "model.safetensors") for how in ("killed", "unhurt"))
+    one, other = (
+        safetensors.torch.load_file(victim / "defense" / f"{name}_{how}" / "model.safetensors")
+        for how in ("killed", "unhurt")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_pictures_that_stay_in_their_file_give_the_same_run(places, run, small, tmp_path):
-    run("attack/badnet.py", *places, *QUICK, "--width", "8", "--save_folder_name", "stored", "--resident_gb", "0")
+    run(
+        "attack/badnet.py",
+        *places,
+        *QUICK,
+        "--width",
+        "8",
+        "--save_folder_name",
+        "stored",
+        "--resident_gb",
+        "0",
+    )
     for name in ("model.safetensors", "poison.safetensors"):
         assert (small.parent / "stored" / name).read_bytes() == (small / name).read_bytes()
     for name in ("ft", "trap_and_replace"):
@@ -363,19 +673,46 @@ def test_pictures_that_stay_in_their_file_give_the_same_run(places, run, small, 
         run(*words, "--save_folder_name", name)
         shutil.rmtree(small.parent / "stored" / "defense" / ".shared", ignore_errors=True)
         run(*words, "--save_folder_name", f"{name}_stored", "--resident_gb", "0")
-        one, other = (small.parent / "stored" / "defense" / folder / "model.safetensors" for folder in (name, f"{name}_stored"))
+        one, other = (
+            small.parent / "stored" / "defense" / folder / "model.safetensors"
+            for folder in (name, f"{name}_stored")
+        )
         assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_recipe_stands_in_the_record(places, run):
-    done = run("attack/badnet.py", *places, "--recipe", "fast", *QUICK, "--width", "8", "--save_folder_name", "recipe")
+    done = run(
+        "attack/badnet.py",
+        *places,
+        "--recipe",
+        "fast",
+        *QUICK,
+        "--width",
+        "8",
+        "--save_folder_name",
+        "recipe",
+    )
     row = results(Path(places[1]) / "recipe")
-    assert row["recipe"].startswith("fast: ") and "one_cycle" in row["recipe"] and done.stdout.startswith("ACC")
-    assert json.loads((Path(places[1]) / "recipe" / "record.json").read_text())["recipe"] == row["recipe"]
+    assert (
+        row["recipe"].startswith("fast: ")
+        and "one_cycle" in row["recipe"]
+        and done.stdout.startswith("ACC")
+    )
+    assert (
+        json.loads((Path(places[1]) / "recipe" / "record.json").read_text())["recipe"]
+        == row["recipe"]
+    )
 
 
 def test_dry_run_does_nothing(places, run, victim, tmp_path):
-    done = run("attack/wanet.py", "--record_path", tmp_path / "r", "--cache_path", tmp_path / "c", "--dry_run")
+    done = run(
+        "attack/wanet.py",
+        "--record_path",
+        tmp_path / "r",
+        "--cache_path",
+        tmp_path / "c",
+        "--dry_run",
+    )
     for words in (
         "digits",
         "130 of 1297",
@@ -387,21 +724,52 @@ def test_dry_run_does_nothing(places, run, victim, tmp_path):
     ):
         assert words in done.stdout
     assert not list(tmp_path.iterdir())
-    done = run("defense/fmp.py", *places, "--result_file", "victim", "--save_folder_name", "planned", "--dry_run")
-    for words in ("badnet on 1297", "64 clean pictures", "10 epochs of 1 steps", "planned (new)"):
+    done = run(
+        "defense/fmp.py",
+        *places,
+        "--result_file",
+        "victim",
+        "--save_folder_name",
+        "planned",
+        "--dry_run",
+    )
+    for words in ("badnet on 1297", "64 clean images", "trains   epochs 10", "planned (new)"):
         assert words in done.stdout
     for name, words in (
-        ("awm", "20 rounds of 5 + 5 steps of 64"),
-        ("trap_and_replace", "200 epochs of 19 steps on 1233 pictures, then a head"),
+        ("awm", "trains   epochs 20"),
+        ("trap_and_replace", "trains   epochs 200, head_epochs"),
     ):
-        assert words in run(f"defense/{name}.py", *places, "--result_file", "victim", "--save_folder_name", "planned", "--dry_run").stdout
+        assert (
+            words
+            in run(
+                f"defense/{name}.py",
+                *places,
+                "--result_file",
+                "victim",
+                "--save_folder_name",
+                "planned",
+                "--dry_run",
+            ).stdout
+        )
     assert not (victim / "defense" / "planned").exists()
 
 
 def test_dry_run_says_when_a_clean_model_is_needed(run, tmp_path):
-    here = ["attack/l2_inv.py", "--record_path", tmp_path / "r", "--cache_path", tmp_path / "c", "--dry_run"]
-    assert "needs    a clean model" in run(*here).stdout and "needs" not in run(*here, "--pattern", "drawn").stdout
-    assert "each of 1297 pictures" in run("attack/blind.py", *here[1:]).stdout and not list(tmp_path.iterdir())
+    here = [
+        "attack/l2_inv.py",
+        "--record_path",
+        tmp_path / "r",
+        "--cache_path",
+        tmp_path / "c",
+        "--dry_run",
+    ]
+    assert (
+        "needs    a clean model" in run(*here).stdout
+        and "needs" not in run(*here, "--pattern", "drawn").stdout
+    )
+    assert "each of 1297 images" in run("attack/blind.py", *here[1:]).stdout and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_print_config_runs_again(places, run, tmp_path):
@@ -419,7 +787,11 @@ BAD = [
     (["attack/badnet.py", "--dry_run", "--attack_target", "10"], 2, "0 to 9"),
     (["attack/badnet.py", "--model", "resnet99"], 2, "resnet"),
     (["attack/badnet.py", "--dataset", "cifar11"], 2, "cifar10"),
-    (["attack/badnet.py", "--dataset", "cifar10", "--dataset_path", "/nowhere"], 3, "/nowhere/cifar10"),
+    (
+        ["attack/badnet.py", "--dataset", "cifar10", "--dataset_path", "/nowhere"],
+        3,
+        "/nowhere/cifar10",
+    ),
     (["attack/badnet.py", "--dataset", "folder", "--dataset_path", "/nowhere"], 2, "--image_size"),
     (["attack/badnet.py", "--device", "cuda:77"], 2, "cuda:77"),
     (["attack/badnet.py", "--device", "abacus"], 2, "abacus"),
@@ -428,8 +800,16 @@ BAD = [
     (["attack/clean.py", "--trigger", "nothing"], 2, "badnet"),
     (["attack/clean.py", "--pratio", "0.1"], 2, "pratio"),
     (["attack/wanet.py", "--pratio", "0.5"], 2, "cross_ratio"),
-    (["attack/refool.py", "--clean_label", "true", "--label_mode", "all2all"], 2, "only pictures of the one target class are poisoned"),
-    (["attack/sig.py", "--label_mode", "all2all"], 2, "only pictures of the one target class are poisoned"),
+    (
+        ["attack/refool.py", "--clean_label", "true", "--label_mode", "all2all"],
+        2,
+        "only images of the one target class are poisoned",
+    ),
+    (
+        ["attack/sig.py", "--label_mode", "all2all"],
+        2,
+        "only images of the one target class are poisoned",
+    ),
     (["attack/lf.py", "--clean_record", "nowhere"], 3, "nowhere"),
     (["attack/l0_inv.py", "--trigger_path", "x.png"], 2, "mask_path"),
     (["attack/blind.py", "--pratio", "0.1"], 2, "pratio"),
@@ -442,10 +822,42 @@ BAD = [
     (["defense/ft.py", "--result_file", "victim", "--clean_count", "0"], 2, "clean_count"),
     (["defense/fmp.py", "--result_file", "victim", "--variant", "best"], 2, "variant"),
     (["defense/awm.py", "--result_file", "victim", "--tau", "-1"], 2, "tau"),
-    (["defense/awm.py", "--result_file", "victim", "--save_folder_name", "nan", "--perturbation_lr", "1e38"], 1, "--perturbation_lr"),
-    (["defense/trap_and_replace.py", "--result_file", "victim", "--save_folder_name", "vgg", "--model", "vgg19_bn"], 2, "no split"),
     (
-        ["defense/trap_and_replace.py", "--result_file", "victim", "--save_folder_name", "deep", "--head_blocks", "9"],
+        [
+            "defense/awm.py",
+            "--result_file",
+            "victim",
+            "--save_folder_name",
+            "nan",
+            "--perturbation_lr",
+            "1e38",
+        ],
+        1,
+        "--perturbation_lr",
+    ),
+    (
+        [
+            "defense/trap_and_replace.py",
+            "--result_file",
+            "victim",
+            "--save_folder_name",
+            "vgg",
+            "--model",
+            "vgg19_bn",
+        ],
+        2,
+        "no split",
+    ),
+    (
+        [
+            "defense/trap_and_replace.py",
+            "--result_file",
+            "victim",
+            "--save_folder_name",
+            "deep",
+            "--head_blocks",
+            "9",
+        ],
         2,
         "1 to 2 blocks",
     ),
@@ -453,17 +865,31 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "code", "sentence"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    BAD,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
 def test_bad_input_gets_one_sentence(words, code, sentence, places, run, victim, tmp_path):
     here = places if words[0] != "compare.py" else []
-    name = ["--save_folder_name", f"bad{abs(hash(tuple(words)))}"] if words[0].startswith("attack") else []
+    name = (
+        ["--save_folder_name", f"bad{abs(hash(tuple(words)))}"]
+        if words[0].startswith("attack")
+        else []
+    )
     done = run(*words, *here, *name, *(QUICK if here else []), code=code)
-    assert sentence in done.first and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert (
+        sentence in done.first
+        and len(done.stderr.strip().splitlines()) == 1
+        and "Traceback" not in done.stderr
+    )
     assert not done.stdout
 
 
 def test_debug_shows_the_traceback(run):
-    done = run("attack/badnet.py", "--dataset", "cifar10", "--dataset_path", "/nowhere", "--debug", code=3)
+    done = run(
+        "attack/badnet.py", "--dataset", "cifar10", "--dataset_path", "/nowhere", "--debug", code=3
+    )
     assert "Traceback" in done.stderr
 
 
@@ -472,7 +898,9 @@ def test_a_place_where_nothing_can_be_written(option, run, places, tmp_path):
     (tmp_path / "file").write_text("in the way")
     tmp_path.chmod(0o500)  # root may write all the same, but not below a file
     done = run("attack/badnet.py", *places, option, tmp_path / "file" / "r", code=1)
-    assert "file" in done.first and option in done.first and len(done.stderr.strip().splitlines()) == 1
+    assert (
+        "file" in done.first and option in done.first and len(done.stderr.strip().splitlines()) == 1
+    )
     tmp_path.chmod(0o700)
 
 
@@ -483,50 +911,139 @@ def small_files():
 
 def test_a_disk_that_fills_up_damages_nothing(run, victim, places, tmp_path):
     shutil.copytree(victim, tmp_path / "victim")
-    before = {path: path.read_bytes() for path in (tmp_path / "victim").rglob("*") if path.is_file()}
-    words = [sys.executable, "defense/ft.py", *places, *QUICK, "--result_file", tmp_path / "victim", "--save_folder_name", "full"]
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True, preexec_fn=small_files)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "victim").rglob("*") if path.is_file()
+    }
+    words = [
+        sys.executable,
+        "defense/ft.py",
+        *places,
+        *QUICK,
+        "--result_file",
+        tmp_path / "victim",
+        "--save_folder_name",
+        "full",
+    ]
+    done = subprocess.run(
+        list(map(str, words)), cwd=ROOT, capture_output=True, text=True, preexec_fn=small_files
+    )
+    assert (
+        done.returncode == 1
+        and len(done.stderr.strip().splitlines()) == 1
+        and "Traceback" not in done.stderr
+    )
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert not list((tmp_path / "victim").rglob("*.tmp")) and not (tmp_path / "victim/defense/full/record.json").exists()
-    run("defense/ft.py", *places, *QUICK, "--result_file", tmp_path / "victim", "--save_folder_name", "full")
+    assert (
+        not list((tmp_path / "victim").rglob("*.tmp"))
+        and not (tmp_path / "victim/defense/full/record.json").exists()
+    )
+    run(
+        "defense/ft.py",
+        *places,
+        *QUICK,
+        "--result_file",
+        tmp_path / "victim",
+        "--save_folder_name",
+        "full",
+    )
 
 
 def test_your_own_pictures(run, places, tmp_path):
     from tests.test_data import folders
 
     folders(tmp_path / "set", ("train", "val"), ("ant", "bee", "cat"), count=20, size=(50, 40))
-    words = ["--dataset", "folder", "--dataset_path", tmp_path / "set", "--image_size", 32, "--model", "resnet9", "--width", 8]
-    run("attack/badnet.py", *places, *words, *QUICK, "--batch_size", 16, "--record_path", tmp_path, "--save_folder_name", "a")
+    words = [
+        "--dataset",
+        "folder",
+        "--dataset_path",
+        tmp_path / "set",
+        "--image_size",
+        32,
+        "--model",
+        "resnet9",
+        "--width",
+        8,
+    ]
+    run(
+        "attack/badnet.py",
+        *places,
+        *words,
+        *QUICK,
+        "--batch_size",
+        16,
+        "--record_path",
+        tmp_path,
+        "--save_folder_name",
+        "a",
+    )
     run("defense/ft.py", *places, *QUICK, "--result_file", tmp_path / "a", "--clean_ratio", 0.2)
     assert results(tmp_path / "a/defense/ft")["clean_budget"] == "12"
     shutil.move(tmp_path / "set", tmp_path / "moved")
-    run("defense/fmp.py", *places, *QUICK, "--result_file", tmp_path / "a", "--dataset_path", tmp_path / "moved")
+    run(
+        "defense/fmp.py",
+        *places,
+        *QUICK,
+        "--result_file",
+        tmp_path / "a",
+        "--dataset_path",
+        tmp_path / "moved",
+    )
     (tmp_path / "moved/train/ant/0.png").unlink()
     done = run(
-        "defense/ft.py", *places, "--result_file", tmp_path / "a", "--save_folder_name", "b", "--dataset_path", tmp_path / "moved", code=4
+        "defense/ft.py",
+        *places,
+        "--result_file",
+        tmp_path / "a",
+        "--save_folder_name",
+        "b",
+        "--dataset_path",
+        tmp_path / "moved",
+        code=4,
     )
     assert "60" in done.first and "59" in done.first
 
 
 def test_seeds_have_their_own_generators(run, places, tmp_path):
-    """Another training seed keeps the poison; another poison seed keeps the first weights' initialisation."""
+    """Another training seed keeps the poison; another poison seed keeps the first weights'
+    initialisation."""
     rows = {}
     for name, flags in {"a": [], "b": ["--random_seed", 1], "c": ["--poison_seed", 1]}.items():
-        run("attack/badnet.py", *places, *flags, "--epochs", 0, "--record_path", tmp_path, "--save_folder_name", name)
-        rows[name] = (safetensors.torch.load_file(tmp_path / name / "poison.safetensors")["train_index"].tolist(),
-                      (tmp_path / name / "model.safetensors").read_bytes())  # fmt: skip
+        run(
+            "attack/badnet.py",
+            *places,
+            *flags,
+            "--epochs",
+            0,
+            "--record_path",
+            tmp_path,
+            "--save_folder_name",
+            name,
+        )
+        rows[name] = (
+            safetensors.torch.load_file(tmp_path / name / "poison.safetensors")[
+                "train_index"
+            ].tolist(),
+            (tmp_path / name / "model.safetensors").read_bytes(),
+        )
     assert rows["a"][0] == rows["b"][0] != rows["c"][0]
     assert rows["a"][1] == rows["c"][1] != rows["b"][1]
 
 
 def test_another_checkout_is_refused(tmp_path):
     shutil.copytree(ROOT / "attack", tmp_path / "attack")
-    done = subprocess.run([sys.executable, "attack/badnet.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "attack/badnet.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 2 and "another checkout" in done.stderr
 
 
 def test_seconds_and_provenance(victim):
     info = json.loads((victim / "record.json").read_text())
-    assert Path(victim / "preview.png").stat().st_size > 1000 and info["config_hash"] == results(victim)["config_hash"]
+    assert (
+        Path(victim / "preview.png").stat().st_size > 1000
+        and info["config_hash"] == results(victim)["config_hash"]
+    )

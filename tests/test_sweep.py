@@ -1,4 +1,4 @@
-"""Grids: which runs they are, that each is run once and to its end, and what is left when something fails or is killed."""
+"""Grids: which runs they are, that each runs once and to its end, and what a failure leaves."""
 
 import dataclasses
 import re
@@ -12,9 +12,10 @@ import time
 import pytest
 import yaml
 
-from tests.conftest import ROOT, names
-from utils import engines, files, grid
+from tests.helpers import ROOT, names
+from utils import files
 from utils.errors import ConfigError, MissingError
+from utils.sweep import grid, launchers
 
 QUICK = {"epochs": 1, "width": 8}
 
@@ -24,32 +25,48 @@ def paths(content, **extra):
 
 
 def test_a_grid_is_a_product():
-    content = {"dataset": ["digits", "cifar10"], "attack": ["badnet", "wanet"], "seed": [0, 1, 2], "defense": ["ft", "fmp"]}
+    content = {
+        "dataset": ["digits", "cifar10"],
+        "attack": ["badnet", "wanet"],
+        "seed": [0, 1, 2],
+        "defense": ["ft", "fmp"],
+    }
     cells = grid.cells(content)
     assert len(cells) == 2 * 2 * 3 * (1 + 2) == len({cell.path for cell in cells})
     last = cells[-1]
-    assert last.command("record") == ("python defense/fmp.py --random_seed 2 --data_seed 2 --record_path record --save_folder_name fmp "
-                                      "--result_file cifar10-wanet-s2")  # fmt: skip
-    assert last.victim.command("my records") == ("python attack/wanet.py --dataset cifar10 --random_seed 2 --poison_seed 2 "
-                                                 "--record_path 'my records' --save_folder_name cifar10-wanet-s2")  # fmt: skip
+    assert last.command("record") == (
+        "python defense/fmp.py --random_seed 2 --data_seed 2 --record_path record "
+        "--save_folder_name fmp --result_file cifar10-wanet-s2"
+    )
+    assert last.victim.command("my records") == (
+        "python attack/wanet.py --dataset cifar10 --random_seed 2 --poison_seed 2 "
+        "--record_path 'my records' --save_folder_name cifar10-wanet-s2"
+    )
     order = [cell.path for cell in cells]
-    assert all(order.index(cell.victim.path) < order.index(cell.path) for cell in cells if cell.victim)
+    assert all(
+        order.index(cell.victim.path) < order.index(cell.path) for cell in cells if cell.victim
+    )
 
 
 def test_entries_have_options_and_lists_multiply():
     content = {
-        "model": ["preactresnet18", {"resnet9": {"width": 16}}], "pratio": [0.1, 0.01],
-        "attack": ["badnet", {"wanet": {"strength": [1, 2], "pratio": 0.2}}], "attack_options": {"label_mode": "all2all"},
-        "defense": [{"fmp": {"variant": [None, "random"]}}], "defense_options": {"clean_ratio": [0.05, 0.1]},
-    }  # fmt: skip
+        "model": ["preactresnet18", {"resnet9": {"width": 16}}],
+        "pratio": [0.1, 0.01],
+        "attack": ["badnet", {"wanet": {"strength": [1, 2], "pratio": 0.2}}],
+        "attack_options": {"label_mode": "all2all"},
+        "defense": [{"fmp": {"variant": [None, "random"]}}],
+        "defense_options": {"clean_ratio": [0.05, 0.1]},
+    }
     found = [path for path in paths(content) if "defense" not in path]
     badnet, wanet = "badnet-label_mode_all2all", "wanet-label_mode_all2all-strength_{}{}-p0.2-s0"
-    assert sorted(found) == sorted([
-        *(f"preactresnet18-{badnet}-p{share}-s0" for share in (0.1, 0.01)),
-        *(f"resnet9-{badnet}-width_16-p{share}-s0" for share in (0.1, 0.01)),
-        *(f"preactresnet18-{wanet.format(strength, '')}" for strength in (1, 2)),
-        *(f"resnet9-{wanet.format(strength, '-width_16')}" for strength in (1, 2)),
-    ]), "a share of an attack's own is no reason to run it for every share of the grid"  # fmt: skip
+    assert sorted(found) == sorted(
+        [
+            *(f"preactresnet18-{badnet}-p{share}-s0" for share in (0.1, 0.01)),
+            *(f"resnet9-{badnet}-width_16-p{share}-s0" for share in (0.1, 0.01)),
+            *(f"preactresnet18-{wanet.format(strength, '')}" for strength in (1, 2)),
+            *(f"resnet9-{wanet.format(strength, '-width_16')}" for strength in (1, 2)),
+        ]
+    ), "a share of an attack's own is no reason to run it for every share of the grid"
     of_one = [path.split("/")[-1] for path in paths(content) if path.startswith(f"{found[0]}/")]
     assert of_one == [
         "fmp-clean_ratio_0.05",
@@ -58,45 +75,87 @@ def test_entries_have_options_and_lists_multiply():
         "fmp-clean_ratio_0.1-variant_random",
     ]
     (cell,) = grid.cells({"attack": {"badnet": {"random_seed": 7}}, "seed": 3})
-    assert (cell.options["random_seed"], cell.options["poison_seed"]) == (7, 3), "an option of an entry is stronger than the seed"
+    assert (cell.options["random_seed"], cell.options["poison_seed"]) == (7, 3), (
+        "an option of an entry is stronger than the seed"
+    )
 
 
 def test_includes_take_from_the_grid_and_excludes_take_away():
-    content = {"dataset": "digits", "attack": ["badnet", "sig"], "pratio": [0.1, 0.05], "seed": [0, 1], "defense": ["ft", "fmp"],
-               "include": [{"attack": "clean", "pratio": 0.0, "defense": "ft"}],
-               "exclude": [{"attack": "sig", "pratio": 0.1}, {"defense": "fmp", "seed": [1, 2]}]}  # fmt: skip
+    content = {
+        "dataset": "digits",
+        "attack": ["badnet", "sig"],
+        "pratio": [0.1, 0.05],
+        "seed": [0, 1],
+        "defense": ["ft", "fmp"],
+        "include": [{"attack": "clean", "pratio": 0.0, "defense": "ft"}],
+        "exclude": [{"attack": "sig", "pratio": 0.1}, {"defense": "fmp", "seed": [1, 2]}],
+    }
     found = paths(content)
     assert not [path for path in found if path.startswith("digits-sig-p0.1")], "with its defenses"
     assert {path.split("/")[0] for path in found if path.endswith("/fmp")} == {
-        "digits-badnet-p0.1-s0", "digits-badnet-p0.05-s0", "digits-sig-p0.05-s0"}  # fmt: skip
+        "digits-badnet-p0.1-s0",
+        "digits-badnet-p0.05-s0",
+        "digits-sig-p0.05-s0",
+    }
     assert [path for path in found if "clean" in path] == [
-        "digits-clean-p0.0-s0", "digits-clean-p0.0-s0/defense/ft", "digits-clean-p0.0-s1", "digits-clean-p0.0-s1/defense/ft"]  # fmt: skip
+        "digits-clean-p0.0-s0",
+        "digits-clean-p0.0-s0/defense/ft",
+        "digits-clean-p0.0-s1",
+        "digits-clean-p0.0-s1/defense/ft",
+    ]
 
 
 def test_names_follow_from_the_run_alone():
-    small, large = {"attack": "badnet", "seed": 1}, {"attack": ["wanet", "badnet"], "seed": [0, 1], "defense": "ft"}
+    small, large = (
+        {"attack": "badnet", "seed": 1},
+        {"attack": ["wanet", "badnet"], "seed": [0, 1], "defense": "ft"},
+    )
     assert set(paths(small)) <= set(paths(large)), "a grid that grows finds its runs again"
-    strange = paths({"attack": [{"badnet": {"trigger_path": [f"a/{'x' * 200}.png", f"a/{'x' * 200}.npy", "a b", "a_b"]}}]})
+    strange = paths(
+        {
+            "attack": [
+                {
+                    "badnet": {
+                        "trigger_path": [f"a/{'x' * 200}.png", f"a/{'x' * 200}.npy", "a b", "a_b"]
+                    }
+                }
+            ]
+        }
+    )
     assert len(set(strange)) == 4 and all(re.fullmatch(r"[\w.+-]{1,140}", name) for name in strange)
-    assert paths(small, cache_path="/elsewhere") == paths(small), "options of all runs are in no name"
+    assert paths(small, cache_path="/elsewhere") == paths(small), (
+        "options of all runs are in no name"
+    )
 
 
-@pytest.mark.parametrize("content, what", [
-    ({"atack": ["badnet"]}, "unknown key 'atack'"),
-    ([1], "must be a mapping"),
-    ({"attack": ["badnet"], "include": [{"exclude": []}]}, "include has an unknown key 'exclude'"),
-    ({"attack": ["badnet"], "attack_options": ["epochs"]}, "attack_options must be a mapping"),
-    ({"attack": [{"badnet": 3}]}, "name: {option: value}"),
-    ({"defense": ["ft"]}, "no run"),
-    ({"attack": ["badnet"], "exclude": [{"attack": "wanet"}]}, "fits no run"),
-    ({"attack": ["badnet"], "exclude": ["wanet"]}, "must be a mapping such as"),
-    ({"attack": ["badnett"]}, "unknown attack 'badnett'; there are adaptive_blend"),
-    ({"attack": ["badnet"], "defense": ["tf"]}, "unknown defense 'tf'"),
-    ({"attack": ["badnet"], "attack_options": {"epoch": 3}}, "unknown option 'epoch'; the nearest are epochs"),
-    ({"attack": ["badnet"], "model": ["resnet9", "resnt9"]}, "resnt9"),
-    ({"attack": ["badnet"], "dataset": ["digits", "cifar11"]}, "unknown data set 'cifar11'"),
-    ({"attack": ["badnet"], "pratio": [0.1, 2]}, "pratio must be a share from 0 to 1 (in python attack/badnet.py"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        ({"atack": ["badnet"]}, "unknown key 'atack'"),
+        ([1], "must be a mapping"),
+        (
+            {"attack": ["badnet"], "include": [{"exclude": []}]},
+            "include has an unknown key 'exclude'",
+        ),
+        ({"attack": ["badnet"], "attack_options": ["epochs"]}, "attack_options must be a mapping"),
+        ({"attack": [{"badnet": 3}]}, "name: {option: value}"),
+        ({"defense": ["ft"]}, "no run"),
+        ({"attack": ["badnet"], "exclude": [{"attack": "wanet"}]}, "fits no run"),
+        ({"attack": ["badnet"], "exclude": ["wanet"]}, "must be a mapping such as"),
+        ({"attack": ["badnett"]}, "unknown attack 'badnett'; there are adaptive_blend"),
+        ({"attack": ["badnet"], "defense": ["tf"]}, "unknown defense 'tf'"),
+        (
+            {"attack": ["badnet"], "attack_options": {"epoch": 3}},
+            "unknown option 'epoch'; the nearest are epochs",
+        ),
+        ({"attack": ["badnet"], "model": ["resnet9", "resnt9"]}, "resnt9"),
+        ({"attack": ["badnet"], "dataset": ["digits", "cifar11"]}, "unknown data set 'cifar11'"),
+        (
+            {"attack": ["badnet"], "pratio": [0.1, 2]},
+            "pratio must be from 0 to 1 (in python attack/badnet.py",
+        ),
+    ],
+)
 def test_mistakes_are_named_before_anything_runs(content, what, tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -112,20 +171,27 @@ def test_a_grid_that_is_not_there(tmp_path):
         grid.read(tmp_path / "odd.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "config" / "sweep").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_grids_that_ship_are_right(path, tmp_path):
     cells = grid.cells(grid.read(path))
     grid.check(cells, tmp_path)
     assert {cell.script for cell in cells} <= {*names("attack"), *names("defense")}
-    assert f"| [`{path.name}`]({path.name}) | {len(cells)} |" in (path.parent / "README.md").read_text()
+    assert (
+        f"| [`{path.name}`]({path.name}) | {len(cells)} |"
+        in (path.parent / "README.md").read_text()
+    )
 
 
 def test_the_documented_grid_is_right(tmp_path):
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "config" / "sweep" / "README.md").read_text(), re.S)
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.S)
     (tmp_path / "grid.yaml").write_text(example)
     cells = grid.cells(grid.read(tmp_path / "grid.yaml"))
     grid.check(cells, tmp_path)
-    victims = (2 + 1) * 4 * 3 * 2  # CIFAR-10 with two shares and the digits with one; four attacks, three seeds, two networks
+    victims = (
+        (2 + 1) * 4 * 3 * 2
+    )  # CIFAR-10 with two shares and the digits with one; four attacks, three seeds, two networks
     clean = 2 * 2 * 3
     assert len(cells) == (victims + clean) * (1 + 2 * (1 + 2))
 
@@ -135,13 +201,25 @@ def sweep(tmp_path, places):
     """sweep(content, *arguments, code=0): run a grid in a folder of its own; what it printed."""
 
     def start(content, *arguments, code=0, rest=()):
-        done = subprocess.run(words(content, *arguments, rest=rest), cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == code, f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run(
+            words(content, *arguments, rest=rest), cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == code, (
+            f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def words(content, *arguments, rest=()):
         (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
-        return [sys.executable, ROOT / "sweep.py", "grid.yaml", *arguments, "--", *places[2:], *rest]
+        return [
+            sys.executable,
+            ROOT / "sweep.py",
+            "grid.yaml",
+            *arguments,
+            "--",
+            *places[2:],
+            *rest,
+        ]
 
     start.words = words
     return start
@@ -150,34 +228,66 @@ def sweep(tmp_path, places):
 def endings(records):
     """{run: the exit codes in its log}"""
     logs = (records / ".sweep").rglob("*.log")
-    return {log.relative_to(records / ".sweep").as_posix()[:-4]: re.findall(r"^# exit (-?\d+)", log.read_text(), re.M) for log in logs}
+    return {
+        log.relative_to(records / ".sweep").as_posix()[:-4]: re.findall(
+            r"^# exit (-?\d+)", log.read_text(), re.M
+        )
+        for log in logs
+    }
 
 
-def is_whole(records, cells):
-    return all((records / cell.path / "record.json").is_file() and not (records / cell.path / "state").exists() for cell in cells)
+def all_complete(records, cells):
+    return all(
+        (records / cell.path / "record.json").is_file()
+        and not (records / cell.path / "state").exists()
+        for cell in cells
+    )
 
 
-SMALL = {"dataset": "digits", "attack": ["badnet", "clean"], "attack_options": QUICK, "defense": [{"ft": {"epochs": 1}}]}
+LONG = "digits-badnet-epochs_100000-width_8-s0"
+SMALL = {
+    "dataset": "digits",
+    "attack": ["badnet", "clean"],
+    "attack_options": QUICK,
+    "defense": [{"ft": {"epochs": 1}}],
+}
 
 
 def test_one_after_the_other(sweep, tmp_path, places):
-    assert "4 runs: 4 new: 2 attacks and 2 defenses" in sweep(SMALL, "--dry_run").stdout and not (tmp_path / "record").exists()
+    assert (
+        "4 runs: 4 new: 2 attacks and 2 defenses" in sweep(SMALL, "--dry_run").stdout
+        and not (tmp_path / "record").exists()
+    )
     done = sweep(SMALL, "--engine", "serial")
-    assert done.stdout.startswith("4 runs: 4 new; 4 to run\n") and done.stdout.endswith("4 runs: 4 done\n")
+    assert done.stdout.startswith("4 runs: 4 new; 4 to run\n") and done.stdout.endswith(
+        "4 runs: 4 done\n"
+    )
     assert re.search(
-        r"^\[2/4\] digits-badnet-epochs_1-width_8-s0/defense/ft-epochs_1: ACC [\d.]+  ASR [\d.]+  RA [\d.]+  \(\d+ s\)$", done.stdout, re.M
+        r"^\[2/4\] digits-badnet-epochs_1-width_8-s0/defense/ft-epochs_1: "
+        r"ACC [\d.]+  ASR [\d.]+  RA [\d.]+  \(\d+ s\)$",
+        done.stdout,
+        re.M,
     )
     cells = grid.cells(SMALL)
-    assert is_whole(tmp_path / "record", cells) and set(map(tuple, endings(tmp_path / "record").values())) == {("0",)}
+    assert all_complete(tmp_path / "record", cells) and set(
+        map(tuple, endings(tmp_path / "record").values())
+    ) == {("0",)}
     again = sweep(SMALL, "--engine", "serial").stdout
     assert again == "4 runs: 4 done; 0 to run\n4 runs: 4 done\n"
     plan = sweep(SMALL, "--dry_run").stdout
     assert plan.count("done     record/digits-") == 4
     script, *options = grid.cells(SMALL, {"cache_path": places[3]})[1].words("record")
-    typed = subprocess.run([sys.executable, ROOT / script, *options], cwd=tmp_path, capture_output=True, text=True)
-    assert typed.stdout.startswith("already done: record/digits-badnet"), "what is shown is what was run"
+    typed = subprocess.run(
+        [sys.executable, ROOT / script, *options], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert typed.stdout.startswith("already done: record/digits-badnet"), (
+        "what is shown is what was run"
+    )
     other = sweep(SMALL, "--engine", "serial", rest=["--batch_size", "32"], code=1)
-    assert "4 other" in other.stdout and "holds another configuration (batch_size 64 there and 32 here)" in other.stdout
+    assert (
+        "4 other" in other.stdout
+        and "holds another configuration (batch_size 64 there and 32 here)" in other.stdout
+    )
 
 
 def test_a_table_of_results_outlives_the_records(sweep, tmp_path, run):
@@ -187,42 +297,74 @@ def test_a_table_of_results_outlives_the_records(sweep, tmp_path, run):
     assert [row["run"] for row in rows] == [str(cell.path) for cell in grid.cells(SMALL)]
     for row in rows:
         (made,) = files.read_csv(tmp_path / "record" / row["run"] / "results.csv")
-        assert made.items() <= row.items() and row["command"].startswith("python ") and str(tmp_path) not in row["command"]
+        assert (
+            made.items() <= row.items()
+            and row["command"].startswith("python ")
+            and str(tmp_path) not in row["command"]
+        )
     shown = run("compare.py", tmp_path / "record", "--format", "csv").stdout
-    assert [line.split(",")[8:] for line in run("compare.py", tmp_path / "all.csv", "--format", "csv").stdout.splitlines()] == [
-        line.split(",")[8:] for line in shown.splitlines()
-    ], "the same numbers as from the folders"
+    assert [
+        line.split(",")[8:]
+        for line in run("compare.py", tmp_path / "all.csv", "--format", "csv").stdout.splitlines()
+    ] == [line.split(",")[8:] for line in shown.splitlines()], (
+        "the same numbers as from the folders"
+    )
     run("compare.py", tmp_path / "all.csv", "--html", tmp_path / "page.html")
 
     shutil.rmtree(tmp_path / "record")
     assert sweep(SMALL, *words).stdout == "4 runs: 4 recorded; 0 to run\n4 runs: 4 recorded\n"
-    more = {**SMALL, "defense": [*SMALL["defense"], "clp"], "exclude": [{"attack": "clean", "defense": "clp"}]}
+    more = {
+        **SMALL,
+        "defense": [*SMALL["defense"], "clp"],
+        "exclude": [{"attack": "clean", "defense": "clp"}],
+    }
     again = sweep(more, *words).stdout
-    assert again.startswith("5 runs: 2 new, 3 recorded; 2 to run\n"), "the one victim that is needed again, and its missing defense"
+    assert again.startswith("5 runs: 2 new, 3 recorded; 2 to run\n"), (
+        "the one victim that is needed again, and its missing defense"
+    )
     assert len(files.read_csv(tmp_path / "all.csv")) == 5
-    victim = next(row for row in files.read_csv(tmp_path / "all.csv") if row["run"] == rows[0]["run"])
-    assert {key: victim[key] for key in ("acc", "asr", "ra")} == {key: rows[0][key] for key in ("acc", "asr", "ra")}
+    victim = next(
+        row for row in files.read_csv(tmp_path / "all.csv") if row["run"] == rows[0]["run"]
+    )
+    assert {key: victim[key] for key in ("acc", "asr", "ra")} == {
+        key: rows[0][key] for key in ("acc", "asr", "ra")
+    }
 
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"run\n\xff\n", b"run,acc\n,1\n"])
 def test_another_file_is_no_table_of_results(sweep, tmp_path, content):
     (tmp_path / "other.csv").write_bytes(content)
     done = sweep(SMALL, "--engine", "serial", "--results", "other.csv", code=2)
-    assert done.stderr.startswith("error: --results other.csv") and (tmp_path / "other.csv").read_bytes() == content
+    assert (
+        done.stderr.startswith("error: --results other.csv")
+        and (tmp_path / "other.csv").read_bytes() == content
+    )
 
 
 def test_a_failure_stops_nothing_but_its_defenses(sweep, tmp_path):
     content = {**SMALL, "attack": [{"badnet": {"lr": 1e30}}, "clean"]}
     done = sweep(content, "--engine", "serial", code=1)
-    assert "[1/4] digits-badnet-epochs_1-lr_1e_30-width_8-" in done.stdout.replace("+", "_") and "failed with exit code 1: " in done.stdout
-    assert "    error: the loss is nan after epoch 1: lower --lr" in done.stdout.replace("inf", "nan")
-    assert "not run, because its victim is not done" in done.stdout and "1 new, 1 failed, 2 done" in done.stdout
+    assert (
+        "[1/4] digits-badnet-epochs_1-lr_1e_30-width_8-" in done.stdout.replace("+", "_")
+        and "failed with exit code 1: " in done.stdout
+    )
+    assert "    error: the loss is nan after epoch 1: lower --lr" in done.stdout.replace(
+        "inf", "nan"
+    )
+    assert (
+        "not run, because its victim is not done" in done.stdout
+        and "1 new, 1 failed, 2 done" in done.stdout
+    )
     assert done.stderr == (
-        "error: not all runs are done; --retry_failed tries the failed ones again, the others start with the same command\n"
+        "error: not all runs are done; --retry_failed tries the failed ones again, the others "
+        "start with the same command\n"
     )
     before = endings(tmp_path / "record")
     again = sweep(content, "--engine", "serial", code=1)
-    assert again.stdout.startswith("4 runs: 1 new, 1 failed, 2 done; 0 to run\n") and endings(tmp_path / "record") == before
+    assert (
+        again.stdout.startswith("4 runs: 1 new, 1 failed, 2 done; 0 to run\n")
+        and endings(tmp_path / "record") == before
+    )
     sweep(content, "--engine", "serial", "--retry_failed", code=1)
     assert sorted(map(len, endings(tmp_path / "record").values())) == [1, 1, 2]
 
@@ -231,20 +373,121 @@ def test_a_failure_stops_nothing_but_its_defenses(sweep, tmp_path):
 def test_ctrl_c_leaves_all_resumable(sweep, tmp_path, engine):
     if engine == "ray":
         pytest.importorskip("ray")
-    content = {"dataset": "digits", "attack": ["badnet"], "attack_options": {**QUICK, "epochs": 400}}
-    with subprocess.Popen(sweep.words(content, "--engine", engine), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as running:  # fmt: skip
+    content = {
+        "dataset": "digits",
+        "attack": ["badnet"],
+        "attack_options": {**QUICK, "epochs": 400},
+    }
+    with subprocess.Popen(
+        sweep.words(content, "--engine", engine),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as running:
         until(lambda: list(tmp_path.glob("record/*/state/train.safetensors")))
         running.send_signal(signal.SIGINT)
         _, error = running.communicate(timeout=60)
-    assert running.returncode == 130 and error == "interrupted; the same command resumes after the last finished epoch\n"
+    assert (
+        running.returncode == 130
+        and error == "interrupted; the same command resumes after the last finished epoch\n"
+    )
     assert endings(tmp_path / "record") == {"digits-badnet-epochs_400-width_8-s0": []}
     assert "1 partial" in sweep(content, "--dry_run").stdout
-    epochs = len((tmp_path / "record/digits-badnet-epochs_400-width_8-s0/state/log.csv").read_text().splitlines()) - 1
+    epochs = (
+        len(
+            (tmp_path / "record/digits-badnet-epochs_400-width_8-s0/state/log.csv")
+            .read_text()
+            .splitlines()
+        )
+        - 1
+    )
     assert 0 < epochs < 400
     time.sleep(1)
-    running = subprocess.run(["pgrep", "-f", f"cache_path.*{tmp_path.name}|{tmp_path}"], capture_output=True, text=True).stdout
+    running = subprocess.run(
+        ["pgrep", "-f", f"cache_path.*{tmp_path.name}|{tmp_path}"], capture_output=True, text=True
+    ).stdout
     assert not running, "nothing goes on behind the user's back"
+
+
+@pytest.mark.parametrize("engine", ["serial", "ray"])
+def test_no_time_is_time_that_is_up(sweep, tmp_path, engine):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    done = sweep(SMALL, "--engine", engine, "--minutes", "0", code=124)
+    assert done.stdout == "4 runs: 4 new; 4 to run\n4 runs: 4 new\n"
+    assert done.stderr == "time is up; the same command goes on after the last finished epoch\n"
+    assert not endings(tmp_path / "record"), "nothing was started"
+    refused = sweep(SMALL, "--engine", engine, "--minutes", "-1", code=2)
+    assert refused.stderr == "error: --minutes must be 0 or more\n"
+
+
+def test_a_sweep_stops_in_time_and_goes_on(sweep, tmp_path):
+    content = {
+        "dataset": "digits",
+        "attack": ["badnet", "clean"],
+        "attack_options": {**QUICK, "epochs": 100_000},
+    }
+    begin = time.monotonic()
+    done = sweep(content, "--engine", "serial", "--minutes", "0.5", code=124)
+    assert 30 <= time.monotonic() - begin < 120
+    assert done.stdout == "2 runs: 2 new; 2 to run\n2 runs: 1 new, 1 partial\n"
+    assert (tmp_path / f"record/{LONG}/state/train.safetensors").is_file()
+    assert endings(tmp_path / "record") == {LONG: []}, "it is not counted as failed"
+    again = sweep(content, "--engine", "serial", "--minutes", "0", code=124)
+    assert again.stdout.startswith("2 runs: 1 new, 1 partial; 2 to run\n")
+
+
+@pytest.mark.parametrize("engine, seconds", [("serial", 3), ("ray", 20)])
+def test_the_run_under_way_leaves_a_checkpoint(tmp_path, engine, seconds):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    for name, sleep in (("short", 0), ("long", 300)):
+        (tmp_path / f"{name}.py").write_text(STOPPABLE.format(name=name, sleep=sleep))
+    jobs = [
+        launchers.Job(
+            name,
+            [str(tmp_path / f"{name}.py")],
+            tmp_path / name,
+            tmp_path / f"{name}.log",
+            tmp_path,
+        )
+        for name in ("short", "long")
+    ]
+    ended = []
+    with pytest.raises(launchers.TimeIsUp, match="the same command goes on"):
+        for job, code in launchers.LAUNCHERS[engine](jobs, until=time.monotonic() + seconds):
+            ended.append((job.name, code))
+    assert ended == [("short", 0)]
+    assert until((tmp_path / "long.checkpoint").is_file, 10)
+    assert not (tmp_path / "short.checkpoint").exists()
+
+
+STOPPABLE = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path("{name}.checkpoint").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+time.sleep({sleep})
+"""
+
+
+def test_an_error_of_the_sweep_itself_stops_the_runs(sweep, tmp_path):
+    """Its output is closed: it cannot report the short run, and the long one is stopped."""
+    pytest.importorskip("ray")
+    content = {
+        "dataset": "digits",
+        "attack": [{"badnet": {**QUICK, "epochs": 100_000}}, {"clean": QUICK}],
+    }
+    with subprocess.Popen(
+        sweep.words(content), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        assert running.stdout.readline() == b"2 runs: 2 new; 2 to run\n"
+        running.stdout.close()
+        assert running.wait(timeout=180) in (1, 120)  # 120: Python could not flush its output
+    assert "1 partial, 1 done" in sweep(content, "--dry_run").stdout
 
 
 def until(holds, seconds=120):
@@ -256,34 +499,42 @@ def until(holds, seconds=120):
 
 
 def test_two_tries_at_a_job_make_one_run(tmp_path):
-    """As when a machine is given up for dead and is not: the second try waits, and finds it done."""
+    """A machine is given up for dead and is alive: the second try waits, and finds it done."""
     (tmp_path / "slow.py").write_text(
-        "import pathlib, time; time.sleep(1); pathlib.Path('out').mkdir(); pathlib.Path('out/record.json').touch()"
+        "import pathlib, time; time.sleep(1); pathlib.Path('out').mkdir(); "
+        "pathlib.Path('out/record.json').touch()"
     )
-    job = engines.Job("slow", [str(tmp_path / "slow.py")], tmp_path / "out", tmp_path / "slow.log", tmp_path)
+    job = launchers.Job(
+        "slow", [str(tmp_path / "slow.py")], tmp_path / "out", tmp_path / "slow.log", tmp_path
+    )
     codes = []
-    tries = [threading.Thread(target=lambda: codes.append(engines.execute(job))) for _ in range(2)]
+    tries = [
+        threading.Thread(target=lambda: codes.append(launchers.execute(job))) for _ in range(2)
+    ]
     for one in tries:
         one.start()
     for one in tries:
         one.join()
     assert codes == [0, 0] and (tmp_path / "slow.log").read_text().count("# exit 0") == 1
-    assert engines.execute(job, before=1) is None
+    assert launchers.execute(job, before=1) is None
 
 
 def test_ray_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="pip install 'ray>=2.40', or use --engine serial"):
-        list(engines.with_ray([]))
+        list(launchers.with_ray([]))
 
 
 def test_ray_runs_a_grid_on_this_machine(sweep, tmp_path):
     pytest.importorskip("ray")
     content = {**SMALL, "attack": ["badnet", "clean", {"badnet": {"lr": 1e30}}]}
     done = sweep(content, code=1)
-    assert done.stdout.endswith("1 new, 1 failed, 4 done\n") or "1 new, 1 failed, 4 done" in done.stdout
+    assert (
+        done.stdout.endswith("1 new, 1 failed, 4 done\n")
+        or "1 new, 1 failed, 4 done" in done.stdout
+    )
     assert sorted(map(tuple, endings(tmp_path / "record").values())) == [("0",)] * 4 + [("1",)]
-    assert is_whole(tmp_path / "record", grid.cells(SMALL))
+    assert all_complete(tmp_path / "record", grid.cells(SMALL))
     refused = sweep({**SMALL, "seed": 1}, "--cpus", "1000", code=2)
     assert refused.stderr == "error: no machine has 1000 CPUs for a run: lower --cpus\n"
     nobody = sweep({**SMALL, "seed": 1}, "--address", "127.0.0.1:1", code=2)
@@ -295,20 +546,36 @@ def test_runs_share_a_gpu_and_a_full_disk_is_told(tmp_path):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    (tmp_path / "look.py").write_text("import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])")
+    (tmp_path / "look.py").write_text(
+        "import os; names = ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS'); "
+        "print('sees', *map(os.environ.get, names))"
+    )
     (tmp_path / "full").symlink_to("/dev/full")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=4, num_gpus=1)
-        jobs = [engines.Job(str(n), [str(tmp_path / "look.py")], tmp_path / "none", tmp_path / f"{n}.log", tmp_path) for n in range(4)]
-        assert [code for _, code in engines.with_ray(jobs, address=cluster.address, cpus=2, gpus=0.5)] == [0] * 4
-        assert {re.findall(r"^sees .*", (tmp_path / f"{n}.log").read_text(), re.M)[0] for n in range(4)} == {"sees 0 2"}
+        jobs = [
+            launchers.Job(
+                str(n),
+                [str(tmp_path / "look.py")],
+                tmp_path / "none",
+                tmp_path / f"{n}.log",
+                tmp_path,
+            )
+            for n in range(4)
+        ]
+        assert [
+            code for _, code in launchers.with_ray(jobs, address=cluster.address, cpus=2, gpus=0.5)
+        ] == [0] * 4
+        assert {
+            re.findall(r"^sees .*", (tmp_path / f"{n}.log").read_text(), re.M)[0] for n in range(4)
+        } == {"sees 0 2"}
         with pytest.raises(ConfigError, match="no machine has 2 GPUs for a run: lower --gpus"):
-            list(engines.with_ray(jobs, address=cluster.address, gpus=2))
+            list(launchers.with_ray(jobs, address=cluster.address, gpus=2))
         jobs = [dataclasses.replace(jobs[0], log=tmp_path / "full")]
         with pytest.raises(OSError, match="No space left"):
-            list(engines.with_ray(jobs, address=cluster.address))
+            list(launchers.with_ray(jobs, address=cluster.address))
     finally:
         cluster.shutdown()
 
@@ -322,18 +589,35 @@ def test_runs_survive_the_death_of_a_node(sweep, tmp_path):
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         cluster.wait_for_nodes()
-        content = {**SMALL, "seed": [0, 1], "attack": ["badnet"], "attack_options": {"width": 8, "epochs": 40}}
-        with subprocess.Popen(sweep.words(content, "--address", cluster.address), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True) as running:  # fmt: skip
+        content = {
+            **SMALL,
+            "seed": [0, 1],
+            "attack": ["badnet"],
+            "attack_options": {"width": 8, "epochs": 40},
+        }
+        with subprocess.Popen(
+            sweep.words(content, "--address", cluster.address),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running:
             until(lambda: len(list(tmp_path.glob("record/*/state/train.safetensors"))) == 2)
             cluster.remove_node(nodes[1], allow_graceful=False)
-            out, error = running.communicate(timeout=240)
+            out, error = running.communicate(timeout=600)
         assert running.returncode == 0, f"{out}\n{error}"
     finally:
         cluster.shutdown()
-    assert out.endswith("4 runs: 4 done\n") and is_whole(tmp_path / "record", grid.cells(content))
+    assert out.endswith("4 runs: 4 done\n") and all_complete(
+        tmp_path / "record", grid.cells(content)
+    )
     assert all(codes.count("0") == 1 for codes in endings(tmp_path / "record").values())
-    tries = {log.stem: log.read_text().count(" on ") for log in (tmp_path / "record/.sweep").rglob("*.log")}
-    assert sum(count > 1 for count in tries.values()) == 1, "the run of the node that died was started again"
+    tries = {
+        log.stem: log.read_text().count(" on ")
+        for log in (tmp_path / "record/.sweep").rglob("*.log")
+    }
+    assert sum(count > 1 for count in tries.values()) == 1, (
+        "the run of the node that died was started again"
+    )
     (again,) = (tmp_path / "record" / name for name, count in tries.items() if count > 1)
     assert (again / "log.csv").read_text().count("\ntrain,40,") == 1

@@ -1,4 +1,4 @@
-"""Trap and Replace: its losses pixel by pixel in float64, what is frozen, what is held out, and what comes out."""
+"""Trap and Replace: its losses pixel by pixel in float64, what is frozen, and what is held out."""
 
 from dataclasses import replace
 
@@ -12,36 +12,47 @@ import models
 from defense import trap_and_replace as tar
 from models.split import split
 from tests.test_fmp import SPEC, found_record
-from utils import data
-from utils.channels import frozen
+from utils.data import dataset
 from utils.errors import ConfigError
 from utils.optimizers import adam
-from utils.record import Record
+from utils.repair.layers import frozen
+from utils.repair.unlearning import EvaluationMode
+from utils.train import build_seeded_model
 
 
 def options(**changes):
-    return tar.Config(
-        result_file="x", **{"precision": "fp32", "epochs": 1, "head_epochs": 1, "batch_size": 32, "head_batch_size": 16} | changes
-    )
+    short = {"epochs": 1, "head_epochs": 1, "batch_size": 32, "head_batch_size": 16}
+    return tar.Config(**{"result_file": "x", "precision": "fp32", **short, **changes})
 
 
 @pytest.fixture
 def record(tmp_path):
-    """300 pictures of 10 classes, the first 60 of which were poisoned; the defender holds clean forms of 40 of them all."""
-    made, said = found_record(tmp_path)
+    """300 images of 10 classes, the first 60 of which were poisoned, and the list of stages.
+
+    The defender holds clean forms of 40 images, of poisoned ones too.
+    """
+    made, stages = found_record(tmp_path)
     labels = made.train.labels.clone()
     labels[:60] = 0
     images = made.train.images.clone()
     images[:60, :, :4, :4] = 255
     index = torch.arange(40) * 7
-    found = data.Split(images, labels, labels)
-    return Record(SPEC, found, made.clean[index], index, "resnet9", 8, tmp_path / "state", tmp_path / "shared", made.report), said
+    made = replace(
+        made,
+        train=dataset.Split(images, labels, labels),
+        clean=made.clean[index],
+        clean_index=index,
+        state=tmp_path / "state",
+        shared=tmp_path / "shared",
+    )
+    return made, stages
 
 
-def test_total_variation_of_known_pictures():
+def test_total_variation_of_known_images():
     assert tar.total_variation(torch.full((2, 3, 6, 8), 0.3)) == 0
     board = (torch.arange(6)[:, None] + torch.arange(8)) % 2
-    assert float(tar.total_variation(board.expand(2, 3, 6, 8).double())) == pytest.approx(5 / 6 + 7 / 8)
+    variation = tar.total_variation(board.expand(2, 3, 6, 8).double())
+    assert float(variation) == pytest.approx(5 / 6 + 7 / 8)
 
 
 def tiny():
@@ -53,7 +64,8 @@ def tiny():
 
 def test_the_trap_is_the_sum_of_its_three_terms():
     model, images, labels = tiny(), torch.rand(5, 3, 8, 8, dtype=torch.float64), torch.arange(5) % 3
-    rebuilt, logits = model.decoder(model.stem(images)).detach().float().double(), model(images).detach()
+    rebuilt = model.decoder(model.stem(images)).detach().float().double()
+    logits = model(images).detach()
     error = variation = entropy = 0.0
     for n in range(5):
         entropy -= float(logits[n].log_softmax(0)[labels[n]]) / 5
@@ -67,10 +79,12 @@ def test_the_trap_is_the_sum_of_its_three_terms():
                     if column:
                         variation += (here - float(rebuilt[n, c, row, column - 1])) ** 2
     expected = entropy + 10 * error / rebuilt.numel() + 0.5 * variation / rebuilt.numel()
-    assert tar.trap_loss(model, images, labels, None, reconstruction=10, smoothness=0.5).item() == pytest.approx(expected, abs=1e-6)
+    loss = tar.trap_loss(model, images, labels, None, reconstruction=10, smoothness=0.5)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
     model.decoder = None
     plain = tar.trap_loss(model, images, labels, None, reconstruction=10, smoothness=1)
-    assert plain.item() == pytest.approx(entropy) and torch.equal(plain, F.cross_entropy(model(images), labels))
+    assert plain.item() == pytest.approx(entropy)
+    assert torch.equal(plain, F.cross_entropy(model(images), labels))
 
 
 def test_the_decoder_moves_the_stem():
@@ -79,10 +93,20 @@ def test_the_decoder_moves_the_stem():
     assert model.stem[0].weight.grad.abs().sum() > 0 and model.head[2].weight.grad is None
 
 
-@pytest.mark.parametrize(("name", "size", "count"), [("wrn16_1_leaky", 32, 34_339), ("preactresnet18", 32, 2_627_971), ("preactresnet18", 64, None),
-                                                    ("resnet9", 32, None), ("resnet9", 48, None), ("resnet9", 36, None), ("resnet18", 224, None)])  # fmt: skip
-def test_decoders_end_at_the_size_of_the_picture(name, size, count):
-    spec = data.Spec("x", 10, size, (0.5,) * 3, (0.25,) * 3, True, {})
+@pytest.mark.parametrize(
+    ("name", "size", "count"),
+    [
+        ("wrn16_1_leaky", 32, 34_339),
+        ("preactresnet18", 32, 2_627_971),
+        ("preactresnet18", 64, None),
+        ("resnet9", 32, None),
+        ("resnet9", 48, None),
+        ("resnet9", 36, None),
+        ("resnet18", 224, None),
+    ],
+)
+def test_decoders_end_at_the_size_of_the_image(name, size, count):
+    spec = dataset.Spec("x", 10, size, (0.5,) * 3, (0.25,) * 3, True, {})
     stem, _ = split(name, models.build(name, spec, 8 if name == "resnet9" else None))
     decoder = tar.decoder_for(stem, size)
     rebuilt = decoder(stem(torch.rand(1, 3, size, size)))
@@ -101,31 +125,32 @@ def test_cutmix_pastes_the_share_that_it_says():
     shares = set()
     for seed in range(40):
         torch.manual_seed(seed)
-        mixed, partner, kept = tar.cutmix(images)
+        mixed, partner, share = tar.cutmix(images)
         for n in range(6):
             pasted = mixed[n] == images[partner[n]]
             if partner[n] != n:
-                assert float(pasted.float().mean()) == pytest.approx(1 - float(kept), abs=1e-6)
+                assert float(pasted.float().mean()) == pytest.approx(1 - float(share), abs=1e-6)
                 inside = pasted[0].nonzero()
                 if len(inside):  # a box without holes
-                    assert len(inside) == (inside.max(0).values - inside.min(0).values + 1).prod()
+                    sides = inside.max(0).values - inside.min(0).values + 1
+                    assert len(inside) == sides.prod()
             assert ((mixed[n] == n) | pasted).all()
-        shares.add(round(float(kept), 4))
+        shares.add(round(float(share), 4))
     assert len(shares) > 20 and min(shares) >= 0 and max(shares) <= 1
 
 
 def test_cutmix_draws_as_the_definition_says():
-    """The half-sides, floor(floor(side sqrt(1 - r)) / 2), and the cut at the border, with the same three numbers."""
+    """The half-sides are floor(floor(side sqrt(1 - r)) / 2), and the box is cut at the border."""
     for seed in range(30):
         torch.manual_seed(seed)
-        _, _, kept = tar.cutmix(torch.zeros(2, 3, 20, 24))
+        _, _, share = tar.cutmix(torch.zeros(2, 3, 20, 24))
         torch.manual_seed(seed)
         ratio, y, x = torch.rand(3).tolist()
         area = 1
         for side, place in ((20, y), (24, x)):
             half, middle = int(side * (1 - ratio) ** 0.5) // 2, int(place * side)
             area *= min(middle + half, side) - max(middle - half, 0)
-        assert float(kept) == pytest.approx(1 - area / 480, abs=1e-6)
+        assert float(share) == pytest.approx(1 - area / 480, abs=1e-6)
 
 
 def test_both_terms_of_cutmix_are_smoothed():
@@ -133,25 +158,28 @@ def test_both_terms_of_cutmix_are_smoothed():
     images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     torch.manual_seed(5)
-    found = tar.cutmix_loss(model, images, labels, None, label_smoothing=0.1)
+    loss = tar.cutmix_loss(model, images, labels, None, label_smoothing=0.1)
     torch.manual_seed(5)
-    mixed, partner, kept = tar.cutmix(images)
+    mixed, partner, share = tar.cutmix(images)
     logs = model(mixed).log_softmax(1)
-    target = 0.9 * (kept * F.one_hot(labels, 4) + (1 - kept) * F.one_hot(labels[partner], 4)) + 0.1 / 4
-    torch.testing.assert_close(found, -(target * logs).sum(1).mean())
+    both = share * F.one_hot(labels, 4) + (1 - share) * F.one_hot(labels[partner], 4)
+    target = 0.9 * both + 0.1 / 4
+    torch.testing.assert_close(loss, -(target * logs).sum(1).mean())
 
 
-def test_the_clean_pictures_are_held_out_by_position(record, capsys):
+def test_the_clean_images_are_held_out_by_position(record, capsys):
     record, _ = record
-    rest = tar.poisoned_rest(record)
+    rest = tar.without_clean(record)
     assert len(rest) == 260 and "260 of 300" in capsys.readouterr().err
-    kept = [position for position in range(300) if position not in set(record.clean_index.tolist())]
-    assert torch.equal(rest.images, record.train.images[kept]) and torch.equal(rest.labels, record.train.labels[kept])
+    held_out = set(record.clean_index.tolist())
+    positions = [position for position in range(300) if position not in held_out]
+    assert torch.equal(rest.images, record.train.images[positions])
+    assert torch.equal(rest.labels, record.train.labels[positions])
 
 
 @pytest.mark.parametrize("name", ["resnet9", "wrn16_1_leaky", "preactresnet18"])
 def test_stage_two_leaves_the_stem_alone(name, record, monkeypatch):
-    """Bit for bit, batch norm statistics included; the optimiser knows the head only; dropout acts in training only."""
+    """Bit for bit, with its batch norm statistics; the optimizer gets the head only."""
     record, _ = record
     width = 8 if name == "resnet9" else None
     torch.manual_seed(1)
@@ -160,37 +188,48 @@ def test_stage_two_leaves_the_stem_alone(name, record, monkeypatch):
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.uniform_(-1, 1)
     before = {part: tensor.clone() for part, tensor in stem.state_dict().items()}
-    held = []
+    optimized = []
 
-    def watched(parameters, config):
-        held.extend(parameters)
-        assert config.lr == 0.03
-        return adam(parameters, config)
+    def watched(parameters, recipe):
+        optimized.extend(parameters)
+        assert recipe.lr == 0.03
+        return adam(parameters, recipe)
 
     monkeypatch.setitem(tar.OPTIMIZERS, "adam", (watched, 0.03))
-    whole = tar.replaced(name, width, stem, record, options(head_optimizer="adam"))
-    own, head = split(name, whole)
-    assert all(torch.equal(tensor, before[part]) for part, tensor in own.state_dict().items())
-    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in head.parameters()}
-    begun = split(name, tar.new(name, width, record.spec, record.train, "head", options().random_seed))[1].state_dict()
-    assert not all(torch.equal(tensor, begun[part]) for part, tensor in head.state_dict().items() if tensor.is_floating_point())
-    assert all(parameter.requires_grad for parameter in whole.parameters()) and not any(
-        layer._forward_pre_hooks for layer in whole.modules()
+    network = tar.replace_head(name, width, stem, record, options(head_optimizer="adam"))
+    own_stem, head = split(name, network)
+    assert all(torch.equal(tensor, before[part]) for part, tensor in own_stem.state_dict().items())
+    assert set(map(id, optimized)) == set(map(id, head.parameters()))
+    new = build_seeded_model(name, width, record.spec, record.train, "head", options().random_seed)
+    begun = split(name, new)[1].state_dict()
+    assert not all(
+        torch.equal(tensor, begun[part])
+        for part, tensor in head.state_dict().items()
+        if tensor.is_floating_point()
     )
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert not any(layer._forward_pre_hooks for layer in network.modules())
 
 
-@pytest.mark.parametrize(("name", "chosen", "rate"), [("wrn16_1_leaky", "adam", 0.03), ("preactresnet18", "sgd", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "chosen", "rate"), [("wrn16_1_leaky", "adam", 0.03), ("preactresnet18", "sgd", 0.1)]
+)
 def test_large_heads_get_the_recipe_of_a_large_network(name, chosen, rate, record, monkeypatch):
     record, _ = record
-    seen = []
-    for which, (usual, _) in list(tar.OPTIMIZERS.items()):
-        monkeypatch.setitem(
-            tar.OPTIMIZERS,
-            which,
-            (lambda parameters, config, which=which, usual=usual: seen.append((which, config.lr)) or usual(parameters, config), _),
-        )
-    tar.replaced(name, None, split(name, models.build(name, SPEC))[0], record, options(head_epochs=0))
-    assert seen == [(chosen, rate)]
+    used = []
+
+    def watched(which, make):
+        def optimizer(parameters, recipe):
+            used.append((which, recipe.lr))
+            return make(parameters, recipe)
+
+        return optimizer
+
+    for which, (make, usual) in list(tar.OPTIMIZERS.items()):
+        monkeypatch.setitem(tar.OPTIMIZERS, which, (watched(which, make), usual))
+    stem, _ = split(name, models.build(name, SPEC))
+    tar.replace_head(name, None, stem, record, options(head_epochs=0))
+    assert used == [(chosen, rate)]
 
 
 def test_a_frozen_stem_gives_the_head_the_same_gradients():
@@ -198,94 +237,135 @@ def test_a_frozen_stem_gives_the_head_the_same_gradients():
     model = models.build("resnet9", SPEC, 4).double()
     stem, head = split("resnet9", model)
     images, labels = torch.rand(6, 3, 32, 32, dtype=torch.float64), torch.arange(6)
-    network = tar.Replaced(stem, head).train()
-    assert not stem.training and head.training and all(not layer.training for layer in stem.modules())
+    network = EvaluationMode(model, [head]).train()
+    assert head.training
+    assert not any(layer.training for part in stem for layer in part.modules())
     with frozen(stem):
         F.cross_entropy(network(images), labels).backward()
-    found = [parameter.grad.clone() for parameter in head.parameters()]
+    gradients = [parameter.grad.clone() for parameter in head.parameters()]
     assert all(parameter.grad is None for parameter in stem.parameters())
     model.zero_grad()
     F.cross_entropy(head(stem(images)), labels).backward()
-    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(found, head.parameters(), strict=True))
+    for gradient, parameter in zip(gradients, head.parameters(), strict=True):
+        assert torch.equal(gradient, parameter.grad)
 
 
-def test_dropout_sits_between_the_two_convolutions():
+def test_dropout_is_between_the_two_convolutions():
     model = models.build("resnet50", SPEC).train()
     _, head = split("resnet50", model, 2)
-    assert [layer.kernel_size for layer in tar.inner_convolutions(head)] == [(1, 1), (1, 1)], "a bottleneck's last one"
+    sizes = [layer.kernel_size for layer in tar.inner_convolutions(head)]
+    assert sizes == [(1, 1), (1, 1)], "the last one of a bottleneck"
     model = models.build("preactresnet18", SPEC)
     _, head = split("preactresnet18", model, 2)
-    assert tar.inner_convolutions(head) == [head[0].conv2, head[1].conv2], "and never a shortcut's"
+    inner = tar.inner_convolutions(head)
+    assert inner == [head[0].conv2, head[1].conv2], "and never a shortcut's"
     layer = head[0].conv2
     ones = torch.ones(4, 512, 4, 4)
-    (dropped,) = tar._drop(0.5, layer.train(), (ones,))
-    assert 0.4 < float((dropped == 0).float().mean()) < 0.6 and torch.equal(tar._drop(0.5, layer.eval(), (ones,))[0], ones)
+    (dropped,) = tar.drop_inputs(0.5, layer.train(), (ones,))
+    assert 0.4 < float((dropped == 0).float().mean()) < 0.6
+    assert torch.equal(tar.drop_inputs(0.5, layer.eval(), (ones,))[0], ones)
 
 
-def test_one_plain_network_comes_out(record, tmp_path, capsys):
-    record, said = record
-    found = tar.repair(models.build("resnet9", SPEC, 8), record, options())
-    assert said == ["trap", "trapped", "head"]
+def repaired(record, **changes):
+    return tar.repair(models.build("resnet9", SPEC, 8), record, options(**changes))
+
+
+def test_one_plain_network_comes_out(record, tmp_path):
+    record, stages = record
+    network = repaired(record)
+    assert stages == ["trap", "trapped", "head"]
     again = models.build("resnet9", SPEC, 8)
-    again.load_state_dict(found.state_dict())
-    torch.testing.assert_close(again.eval()(torch.ones(1, 3, 32, 32)), found.eval()(torch.ones(1, 3, 32, 32)))
-    (kept,) = (tmp_path / "shared").glob("trap-*.safetensors")
-    first = load_file(kept)
-    stem = {part.removeprefix("stem."): tensor for part, tensor in first.items() if part.startswith("stem.")}
-    assert all(torch.equal(tensor, stem[part]) for part, tensor in split("resnet9", found)[0].state_dict().items())
+    again.load_state_dict(network.state_dict())
+    ones = torch.ones(1, 3, 32, 32)
+    torch.testing.assert_close(again.eval()(ones), network.eval()(ones))
+    (path,) = (tmp_path / "shared").glob("trap-*.safetensors")
+    trap, (stem, _) = load_file(path), split("resnet9", network)
+    for part, tensor in stem.state_dict().items():
+        assert torch.equal(tensor, trap[f"stem.{part}"])
     assert (tmp_path / "state/kept/reconstruction.png").stat().st_size > 1000
 
-    said.clear()
-    record = replace(record, state=tmp_path / "again")
-    tar.repair(models.build("resnet9", SPEC, 8), record, options(head_lr=0.01))
-    assert said == ["trapped", "head"] and "stage 1 is taken from" in capsys.readouterr().err
-    said.clear()
-    record = replace(record, state=tmp_path / "third")
-    tar.repair(models.build("resnet9", SPEC, 8), record, options(variant="no_trap"))
-    assert said == ["trap", "trapped", "head"] and len(list((tmp_path / "shared").glob("trap-*.safetensors"))) == 2
-    record = replace(record, state=tmp_path / "fourth")
-    other = tar.repair(models.build("resnet9", SPEC, 8), record, options(model="wrn16_1_leaky"))
-    models.build("wrn16_1_leaky", SPEC).load_state_dict(other.state_dict())
+
+def test_stage_one_is_taken_from_another_run(record, tmp_path, capsys):
+    record, stages = record
+    repaired(record)
+    stages.clear()
+    repaired(replace(record, state=tmp_path / "again"), head_lr=0.01)
+    assert stages == ["trapped", "head"] and "stage 1 is taken from" in capsys.readouterr().err
+    stages.clear()
+    repaired(replace(record, state=tmp_path / "third"), variant="no_trap")
+    assert stages == ["trap", "trapped", "head"]
+    assert len(list((tmp_path / "shared").glob("trap-*.safetensors"))) == 2
 
 
-@pytest.mark.parametrize("changes", [{"random_seed": 1}, {"epochs": 2}, {"head_blocks": 2}, {"reconstruction": 1.0}, {"precision": "bf16"}])
+def test_the_architecture_can_be_another_one(record):
+    record, _ = record
+    network = repaired(record, model="wrn16_1_leaky")
+    models.build("wrn16_1_leaky", SPEC).load_state_dict(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"random_seed": 1},
+        {"epochs": 2},
+        {"head_blocks": 2},
+        {"reconstruction": 1.0},
+        {"precision": "bf16"},
+    ],
+)
 def test_stage_one_is_used_again_for_an_equal_key_only(changes, record):
     record, _ = record
-    assert tar.key("resnet9", 8, record, options()) == tar.key("resnet9", 8, record, options(head_lr=0.1, head_epochs=7, dropout=0.0))
-    assert tar.key("resnet9", 8, record, options()) != tar.key("resnet9", 8, record, options(**changes))
-    assert tar.key("resnet9", 8, record, options()) != tar.key("wrn16_1", None, record, options())
+    key = tar.key("resnet9", 8, record, options())
+    stage_two = options(head_lr=0.1, head_epochs=7, dropout=0.0)
+    assert tar.key("resnet9", 8, record, stage_two) == key
+    assert tar.key("resnet9", 8, record, options(**changes)) != key
+    assert tar.key("wrn16_1", None, record, options()) != key
 
 
 def test_head_only_starts_from_the_victim(record):
-    record, said = record
+    record, stages = record
     torch.manual_seed(4)
     victim = models.build("resnet9", SPEC, 8)
-    before = {part: tensor.clone() for part, tensor in split("resnet9", victim)[0].state_dict().items()}
-    found = tar.repair(victim, record, options(variant="head_only"))
-    assert said == ["head"] and all(torch.equal(tensor, before[part]) for part, tensor in split("resnet9", found)[0].state_dict().items())
+    stem, _ = split("resnet9", victim)
+    before = {part: tensor.clone() for part, tensor in stem.state_dict().items()}
+    network = tar.repair(victim, record, options(variant="head_only"))
+    assert stages == ["head"]
+    stem, _ = split("resnet9", network)
+    assert all(torch.equal(tensor, before[part]) for part, tensor in stem.state_dict().items())
 
 
 def test_what_cannot_be_is_refused_before_any_work(record):
-    record, said = record
+    record, stages = record
     with pytest.raises(ConfigError, match="no split"):
         tar.repair(None, record, options(model="vgg19_bn"))
     with pytest.raises(ConfigError, match="1 to 2 blocks"):
         tar.repair(None, record, options(head_blocks=3))
-    for changes, words in (({"width": 8}, "width must be left out"), ({"variant": "head_only", "model": "resnet9"}, "model must be left out"),
-                           ({"model": "resnet99"}, "resnet9"), ({"dropout": 1.0}, "dropout")):  # fmt: skip
-        with pytest.raises(ConfigError, match=words):
-            options(**changes)
-    assert not said
+    assert not stages
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 8}, "width must be left out"),
+        ({"variant": "head_only", "model": "resnet9"}, "model must be left out"),
+        ({"model": "resnet99"}, "resnet9"),
+        ({"dropout": 1.0}, "dropout must be 0 or more and below 1"),
+        ({"head_lr": 0.0}, "head_lr must be above 0"),
+    ],
+)
+def test_options_out_of_range(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        options(**changes)
 
 
 def test_what_is_rebuilt_is_not_normalised(record):
-    """The stem normalises, and the decoder's target is the picture itself."""
+    """The stem normalises, and the decoder's target is the image itself."""
     record, _ = record
     assert record.spec.mean != (0.0, 0.0, 0.0)
     model, images = tiny(), torch.full((2, 3, 8, 8), 0.25, dtype=torch.float64)
     for parameter in model.decoder.parameters():
         parameter.data.zero_()  # sigmoid(0) = 0.5 everywhere
-    found = tar.trap_loss(model, images, torch.tensor([0, 1]), None, reconstruction=1, smoothness=1) - F.cross_entropy(
-        model(images), torch.tensor([0, 1])
-    )
-    assert found.item() == pytest.approx(0.0625)
+    labels = torch.tensor([0, 1])
+    loss = tar.trap_loss(model, images, labels, None, reconstruction=1, smoothness=1)
+    error = loss - F.cross_entropy(model(images), labels)
+    assert error.item() == pytest.approx(0.0625)

@@ -1,8 +1,7 @@
-"""FT-SAM, NAD and I-BAU: their core steps against the equations written out, and what they do to a backdoor."""
+"""FT-SAM, NAD and I-BAU: their steps against the equations, and what they do to a backdoor."""
 
 import copy
 import csv
-import dataclasses
 
 import pytest
 import torch
@@ -15,36 +14,50 @@ from defense import ft_sam, i_bau, nad
 from tests.test_fmp import found_record
 from tests.test_train import SPEC, Double, model, options, split, weights
 from utils import seeds, train
-from utils.batch import augmentation, mixed_precision
-from utils.data import Spec
+from utils.data.dataset import Spec
+from utils.data.loader import augmentation, mixed_precision
 from utils.errors import ConfigError
 
 
-def done(folder):
+def measured(folder):
     (row,) = csv.DictReader(open(folder / "results.csv"))
     return {name: float(row[name]) for name in ("acc_before", "asr_before", "acc", "asr")}
 
 
 def sam_by_hand(network, data, config, rho, smoothing):
-    """Weights moved uphill in place and back, one tensor after the other; the second pass by a model of its own."""
+    """One tensor after the other; a copy of the network has the weights that were moved uphill."""
     speed = {}
     network.train()
     for epoch in range(config.epochs):
-        rate = config.lr / 2 * (1 + torch.cos(torch.tensor(torch.pi * epoch / config.epochs, dtype=torch.float64)))
-        for index in torch.randperm(len(data), generator=seeds.generator("epoch", 0, epoch)).split(config.batch_size):
+        rate = (
+            config.lr
+            / 2
+            * (1 + torch.cos(torch.tensor(torch.pi * epoch / config.epochs, dtype=torch.float64)))
+        )
+        for index in torch.randperm(len(data), generator=seeds.generator("epoch", 0, epoch)).split(
+            config.batch_size
+        ):
             images, labels = data.images[index].float() / 255, data.labels[index]
-            told = F.one_hot(labels, 4) * (1 - smoothing) + smoothing / 4
+            targets = F.one_hot(labels, 4) * (1 - smoothing) + smoothing / 4
             other = copy.deepcopy(network)
             network.zero_grad()
-            (-(told * network(images).log_softmax(1)).sum(1).mean()).backward()
-            norm = sum(float((weight.detach() * weight.grad).square().sum()) for weight in network.parameters()) ** 0.5
+            (-(targets * network(images).log_softmax(1)).sum(1).mean()).backward()
+            norm = (
+                sum(
+                    float((weight.detach() * weight.grad).square().sum())
+                    for weight in network.parameters()
+                )
+                ** 0.5
+            )
             with torch.no_grad():
                 for weight, moved in zip(network.parameters(), other.parameters(), strict=True):
                     moved += rho * weight.square() * weight.grad / norm
             other.zero_grad()
-            (-(told * other(images).log_softmax(1)).sum(1).mean()).backward()
+            (-(targets * other(images).log_softmax(1)).sum(1).mean()).backward()
             with torch.no_grad():
-                for (name, weight), moved in zip(network.named_parameters(), other.parameters(), strict=True):
+                for (name, weight), moved in zip(
+                    network.named_parameters(), other.parameters(), strict=True
+                ):
                     slope = moved.grad + config.weight_decay * weight
                     speed[name] = config.momentum * speed.get(name, 0) + slope
                     weight -= rate * speed[name]
@@ -53,21 +66,28 @@ def sam_by_hand(network, data, config, rho, smoothing):
 
 def test_sharpness_aware_steps_equal_the_equations_in_float64():
     data, config = split(), options(epochs=3)
-    fast = train.fit(Double(model()), data, config, loss=lambda *batch: ft_sam.sharpness_aware(*batch, rho=2.0, label_smoothing=0.1))
+    fast = train.fit(
+        Double(model()),
+        data,
+        config,
+        loss=lambda *batch: ft_sam.sharpness_aware(*batch, rho=2.0, label_smoothing=0.1),
+    )
     slow = sam_by_hand(Double(model()), data, config, 2.0, 0.1)
     torch.testing.assert_close(weights(fast), weights(slow), rtol=0, atol=1e-6)
     plain = sam_by_hand(Double(model()), data, config, 0.0, 0.1)
-    assert (weights(fast) - weights(plain)).abs().max() > 0.01, "the push must matter"
+    assert (weights(fast) - weights(plain)).abs().max() > 0.01, "moving uphill must matter"
 
 
 def test_without_a_radius_it_is_fine_tuning():
     data, config = split(), options(epochs=2)
-    one = train.fit(model(), data, config, loss=lambda *batch: ft_sam.sharpness_aware(*batch, rho=0.0))
+    one = train.fit(
+        model(), data, config, loss=lambda *batch: ft_sam.sharpness_aware(*batch, rho=0.0)
+    )
     assert torch.equal(weights(one), weights(train.fit(model(), data, config)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_second_pass_is_at_the_moved_weights_and_leaves_everything(precision):
+def test_the_second_pass_is_at_the_moved_weights_and_changes_nothing(precision):
     network, images, labels = model().train(), torch.rand(16, 3, 32, 32), torch.arange(16) % 4
     first, second = copy.deepcopy(network), copy.deepcopy(network)
     before = [weight.detach().clone() for weight in network.parameters()]
@@ -75,11 +95,13 @@ def test_the_second_pass_is_at_the_moved_weights_and_leaves_everything(precision
         loss = ft_sam.sharpness_aware(network, images, labels, None, rho=2.0)
         value = train.cross_entropy(first, images, labels, None)
     assert all(torch.equal(*pair) for pair in zip(network.parameters(), before, strict=True))
-    assert all(torch.equal(*pair) for pair in zip(network.buffers(), first.buffers(), strict=True)), "one pass counts"
-    pushes = ft_sam.uphill(before, torch.autograd.grad(value, list(first.parameters())), 2.0)
+    assert all(
+        torch.equal(*pair) for pair in zip(network.buffers(), first.buffers(), strict=True)
+    ), "only the first pass updates the buffers"
+    moves = ft_sam.uphill(before, torch.autograd.grad(value, list(first.parameters())), 2.0)
     with torch.no_grad():
-        for weight, push in zip(second.parameters(), pushes, strict=True):
-            weight += push
+        for weight, move in zip(second.parameters(), moves, strict=True):
+            weight += move
     with mixed_precision(images.device, precision):
         expected = train.cross_entropy(second, images, labels, None)
     torch.testing.assert_close(loss, expected)
@@ -90,39 +112,49 @@ def test_the_second_pass_is_at_the_moved_weights_and_leaves_everything(precision
 
 
 def test_a_larger_weight_is_moved_further_and_a_flat_loss_moves_nothing():
-    (push,) = ft_sam.uphill([torch.tensor([1.0, -2.0, 0.0, 3.0])], [torch.tensor([1.0, 1.0, 5.0, 0.0])], 2.0)
-    torch.testing.assert_close(push, torch.tensor([1.0, 4.0, 0.0, 0.0]) * 2 / 5**0.5)
-    assert all(torch.equal(part, torch.zeros(3)) for part in ft_sam.uphill([torch.ones(3)] * 2, [torch.zeros(3)] * 2, 2.0))
+    (move,) = ft_sam.uphill(
+        [torch.tensor([1.0, -2.0, 0.0, 3.0])], [torch.tensor([1.0, 1.0, 5.0, 0.0])], 2.0
+    )
+    torch.testing.assert_close(move, torch.tensor([1.0, 4.0, 0.0, 0.0]) * 2 / 5**0.5)
+    assert all(
+        torch.equal(part, torch.zeros(3))
+        for part in ft_sam.uphill([torch.ones(3)] * 2, [torch.zeros(3)] * 2, 2.0)
+    )
 
 
 def test_ft_sam_removes_the_backdoor_that_fine_tuning_leaves(places, run, victim):
-    """Measured with 64 clean pictures and 100 epochs: ACC 98.8, ASR 0.0; `ft` leaves 96.7."""
+    """Measured with 64 clean images and 100 epochs: ACC 98.8, ASR 0.0; `ft` leaves 96.7."""
     run("defense/ft_sam.py", *places, "--result_file", "victim", "--precision", "fp32")
-    row = done(victim / "defense" / "ft_sam")
+    row = measured(victim / "defense" / "ft_sam")
     assert row["asr_before"] > 0.9 and row["asr"] < 0.1 and row["acc"] > 0.95
 
 
 def stage_maps(network, pixels):
     """What the stages put out, by calling them one after the other."""
-    whole, found = network.network, []
+    maps = []
     x = network.normalize(pixels)
-    for name, part in whole.named_children():
+    for name, part in network.network.named_children():
         x = part(x)
         if name in ("group1", "group2", "relu", "layer1", "layer2", "layer3", "layer4"):
-            found.append(x)
-    return found[-3:]
+            maps.append(x)
+    return maps[-3:]
 
 
 @pytest.mark.parametrize("name", ["resnet9", "preactresnet18", "wrn16_1"])
 def test_stages_are_the_last_maps_of_their_size(name):
     torch.manual_seed(0)
-    network, images = models.build(name, SPEC, 4 if name == "resnet9" else None).eval(), torch.rand(2, 3, 32, 32)
-    names = nad.stages(network, images[:1])
+    network = models.build(name, SPEC, 4 if name == "resnet9" else None).eval()
+    images = torch.rand(2, 3, 32, 32)
+    names = nad.find_stages(network, images[:1])
     with nad.kept_maps(network, names) as maps:
         network(images)
     expected = stage_maps(network, images)
-    assert [maps[name].shape[2] for name in names] == ([32, 16, 8] if name == "wrn16_1" else [16, 8, 4])
-    assert all(torch.equal(maps[name], wanted) for name, wanted in zip(names, expected, strict=True))
+    assert [maps[name].shape[2] for name in names] == (
+        [32, 16, 8] if name == "wrn16_1" else [16, 8, 4]
+    )
+    assert all(
+        torch.equal(maps[name], output) for name, output in zip(names, expected, strict=True)
+    )
     assert not any(module._forward_hooks for module in network.modules())
 
 
@@ -131,27 +163,38 @@ def test_no_stage_is_a_single_value_and_a_model_without_stages_is_refused():
     for name in ("mobilenet_v3_large", "vgg19_bn"):
         for spec in (SPEC, wide):
             network, images = models.build(name, spec), torch.rand(1, 3, spec.size, spec.size)
-            with nad.kept_maps(network, nad.stages(network, images)) as maps, torch.no_grad():
+            with nad.kept_maps(network, nad.find_stages(network, images)) as maps, torch.no_grad():
                 network.eval()(images)
-            sides = [found.shape[2] for found in maps.values()]
+            sides = [output.shape[2] for output in maps.values()]
             assert len(sides) == 3 and sides == sorted(sides, reverse=True) and sides[-1] > 1
     with pytest.raises(ConfigError, match="maps of 1 size"):
-        nad.stages(nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Flatten(), nn.Linear(16, 4)), torch.rand(1, 3, 32, 32))
+        nad.find_stages(
+            nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Flatten(), nn.Linear(16, 4)),
+            torch.rand(1, 3, 32, 32),
+        )
 
 
 def test_the_distance_equals_the_equations():
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randn(2, 3, 5, 4, 4, generator=generator, dtype=torch.float64).unbind()
     total = 0.0
-    for picture in range(3):
+    for image in range(3):
         rows = []
         for maps in (one, other):
-            row = [sum(abs(float(maps[picture, channel, y, x])) ** 3 for channel in range(5)) for y in range(4) for x in range(4)]
+            row = [
+                sum(abs(float(maps[image, channel, y, x])) ** 3 for channel in range(5))
+                for y in range(4)
+                for x in range(4)
+            ]
             length = sum(value**2 for value in row) ** 0.5
             rows.append([value / length for value in row])
         total += sum((first - second) ** 2 for first, second in zip(*rows, strict=True)) / 16
-    assert float(nad.distance(one, other, 3.0)) == pytest.approx(total / 3, rel=1e-12) and total > 1e-3
-    assert float(nad.distance(one, 7 * one, 2.0)) == pytest.approx(0, abs=1e-20), "the size of a map does not count"
+    assert (
+        float(nad.distance(one, other, 3.0)) == pytest.approx(total / 3, rel=1e-12) and total > 1e-3
+    )
+    assert float(nad.distance(one, 7 * one, 2.0)) == pytest.approx(0, abs=1e-20), (
+        "the size of a map does not count"
+    )
     silent = torch.zeros(2, 5, 4, 4, requires_grad=True)
     nad.distance(silent, torch.rand(2, 5, 4, 4), 2.0).backward()
     assert silent.grad.isfinite().all()
@@ -159,18 +202,28 @@ def test_the_distance_equals_the_equations():
 
 def test_the_student_equals_a_distillation_written_out(tmp_path):
     record, said = found_record(tmp_path, 40)
-    config = nad.Config(result_file="x", epochs=2, teacher_epochs=1, batch_size=16, precision="fp32", beta1=5.0)
+    config = nad.Config(
+        result_file="x", epochs=2, teacher_epochs=1, batch_size=16, precision="fp32", beta1=5.0
+    )
     torch.manual_seed(0)
     victim = models.build("resnet9", record.spec, 8).train()
     teacher, slow = copy.deepcopy(victim), copy.deepcopy(victim)
-    found = nad.repair(victim, record, config)
-    assert found is victim and found.training and said == ["teacher", "taught", "distill", "distill"]
-    assert all(parameter.requires_grad for parameter in found.parameters()) and not any(m._forward_hooks for m in found.modules())
-    train.fit(teacher, record.clean, dataclasses.replace(config, epochs=1), augment=augmentation(record.spec))
-    assert not torch.equal(weights(found), weights(teacher))
+    student = nad.repair(victim, record, config)
+    assert (
+        student is victim
+        and student.training
+        and said == ["teacher", "taught", "distill", "distill"]
+    )
+    assert all(parameter.requires_grad for parameter in student.parameters()) and not any(
+        m._forward_hooks for m in student.modules()
+    )
+    train.fit(
+        teacher, record.clean, train.Recipe.of(config, epochs=1), augment=augmentation(record.spec)
+    )
+    assert not torch.equal(weights(student), weights(teacher))
 
     def loss(student, images, labels, index):
-        """The logits come from the same walk through the stages as the maps."""
+        """The logits and the maps come from the same forward pass through the stages."""
         x, maps = student.normalize(images), []
         for name, part in student.network.named_children():
             x = part(x)
@@ -184,26 +237,40 @@ def test_the_student_equals_a_distillation_written_out(tmp_path):
             value = value + beta * ((one - other) ** 2).mean()
         return value
 
-    train.fit(slow, record.clean, config, loss=loss, augment=augmentation(record.spec))
-    torch.testing.assert_close(weights(found), weights(slow), rtol=0, atol=1e-4)
-    again = nad.repair(copy.deepcopy(teacher), record, config)  # everything lies in the checkpoints
-    assert torch.equal(weights(again), weights(found)), "an interrupted run goes on from both checkpoints"
+    recipe = train.Recipe.of(config)
+    train.fit(slow, record.clean, recipe, loss=loss, augment=augmentation(record.spec))
+    torch.testing.assert_close(weights(student), weights(slow), rtol=0, atol=1e-4)
+    # the checkpoints hold both trainings
+    again = nad.repair(copy.deepcopy(teacher), record, config)
+    assert torch.equal(weights(again), weights(student)), (
+        "an interrupted run resumes from both checkpoints"
+    )
 
 
 def test_nad_removes_the_backdoor_at_a_price(places, run, victim):
-    """Measured with 64 clean pictures: ACC 90.2, ASR 0.0."""
+    """Measured with 64 clean images: ACC 90.2, ASR 0.0."""
     run("defense/nad.py", *places, "--result_file", "victim", "--precision", "fp32")
-    row = done(victim / "defense" / "nad")
+    row = measured(victim / "defense" / "nad")
     assert row["asr_before"] > 0.9 and row["asr"] < 0.2 and 0.75 < row["acc"] < row["acc_before"]
 
 
 def coupled():
-    """An inner problem with one minimum that moves with the weights, and an outer one: functions of (delta 4, weights 3)."""
+    """(inner, outer, lowest): functions of (delta 4, weights 3), and the minimum of the inner one.
+
+    There is one minimum, which moves with the weights.
+    """
     generator = torch.Generator().manual_seed(0)
-    A, B, c = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 4), (4, 3), (3,)))
+    A, B, c = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, 4), (4, 3), (3,))
+    )
 
     def inner(delta, w):
-        return 0.5 * delta @ (A @ A.T / 4 + torch.eye(4)) @ delta + torch.sin(B @ w) @ delta + 0.1 * (delta**4).sum() * (w @ w)
+        return (
+            0.5 * delta @ (A @ A.T / 4 + torch.eye(4)) @ delta
+            + torch.sin(B @ w) @ delta
+            + 0.1 * (delta**4).sum() * (w @ w)
+        )
 
     def outer(delta, w):
         return torch.tanh(delta @ B @ w) + (delta.exp().sum() - c @ w) ** 2
@@ -212,7 +279,9 @@ def coupled():
         delta = torch.zeros(4, dtype=torch.float64)
         for _ in range(50):  # Newton
             slope = torch.autograd.functional.jacobian(lambda d: inner(d, w), delta)
-            delta = delta - torch.linalg.solve(torch.autograd.functional.hessian(lambda d: inner(d, w), delta), slope)
+            delta = delta - torch.linalg.solve(
+                torch.autograd.functional.hessian(lambda d: inner(d, w), delta), slope
+            )
         return delta
 
     return inner, outer, lowest
@@ -227,12 +296,17 @@ def test_the_series_converges_to_the_exact_implicit_gradient():
     by_delta, by_w = torch.autograd.functional.jacobian(outer, (delta, fixed))
     exact = by_w - torch.linalg.solve(both[0][0], by_delta) @ both[0][1]
     steps = [torch.eye(3, dtype=torch.float64)[k] * 1e-5 for k in range(3)]
-    slopes = [(outer(lowest(fixed + h), fixed + h) - outer(lowest(fixed - h), fixed - h)) / 2e-5 for h in steps]
+    slopes = [
+        (outer(lowest(fixed + h), fixed + h) - outer(lowest(fixed - h), fixed - h)) / 2e-5
+        for h in steps
+    ]
     torch.testing.assert_close(exact, torch.stack(slopes), rtol=1e-5, atol=1e-7)
     errors = []
     for terms in (1, 5, 50, 1000):
-        loss, (found,) = i_bau.hypergradient(lambda d: outer(d, w), lambda d: inner(d, w), delta, [w], terms, 0.1)
-        errors.append(float((found - exact).abs().max()))
+        loss, (gradient,) = i_bau.hypergradient(
+            lambda d: outer(d, w), lambda d: inner(d, w), delta, [w], terms, 0.1
+        )
+        errors.append(float((gradient - exact).abs().max()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-10 < 0.1 < errors[0], errors
     assert float((by_w - exact).abs().max()) > 0.1, "the indirect part must matter"
     torch.testing.assert_close(loss, outer(delta, fixed))
@@ -240,25 +314,45 @@ def test_the_series_converges_to_the_exact_implicit_gradient():
 
 def smooth():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(16, 4)).double().eval()
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(16, 4)
+        )
+        .double()
+        .eval()
+    )
 
 
 def test_rounds_equal_the_algorithm_with_dense_jacobians():
     generator = torch.Generator().manual_seed(1)
-    images, labels = torch.rand(6, 3, 4, 4, generator=generator, dtype=torch.float64), torch.arange(6) % 4
-    config = i_bau.Config(result_file="x", rounds=2, batch_size=6, portion=1.0, terms=3, penalty=0.5, perturbation_lr=0.3)
+    images = torch.rand(6, 3, 4, 4, generator=generator, dtype=torch.float64)
+    labels = torch.arange(6) % 4
+    config = i_bau.Config(
+        result_file="x",
+        rounds=2,
+        batch_size=6,
+        portion=1.0,
+        terms=3,
+        penalty=0.5,
+        perturbation_lr=0.3,
+    )
     fast, slow = smooth(), smooth()
-    found = i_bau.unlearn(fast, images, labels, config)
-    weights_of, optimizer = list(slow.parameters()), torch.optim.Adam(slow.parameters(), config.unlearn_lr)
+    perturbation = i_bau.unlearn(fast, images, labels, config)
+    weights_of = list(slow.parameters())
+    optimizer = torch.optim.Adam(slow.parameters(), config.unlearn_lr)
     for _ in range(2):
-        wanted = slow(images).argmax(1)
+        predicted = slow(images).argmax(1)
         zero = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
-        delta = config.perturbation_lr * torch.autograd.functional.jacobian(lambda d, t=wanted: F.cross_entropy(slow(images + d), t), zero)
+        delta = config.perturbation_lr * torch.autograd.functional.jacobian(
+            lambda d, t=predicted: F.cross_entropy(slow(images + d), t), zero
+        )
 
         def inner(d):
             return 0.5 * (d**2).sum() - F.cross_entropy(slow(images + d), labels)
 
-        jacobian = torch.eye(48) - 0.1 * torch.autograd.functional.hessian(inner, delta).view(48, 48)
+        jacobian = torch.eye(48) - 0.1 * torch.autograd.functional.hessian(inner, delta).view(
+            48, 48
+        )
         leaf = delta.clone().requires_grad_()
         loss = F.cross_entropy(slow(images + leaf), labels)
         direct, *gradients = torch.autograd.grad(loss, [leaf, *weights_of])
@@ -269,9 +363,11 @@ def test_rounds_equal_the_algorithm_with_dense_jacobians():
             weight.grad = one + other
         optimizer.step()
     torch.testing.assert_close(weights(fast), weights(slow), rtol=0, atol=1e-9)
-    torch.testing.assert_close(found, delta[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(perturbation, delta[0], rtol=0, atol=1e-9)
     assert (weights(fast) - weights(smooth())).abs().max() > 1e-3
-    assert all(torch.equal(*pair) for pair in zip(fast.buffers(), smooth().buffers(), strict=True)), "batch norms keep their statistics"
+    assert all(
+        torch.equal(*pair) for pair in zip(fast.buffers(), smooth().buffers(), strict=True)
+    ), "batch norms keep their statistics"
 
 
 def test_i_bau_repeats_itself_and_leaves_statistics_and_mode(tmp_path):
@@ -282,13 +378,30 @@ def test_i_bau_repeats_itself_and_leaves_statistics_and_mode(tmp_path):
     config = i_bau.Config(result_file="x", rounds=2, batch_size=16)
     for network in (first, second):
         assert i_bau.repair(network, record, config) is network and network.training
-    assert torch.equal(weights(first), weights(second)) and not torch.equal(weights(first), weights(before))
+    assert torch.equal(weights(first), weights(second)) and not torch.equal(
+        weights(first), weights(before)
+    )
     assert all(torch.equal(*pair) for pair in zip(first.buffers(), before.buffers(), strict=True))
-    assert said == ["unlearn"] * 4 and load_file(tmp_path / "kept" / "perturbation.safetensors")["perturbation"].shape == (3, 32, 32)
+    assert said == ["unlearn"] * 4
+    (path,) = (tmp_path / "kept").iterdir()
+    assert list(i_bau.Config.adds) == [path.name]
+    assert load_file(path)["perturbation"].shape == (3, 32, 32)
 
 
 def test_i_bau_unlearns_the_backdoor_in_small_batches(places, run, victim):
-    """Measured with 64 clean pictures: ACC 92.6, ASR 1.1; one batch of all of them makes 5 steps, and the ASR stays at 98.7."""
-    run("defense/i_bau.py", *places, "--result_file", "victim", "--precision", "fp32", "--batch_size", 8)
-    row = done(victim / "defense" / "i_bau")
+    """Measured with 64 clean images: ACC 92.6, ASR 1.1.
+
+    With one batch of all images there are 5 steps, and the ASR stays at 98.7.
+    """
+    run(
+        "defense/i_bau.py",
+        *places,
+        "--result_file",
+        "victim",
+        "--precision",
+        "fp32",
+        "--batch_size",
+        8,
+    )
+    row = measured(victim / "defense" / "i_bau")
     assert row["asr_before"] > 0.9 and row["asr"] < 0.2 and row["acc"] > 0.8

@@ -1,1 +1,3 @@
-"""The machinery that attacks and defenses share; imports go one way, which tests/test_layers.py states."""
+"""What attacks and defenses share; tests/test_layers.py says which module may import which."""
+
+VERSION = "0.1.0"

@@ -1,4 +1,4 @@
-"""Typed options: a dataclass per script, filled from the recipe's YAML, the data set's, `--yaml_path`, and the flags.
+"""Typed options: a dataclass for each script, filled from YAML files and flags.
 
 Nothing here imports torch, so that `--help` and every mistake in the options answer at once.
 """
@@ -10,356 +10,304 @@ import hashlib
 import json
 import math
 import shlex
-import sys
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import jsonargparse
 import yaml
 
-from utils.errors import ConfigError, MissingError
+from utils.errors import ConfigError
+from utils.record import folder
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = frozenset({"random_seed", "poison_seed", "data_seed"})
-# What may change between two runs of the same experiment: where things lie and how the run is watched.
-NOT_IDENTITY = frozenset({"record_path", "save_folder_name", "result_file", "dataset_path", "cache_path", "download",
-                          "device", "compile", "resident_gb", "eval_every", "score_batch", "together", "overwrite", "debug",
-                          "dry_run"})  # fmt: skip
-# What a defense that trains anew takes over from the victim's training.
-RECIPE = ("epochs", "batch_size", "lr", "lr_min", "schedule", "warmup", "optimizer", "momentum", "nesterov", "weight_decay", "muon_lr",
-          "bias_lr_scale", "label_smoothing", "pad", "padding", "flip", "small_share", "small_size")  # fmt: skip
-PUBLISHED_LR, PUBLISHED_BATCH = 0.01, 128  # of the victims that the published learning rates of fine-tuning defenses belong to
+# the victims that the published learning rates of fine-tuning defenses belong to were trained with
+PUBLISHED_LR, PUBLISHED_BATCH = 0.01, 128
 SWITCHES = {
-    "overwrite": "replace a finished or different run of this name; an interrupted one with the same options goes on",
-    "dry_run": "say what would be read, trained and written, and do nothing",
+    "overwrite": "replace a finished or different run of this name; an interrupted run with the "
+    "same options is resumed",
+    "dry_run": "print what would be read, trained and written, and do nothing",
     "debug": "show the traceback of an error",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The values that a number may have; `unit` is a word for the message, such as images."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    unit: str = ""
+
+    def __contains__(self, value):
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+            and math.isfinite(value)
+        )
+
+    def __str__(self):
+        if self.at_least is not None and self.at_most is not None:
+            words = f"from {self.at_least:g} to {self.at_most:g}"
+        elif self.above is not None and self.at_most is not None:
+            words = f"above {self.above:g}, up to {self.at_most:g}"
+        else:
+            low = f"above {self.above:g}" if self.above is not None else ""
+            low = f"{self.at_least:g} or more" if self.at_least is not None else low
+            high = f"below {self.below:g}" if self.below is not None else ""
+            high = f"at most {self.at_most:g}" if self.at_most is not None else high
+            words = " and ".join(filter(None, [low, high]))
+        return f"{words} {self.unit}".strip()
+
+
+def option(default=dataclasses.MISSING, *, identity=True, **bounds):
+    """A field of an options dataclass.
+
+    `identity` says whether two runs that differ in it are different experiments; it is False where
+    the option says where files lie or how a run is watched. `bounds` are the limits of `Bounds`.
+    """
+    metadata = {"identity": identity, "bounds": Bounds(**bounds) if bounds else None}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def declared(Config, name, fact):
+    """`fact` (identity or bounds) of an option; a subclass that changes the default keeps it."""
+    for parent in Config.__mro__:
+        field = parent.__dict__.get("__dataclass_fields__", {}).get(name)
+        if field is not None and fact in field.metadata:
+            return field.metadata[fact]
+    return {"identity": True, "bounds": None}[fact]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
     """Options of every script."""
 
-    device: str = "auto"
+    device: str = option("auto", identity=False)
     """cpu, cuda, cuda:1 ..., or auto: the first GPU where there is one"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """of training and evaluation; auto: bf16 where the device computes in it"""
-    random_seed: int = 0
+    random_seed: int = option(0, at_least=0)
     """of weights, batches and augmentation"""
-    record_path: str = "record"
+    record_path: str = option("record", identity=False)
     """folder that holds the records"""
-    save_folder_name: str | None = None
+    save_folder_name: str | None = option(None, identity=False)
     """name of this run's folder; by default made from the script's name"""
-    cache_path: str = "data/cache"
+    cache_path: str = option("data/cache", identity=False)
     """folder of the decoded data sets"""
-    resident_gb: float | None = None
-    """GB of memory that a data set may take on the device; a larger one stays in its file and is read batch by batch. By default a third of
-    what is free"""
-    download: bool = False
+    resident_gb: float | None = option(None, identity=False, at_least=0)
+    """GB of memory that a data set may take on the device; a larger one stays in its file and is
+    read batch by batch. By default a third of what is free"""
+    download: bool = option(False, identity=False)
     """let torchvision download a data set that is not there"""
-    eval_every: int = 0
+    eval_every: int = option(0, identity=False, at_least=0)
     """measure ACC, ASR and RA every so many epochs too (0: only at the end)"""
-    overwrite: bool = False
-    dry_run: bool = False
-    debug: bool = False
+    overwrite: bool = option(False, identity=False)
+    dry_run: bool = option(False, identity=False)
+    debug: bool = option(False, identity=False)
 
     def __post_init__(self):
-        require(self.random_seed >= 0, "random_seed", "0 or more")
-        require(self.resident_gb is None or self.resident_gb >= 0, "resident_gb", "0 or more")
-        require(self.eval_every >= 0, "eval_every", "0 or more epochs")
+        for field in dataclasses.fields(self):
+            bounds, value = declared(type(self), field.name, "bounds"), getattr(self, field.name)
+            require(bounds is None or value is None or value in bounds, field.name, bounds)
         name = self.save_folder_name
-        require(name is None or (name not in {"", ".", ".."} and Path(name).name == name), "save_folder_name", "a plain folder name")
+        plain = name is None or (name not in {"", ".", ".."} and Path(name).name == name)
+        require(plain, "save_folder_name", "a plain folder name")
+
+    def plain(self):
+        """The options as the dict that config.yaml holds."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in SWITCHES}
+
+    def identity(self, *, seeds=True):
+        """The options that make two runs the same experiment; without the seeds if asked."""
+        return self.identity_of(self.plain(), seeds=seeds)
+
+    @classmethod
+    def identity_of(cls, options, *, seeds=True):
+        """Those of a dict of options that make two runs the same experiment."""
+        return {
+            name: value
+            for name, value in options.items()
+            if declared(cls, name, "identity") and (seeds or name not in SEEDS)
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """Options of stochastic gradient descent."""
 
-    epochs: int = 100
-    """passes over the training set"""
-    batch_size: int = 128
+    epochs: int = option(100, at_least=0)
+    """how many times every image is shown"""
+    batch_size: int = option(128, at_least=1, unit="images")
     """images per step"""
-    lr: float = 0.01
+    lr: float = option(0.01, above=0)
     """highest learning rate"""
-    lr_min: float = 0.0
+    lr_min: float = option(0.0, at_least=0)
     """learning rate that the schedule falls to"""
     schedule: Literal["cosine", "one_cycle"] = "cosine"
-    """cosine: down along half a cosine, epoch by epoch; one_cycle: up and down in straight lines, step by step"""
-    warmup: float = 0.2
-    """share of a one_cycle's steps in which the rate rises, 0..1"""
+    """cosine: down along half a cosine, epoch by epoch; one_cycle: up and down in straight lines,
+    step by step"""
+    warmup: float = option(0.2, at_least=0, at_most=1)
+    """share of the steps of one_cycle in which the rate rises"""
     optimizer: Literal["sgd", "muon"] = "sgd"
-    """sgd: for all weights; muon: Muon for the convolutions, of which a batch norm must follow every one, and SGD for the rest"""
-    muon_lr: float = 0.24
+    """sgd: for all weights; muon: Muon for the convolutions, each of which a batch norm must
+    follow, and SGD for the rest"""
+    muon_lr: float = option(0.24, above=0)
     """highest learning rate of Muon; it follows the schedule of --lr, which is that of SGD"""
-    bias_lr_scale: float = 1.0
-    """learning rate of biases and batch norms, as a multiple of --lr; they decay by as much per step as other weights do"""
-    momentum: float = 0.9
+    bias_lr_scale: float = option(1.0, above=0)
+    """learning rate of biases and batch norms, as a multiple of --lr; they decay by as much per
+    step as other weights do"""
+    momentum: float = option(0.9, at_least=0, below=1)
     """of SGD"""
     nesterov: bool = False
     """Nesterov's form of the momentum"""
-    weight_decay: float = 5e-4
+    weight_decay: float = option(5e-4, at_least=0)
     """L2 penalty on all weights"""
-    compile: Literal["none", "default", "cuda_graphs"] = "none"
-    """have torch.compile make kernels for the network, which takes a while; cuda_graphs: and replay them as one, on a GPU"""
+    compile: Literal["none", "default", "cuda_graphs"] = option("none", identity=False)
+    """have torch.compile make kernels for the network, which takes a while; cuda_graphs: replay
+    them as one graph as well, on a GPU"""
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.epochs >= 0, "epochs", "0 or more")
-        require(self.batch_size >= 1, "batch_size", "1 or more images")
-        require(self.lr > 0 and 0 <= self.lr_min <= self.lr, "lr", "positive and no less than lr_min (itself 0 or more)")
-        require(0 <= self.warmup <= 1, "warmup", "a share from 0 to 1")
-        require(0 <= self.momentum < 1, "momentum", "0 or more and below 1")
+        require(self.lr_min <= self.lr, "lr", "positive and no less than lr_min (itself 0 or more)")
         require(self.momentum > 0 or not self.nesterov, "momentum", "above 0 for --nesterov")
-        require(self.weight_decay >= 0, "weight_decay", "0 or more")
-        require(self.muon_lr > 0, "muon_lr", "positive")
-        require(self.bias_lr_scale > 0, "bias_lr_scale", "positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FromScratch(Training):
     """Options of training a network from random weights on a whole training set."""
 
-    label_smoothing: float = 0.0
-    """share of a training label that is spread over all classes (not where an attack brings a loss of its own), 0..1"""
-    pad: int = 4
-    """pixels by which a picture is padded before the random crop"""
+    label_smoothing: float = option(0.0, at_least=0, below=1)
+    """share of a training label that is spread over all classes (not where an attack brings a loss
+    of its own)"""
+    pad: int = option(4, at_least=0, unit="pixels")
+    """pixels by which an image is padded before the random crop"""
     padding: Literal["zeros", "reflect"] = "zeros"
-    """what the padded border shows: black, or the picture mirrored"""
-    small_share: float = 0.0
-    """share of the epochs, from the first on, in which the network sees smaller images, 0..1: less work for nearly the same accuracy"""
-    small_size: int = 24
+    """what the padded border shows: black, or the image mirrored"""
+    small_share: float = option(0.0, at_least=0, at_most=1)
+    """share of the epochs, from the first on, in which the network sees smaller images: less work
+    for nearly the same accuracy"""
+    small_size: int = option(24, at_least=8, unit="pixels")
     """side in pixels of those smaller images"""
     flip: Literal["random", "alternating"] = "random"
-    """how pictures are mirrored, where a mirrored picture keeps its class: random: half of each batch; alternating: every
-    picture in every other epoch"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 <= self.label_smoothing < 1, "label_smoothing", "0 or more and below 1")
-        require(self.pad >= 0, "pad", "0 or more pixels")
-        require(0 <= self.small_share <= 1, "small_share", "a share from 0 to 1")
-        require(self.small_size >= 8, "small_size", "8 pixels or more")
+    """how images are mirrored, where a mirrored image keeps its class: random: half of each batch;
+    alternating: every image in every other epoch"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack(FromScratch, Common):
     """Options of every attack."""
 
-    why_all2one: ClassVar[str] = ""  # the reason, where an attack with wrong labels has no all2all form
-    clean_label: ClassVar[bool] = False  # poison pictures of the target class only, which keep their label
+    # facts about an attack, which its own class changes
+    why_all2one: ClassVar[str] = ""  # why an attack with wrong labels has no all2all form
+    clean_label: ClassVar[bool] = False  # poisons only images of the target class; labels stay
 
     dataset: str = "digits"
     """digits (built in), cifar10, cifar100, gtsrb, tiny, or folder: any pair of image folders"""
-    dataset_path: str = "data"
-    """folder that holds <dataset>/; with --dataset folder, the one that holds train/ and test/ or val/"""
-    image_size: int | None = None
-    """side in pixels that pictures are resized to; by default the data set's own (required for folder)"""
+    dataset_path: str = option("data", identity=False)
+    """folder that holds <dataset>/; with --dataset folder, the one that holds train/ and test/ or
+    val/"""
+    image_size: int | None = option(None, at_least=8, unit="pixels")
+    """side in pixels that images are resized to; by default the data set's own (required for
+    folder)"""
     recipe: str = "backdoorbench"
     """how the victim is trained: a file of config/recipe, which single options override"""
     model: str = "preactresnet18"
     """architecture of the victim"""
     width: int | None = None
-    """channels of the first layer of resnet9, airbench or preactresnet18 (64 unless given; 16 or 32 suit small CPUs)"""
-    pratio: float = 0.1
-    """poisoned share of the whole training set, 0..1"""
-    attack_target: int = 0
+    """channels of the first layer of resnet9, airbench or preactresnet18 (64 unless given; 16 or 32
+    suit small CPUs)"""
+    pratio: float = option(0.1, at_least=0, at_most=1)
+    """poisoned share of the whole training set"""
+    attack_target: int = option(0, at_least=0)
     """class that triggered images shall be taken for (all2one)"""
     label_mode: Literal["all2one", "all2all"] = "all2one"
     """all2one: every triggered image becomes the target; all2all: class y becomes y+1"""
-    poison_seed: int = 0
+    poison_seed: int = option(0, at_least=0)
     """of the choice of poisoned images and of generated patterns"""
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 <= self.pratio <= 1, "pratio", "a share from 0 to 1")
-        why = self.why_all2one or self.clean_label and "only pictures of the one target class are poisoned"
+        only_target = self.clean_label and "only images of the one target class are poisoned"
+        why = self.why_all2one or only_target
         require(self.label_mode == "all2one" or not why, "label_mode", f"all2one here: {why}")
-        require(self.attack_target >= 0, "attack_target", "a class number, 0 or more")
-        require(self.image_size is None or self.image_size >= 8, "image_size", "8 pixels or more")
-        require(self.poison_seed >= 0, "poison_seed", "0 or more")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CleanModel(Attack):
-    """Options of an attack whose trigger is made with the help of a clean model."""
-
-    clean_record: str | None = None
-    """clean model's record, a folder's path or its name below record_path; by default one is trained and kept in cache_path"""
-    steps: int = 500
-    """of the search for the pattern"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.steps >= 1, "steps", "1 or more")
-
-    @property
-    def needs_clean_model(self):
-        """Whether the pattern is made rather than drawn or loaded."""
-        return getattr(self, "trigger_path", None) is None and getattr(self, "pattern", "inverted") == "inverted"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defense(Common):
     """Options of every defense."""
 
-    holds_clean: ClassVar[bool] = True  # whether it works with clean pictures; one that does not is handed none
-    # options with learning rates that were published for a victim trained at PUBLISHED_LR: their defaults follow the victim's rate
+    # facts about a defense, which its own class changes
+    stage: ClassVar[str] = "repair"  # or in-training: trains its own model on the training set
+    selection = "fixed"  # how settings are chosen; an option of those that do it in several ways
+    prior: ClassVar[str] = ""  # what the defender is assumed to know, for the results
+    needs_train_set: ClassVar[bool] = False  # uses the training set as the defender finds it
+    holds_clean: ClassVar[bool] = True  # gets images that are known to be clean
+    copies_recipe: ClassVar[bool] = False  # training options default to the victim's own
+    # learning rates that were published for a victim trained at PUBLISHED_LR: their defaults follow
+    # the victim's rate
     relative_rates: ClassVar[tuple[str, ...]] = ()
+    adds: ClassVar[dict[str, str]] = {}  # the files that it adds to a record, and what they hold
 
-    result_file: str
+    result_file: str = option(identity=False)
     """record to repair: a folder's path, or its name below record_path"""
-    dataset_path: str | None = None
+    dataset_path: str | None = option(None, identity=False)
     """where the record's data set lies; by default where the attack found it"""
-    clean_ratio: float = 0.05
-    """clean images that the defender holds, as a share of the training set; in any case one of every class"""
-    clean_count: int | None = None
+    clean_ratio: float = option(0.05, above=0, at_most=1)
+    """clean images that the defender holds, as a share of the training set; in any case one of
+    every class"""
+    clean_count: int | None = option(None, at_least=1, unit="images")
     """the same as a number, which then counts instead"""
-    data_seed: int = 0
+    data_seed: int = option(0, at_least=0)
     """of the choice of those clean images"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 < self.clean_ratio <= 1, "clean_ratio", "a share above 0, up to 1")
-        require(self.clean_count is None or self.clean_count >= 1, "clean_count", "1 or more images")
-        require(self.data_seed >= 0, "data_seed", "0 or more")
 
     def budget(self, count, classes):
         """How many clean images the defender holds, of a training set of `count`."""
         if not self.holds_clean:
             return 0
-        asked = int(self.clean_ratio * count + 1e-9) if self.clean_count is None else self.clean_count
+        asked = self.clean_count
+        if asked is None:
+            asked = int(self.clean_ratio * count + 1e-9)
         return min(max(asked, classes), count)
-
-    def work(self, clean, found):
-        """For a dry run: in words what will be computed with so many clean pictures and a found training set of `found`.
-
-        None: what the options of Training say, on the clean pictures.
-        """
 
     @property
     def record(self):
-        """Path of the record's folder; MissingError where there is none."""
-        return find_record(self.result_file, self.record_path)
+        """Path of the record's folder; MissingError (exit 3) where there is none."""
+        return folder.find(self.result_file, self.record_path)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuning(Training, Defense):
-    """Options of a defense that trains the victim on; its learning rates are by default relative to the victim's own."""
-
-    relative_rates: ClassVar[tuple[str, ...]] = ("lr", "lr_min")
-
-    lr: float = 0.01
-    """highest learning rate; where it is not given, 0.01 times how much larger the victim's rate per image was than 0.01 in batches of 128"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choosing(Defense):
-    """Options of a defense that chooses one of several settings, from weak to strong, by itself."""
-
-    tolerance: float = 0.1
-    """share of the victim's accuracy that the chosen setting may cost, 0..1"""
-    selection: Literal["val", "oracle"] = "val"
-    """val: choose by a fifth of the clean pictures, which are held back for that; oracle: by the test set, as published tables often did,
-    which every table here marks"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 <= self.tolerance <= 1, "tolerance", "a share from 0 to 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Retraining(FromScratch, Defense):
-    """Options of a defense that trains the victim's network anew; what is not given is as in the victim's own training."""
-
-    holds_clean: ClassVar[bool] = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Distinguishing(Defense):
-    """Options of a defense that tells poisoned pictures of the found set by how sensitive their features are."""
-
-    holds_clean: ClassVar[bool] = False
-
-    alpha_c: float = 0.2
-    """share of the found set, the least sensitive pictures, that is taken for clean, 0..1"""
-    alpha_p: float = 0.05
-    """share of it, the most sensitive ones, that is taken for poisoned, 0..1; both together are at most 1"""
-    feature_epochs: int = 2
-    """passes over the found set, without augmentation, that make the features"""
-    centre_epochs: int = 10
-    """passes that then drive the centres of the labels apart"""
-    feature_lr: float = 0.01
-    """learning rate of both, above 0"""
-    batch_size: int = 128
-    """images per step of both"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 <= self.alpha_c and 0 <= self.alpha_p and self.alpha_c + self.alpha_p <= 1 + 1e-9, "alpha_c and alpha_p",
-                "shares, 0 or more and at most 1 together")  # fmt: skip
-        require(self.feature_epochs >= 0 and self.centre_epochs >= 0, "feature_epochs and centre_epochs", "0 or more")
-        require(self.feature_lr > 0, "feature_lr", "positive")
-        require(self.batch_size >= 1, "batch_size", "1 or more images")
-
-    @property
-    def prior(self):
-        return f"clean={self.alpha_c} poison={self.alpha_p}"
-
-    def work(self, clean, found):
-        return f"a network that tells pictures apart, {self.feature_epochs} + {self.centre_epochs} epochs on {found} pictures"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Isolating(Retraining):
-    """Options of a defense that first isolates the pictures whose labels are learned too easily: see utils/isolate.py."""
-
-    isolated: float = 0.01
-    """share of the found set that is isolated, which the defender declares, above 0, up to 0.5"""
-    isolate_epochs: int = 20
-    """passes over the found set before the losses are ranked"""
-    isolate_lr: float | None = None
-    """learning rate of these passes, which stays as it is; by default --lr"""
-    gamma: float = 0.5
-    """loss below which the training of these passes pushes a picture up again"""
-    floor: Literal["lga", "flooding"] = "lga"
-    """lga: sign(l - gamma) l, the paper's local gradient ascent; flooding: |l - gamma| + gamma. Taken picture by picture the gradient is the
-    same, and so is the result"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 < self.isolated <= 0.5, "isolated", "a share above 0, up to 0.5")
-        require(self.isolate_epochs >= 1, "isolate_epochs", "1 or more")
-        require(self.isolate_lr is None or self.isolate_lr > 0, "isolate_lr", "positive")
-        require(self.gamma >= 0, "gamma", "0 or more")
-
-    @property
-    def prior(self):
-        return f"isolated={self.isolated}"
-
-
-def find_record(name, record_path):
-    """Path of a record's folder, given as such or by its name below record_path; MissingError where there is none."""
-    places = [Path(name), Path(record_path) / name]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise MissingError(f"there is no record {name!r}: looked at {places[0]} and {places[1]}; "
-                       "an attack script makes one, and --record_path says where records lie")  # fmt: skip
+# the options of all scripts that do not make two runs different experiments
+NOT_IDENTITY = frozenset(
+    field.name
+    for Config in (Attack, Defense)
+    for field in dataclasses.fields(Config)
+    if not declared(Config, field.name, "identity")
+)
+# what a defense that trains from scratch copies from the victim's training
+RECIPE = tuple(
+    field.name for field in dataclasses.fields(FromScratch) if field.name not in NOT_IDENTITY
+)
 
 
 def require(holds, option, what):
-    """ConfigError unless `holds`: 'option must be what'."""
+    """Raise ConfigError (exit 2) unless `holds`: 'option must be what'."""
     if not holds:
         raise ConfigError(f"{option} must be {what}")
 
 
-def parse(Config, argv, description="", prog=None):
-    """The merged options as a `Config`: defaults < config/recipe/<recipe>.yaml < config/dataset/<dataset>.yaml < --yaml_path
-    < flags.
+def parse(Config, argv, description="", script=None):
+    """The merged options as a `Config`.
 
-    Raises ConfigError for an unknown option or YAML key and for a value of the wrong type or out of range.
+    Later ones win: defaults, config/recipe/<recipe>.yaml, config/dataset/<dataset>.yaml, the files
+    of --yaml_path, flags. `script` is the path of the script, attack/badnet.py say. Raises
+    ConfigError (exit 2) for an unknown option or YAML key and for a value of the wrong type or out
+    of range.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("yaml_path", "dataset", "model", "recipe", "result_file", "record_path"):
@@ -368,14 +316,15 @@ def parse(Config, argv, description="", prog=None):
     files = [item for path in early.yaml_path for item in ("--yaml_path", path)]
     yaml_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     yaml_only.add_argument("--yaml_path", action="append")
-    flags = yaml_only.parse_known_args(argv)[1]  # files go first, so that a flag wins wherever it stands
+    flags = yaml_only.parse_known_args(argv)[1]
+    # files go first, so that a flag wins wherever it stands
 
-    parser = _parser(Config, description, prog)
+    parser = _parser(Config, description, script)
     given = {}
     for path in early.yaml_path:
         given |= _mapping(Path(path))
     given |= {name: values[-1] for name, values in vars(early).items() if values}
-    parser.set_defaults({**_recipe_options(Config, given), **_dataset_options(Config, given)})
+    parser.set_defaults(_defaults(Config, given, script))
     try:
         options = parser.parse_args([*files, *flags])
     except jsonargparse.ArgumentError as error:
@@ -387,108 +336,134 @@ def parse(Config, argv, description="", prog=None):
         raise ConfigError(f"a value in the files of config/ has the wrong type: {error}") from error
 
 
-def identity(config, *, seeds=True):
-    """The options that make two runs the same experiment, as a dict; without the seeds if asked."""
-    hidden = NOT_IDENTITY if seeds else NOT_IDENTITY | SEEDS
-    return {key: value for key, value in plain(config).items() if key not in hidden}
-
-
 def digest(options):
     """A short name for a dict of options: 12 hexadecimal digits of its sha256."""
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def plain(config):
-    """A dataclass of options as the dict that config.yaml holds."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in SWITCHES}
-
-
 def script(kind, name):
-    """The file behind runs called `name`: attack/clean.py adds the name of the trigger to its own, clean_badnet say."""
+    """The script behind runs called `name`.
+
+    The runs of attack/clean.py are called after their trigger too, clean_badnet say.
+    """
     own = name.startswith("clean_") and not (ROOT / kind / f"{name}.py").is_file()
     return f"{kind}/{'clean' if own else name}.py"
 
 
 def command(script, config):
-    """The command line that `parse` makes `config` of: the options that differ from the defaults of its recipe and data set."""
-    given = plain(config)
+    """The command line that gives `config`: its options other than the defaults for its recipe and
+    data set."""
+    given = config.plain()
     usual = {field.name: field.default for field in dataclasses.fields(config)}
-    usual |= {**_recipe_options(type(config), given), **_dataset_options(type(config), given)}
-    return shlex.join(["python", script, *words({name: value for name, value in given.items() if value != usual[name]})])
+    usual |= _defaults(type(config), given, script)
+    changed = {name: value for name, value in given.items() if value != usual[name]}
+    return shlex.join(["python", script, *words(changed)])
 
 
 def words(given):
     """Options as the words of a command."""
-    found = []
+    written = []
     for name, value in given.items():
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        found += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
-    return found
+        text = "null" if value is None else str(value)
+        text = text.lower() if isinstance(value, bool) else text
+        written += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    return written
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
     """Keeps the line breaks of a script's docstring."""
 
 
-def _parser(Config, description, prog):
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=_Help)
-    parser.add_argument("--yaml_path", action="config", help="YAML file of options; a flag overrides what it says")
+def _parser(Config, description, script):
+    parser = jsonargparse.ArgumentParser(
+        prog=script,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    parser.add_argument(
+        "--yaml_path", action="config", help="YAML file of options; a flag overrides what it says"
+    )
     parser.add_class_arguments(Config, as_group=False, skip=set(SWITCHES))
+    for action in parser._actions:
+        if bounds := declared(Config, action.dest, "bounds"):
+            action.help = f"{action.help}; {bounds}" if action.help else str(bounds)
     for name, text in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     return parser
 
 
+def _defaults(Config, given, script):
+    """What the files of config/recipe and config/dataset say for the options `given`."""
+    return {**_recipe_options(Config, given), **_dataset_options(Config, given, script)}
+
+
 def _recipe_options(Config, given):
-    """What config/recipe/<recipe>.yaml says: its section `all`, and over it the one named like the data set."""
+    """What config/recipe/<recipe>.yaml says: the section `all`, then the one of the data set."""
     if not issubclass(Config, Attack):
         return {}
-    name, folder = str(given.get("recipe", Config.recipe)), ROOT / "config" / "recipe"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    name, recipes = str(given.get("recipe", Config.recipe)), ROOT / "config" / "recipe"
+    known = sorted(path.stem for path in recipes.glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"there is no recipe {name!r}: config/recipe has {', '.join(known)}")
-    sections = _mapping(folder / f"{name}.yaml")
+    sections = _mapping(recipes / f"{name}.yaml")
     if not sections or not all(isinstance(part, dict) for part in sections.values()):
-        raise ConfigError(f"config/recipe/{name}.yaml must be YAML with a section `all`, and others named like data sets")
-    options = {**sections.get("all", {}), **sections.get(str(given.get("dataset", Config.dataset)), {})}
+        raise ConfigError(
+            f"config/recipe/{name}.yaml must be YAML with a section `all`, and others named like "
+            "data sets"
+        )
+    options = {
+        **sections.get("all", {}),
+        **sections.get(str(given.get("dataset", Config.dataset)), {}),
+    }
     if wrong := options.keys() - {field.name for field in dataclasses.fields(Attack)}:
-        raise ConfigError(f"config/recipe/{name}.yaml names {sorted(wrong)[0]!r}, which is no option of an attack")
+        raise ConfigError(
+            f"config/recipe/{name}.yaml names {sorted(wrong)[0]!r}, which is no option of an attack"
+        )
     return options
 
 
-def _dataset_options(Config, given):
-    """What config/dataset/<dataset>.yaml says for attacks or for defenses, and over it in the section named like the script.
+def _dataset_options(Config, given, script):
+    """What config/dataset/<dataset>.yaml says for attacks or for defenses.
 
-    For a defense the record names the data set.
+    Its section named like the script comes over it. For a defense the record names the data set.
     """
     if issubclass(Config, Defense):
         section, made = "defense", {}
-        for place in (Path(given.get("result_file", "")), Path(given.get("record_path", "record")) / given.get("result_file", "")):
-            made = made or _mapping(place / "config.yaml")
+        name = given.get("result_file", "")
+        for place in (Path(name), Path(given.get("record_path", "record")) / name):
+            made = made or _mapping(place / folder.OPTIONS)
         dataset = made.get("dataset")
     else:
         section, dataset = "attack", given.get("dataset", Config.dataset)
-    options = _mapping(ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml").get(section) or {}
-    options = {**options, **options.get(Path(sys.modules[Config.__module__].__file__).stem, {})}
+    path = ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml"
+    options = _mapping(path).get(section) or {}
+    own = Path(script).stem if script else Config.__module__.rpartition(".")[2]
+    options = {**options, **options.get(own, {})}
     known = {field.name for field in dataclasses.fields(Config)}
     if given.get("model", options.get("model")) != options.get("model"):
         known -= {"width"}  # it is that of the model which the file names
-    if issubclass(Config, Retraining):
+    if issubclass(Config, Defense) and Config.copies_recipe:
         options |= {key: made[key] for key in RECIPE if key in made}
-    if issubclass(Config, Defense) and "lr" not in options:  # where a data set has a rate of its own, all rates are as written
+    # where a data set has a rate of its own, all rates are as written
+    if issubclass(Config, Defense) and "lr" not in options:
         options |= rates_for(Config, made)
     return {key: value for key, value in options.items() if key in known}
 
 
 def rates_for(Config, victim):
-    """The default learning rates of a defense for a `victim`, the options of its attack; none where they are the published ones.
+    """The default learning rates of a defense for a `victim`, the options of its attack.
 
-    A published rate belongs to a victim that was trained by SGD at PUBLISHED_LR with batches of PUBLISHED_BATCH, and is multiplied by how
-    much larger this one's rate per image was: a batch twice as large is trained at twice the rate. That is the linear scaling rule of
-    Goyal et al., "Accurate, Large Minibatch SGD", 2017 (arXiv 1706.02677).
+    A published rate belongs to a victim that was trained by SGD at PUBLISHED_LR with batches of
+    PUBLISHED_BATCH images. It is multiplied by the ratio of the victims' rates per image: a batch
+    twice as large is trained at twice the rate. That is the linear scaling rule of Goyal et al.,
+    "Accurate, Large Minibatch SGD", 2017 (arXiv 1706.02677). The result is {} where the options
+    hold no usable rate.
     """
     rate, batch = victim.get("lr"), victim.get("batch_size")
-    if not isinstance(rate, float) or not 0 < rate < math.inf or not isinstance(batch, int) or batch < 1:
+    usable = isinstance(rate, float) and 0 < rate < math.inf
+    if not usable or not isinstance(batch, int) or batch < 1:
         return {}
     scale = rate / batch * PUBLISHED_BATCH / PUBLISHED_LR
     published = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -496,7 +471,8 @@ def rates_for(Config, victim):
 
 
 def _mapping(path):
-    """The YAML mapping in a file; empty where there is none (the parser then says what is wrong)."""
+    """The YAML mapping in a file; {} where there is none, and the parser then says what is
+    wrong."""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -505,11 +481,12 @@ def _mapping(path):
 
 
 def _explain(text, parser, given, flags):
-    """One sentence for what the parser found wrong; an unknown option is named with its nearest names."""
+    """One sentence for a parser's error; an unknown option is named with the nearest known ones."""
     known = [action.dest for action in parser._actions] + ["print_config"]
     used = [*given, *(flag[2:].split("=")[0] for flag in flags if flag.startswith("--"))]
     for name in used:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3, 0.5)
-            return f"unknown option {name!r}; " + (f"the nearest are {', '.join(near)}" if near else "--help lists all")
+            hint = f"the nearest are {', '.join(near)}" if near else "--help lists all"
+            return f"unknown option {name!r}; {hint}"
     return " ".join(text.split())

@@ -14,7 +14,7 @@ class ConfigError(UserError):
 
 
 class MissingError(UserError):
-    """A data set or a record is not there, or a picture in it cannot be read (exit 3)."""
+    """A data set or a record is not there, or an image in it cannot be read (exit 3)."""
 
     code = 3
 

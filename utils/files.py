@@ -17,7 +17,8 @@ except ImportError:  # Windows has none: two runs at once are then the user's ca
 
 
 def write(path, content):
-    """Put `content` (str or bytes) at `path` atomically; OSError leaves what was there untouched."""
+    """Write `content` (str or bytes) to `path` atomically; an OSError leaves the old file as it
+    was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -35,8 +36,10 @@ def write(path, content):
 
 @contextmanager
 def locked(path):
-    """Hold the file `path` for this process alone; another one waits, and a killed one lets go. Yields the open file: a child that
-    inherits it holds it too."""
+    """Lock the file `path` for this process; another one waits, and a killed one releases it.
+
+    Yields the open file: a child process that inherits it holds the lock too.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         if fcntl:

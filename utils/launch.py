@@ -1,6 +1,7 @@
 """How a script starts and how it ends: options first, one sentence per error, and the exit codes.
 
-0 done; 1 the run failed; 2 usage; 3 a data set or record is missing; 4 a record is refused; 130 and 143 interrupted.
+0 done; 1 the run failed; 2 usage; 3 a data set or record is missing; 4 a record is refused; 130 and
+143 interrupted.
 """
 
 import errno
@@ -18,21 +19,26 @@ from utils.errors import ConfigError, UserError
 def launch(Config):
     """Parse the options of the running script and call its `main(options)`; never returns.
 
-    It stands above the script's heavy imports: help and mistakes answer before torch is loaded. The script is
-    then imported as a module, `attack.badnet` say, whichever way it was started.
+    It stands above the script's heavy imports: help and mistakes answer before torch is loaded. The
+    script is then imported as a module, `attack.badnet` say, whichever way it was started.
     """
     script = Path(sys.modules["__main__"].__file__).resolve()
     description = sys.modules["__main__"].__doc__
 
     def work():
         if script.parents[1] != config.ROOT:
-            raise ConfigError(f"{script} would run with the utils/ of another checkout, {config.ROOT}; "
-                              f"start it from its own root with python -m {script.parent.name}.{script.stem}")  # fmt: skip
-        options = config.parse(Config, sys.argv[1:], description, f"{script.parent.name}/{script.name}")
+            raise ConfigError(
+                f"{script} would run with the utils/ of another checkout, {config.ROOT}; "
+                f"start it from its own root with python -m {script.parent.name}.{script.stem}"
+            )
+        options = config.parse(
+            Config, sys.argv[1:], description, f"{script.parent.name}/{script.name}"
+        )
         importlib.import_module(f"{script.parent.name}.{script.stem}").main(options)
 
     code = guard(work, debug="--debug" in sys.argv)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun threads of gloo may outlive the interpreter, which then aborts a finished run
+    # under torchrun threads of gloo may outlive the interpreter, which then aborts a finished run
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -46,7 +52,7 @@ def guard(work, *, debug=False):
         work()
     except KeyboardInterrupt:
         return _say("interrupted; the same command resumes after the last finished epoch", 130)
-    except Exception as error:  # the outermost frame: everything must end in one sentence and a code
+    except Exception as error:  # the outermost frame: every error ends in one sentence and a code
         if debug:
             traceback.print_exc()
         return _say(*_explain(error))
@@ -62,15 +68,18 @@ def _explain(error):
     kind, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, UserError):
         return text, error.code
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
+    no_memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in text:
         return "out of memory: lower --batch_size or choose a smaller --model", 1
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         why = text.split(" Set TORCH")[0][:200]  # what follows are hints for those who debug torch
-        return f"torch.compile failed, which needs a C++ compiler ({why}); --compile none does without", 1
+        return f"torch.compile failed and needs a C++ compiler ({why}); --compile none avoids it", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full: {error.filename or 'cannot write'}; make room and run the same command again", 1
+        what = error.filename or "cannot write"
+        return f"the disk is full: {what}; make room and run the same command again", 1
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; --record_path and --cache_path choose other places", 1
+        where = "--record_path and --cache_path choose other places"
+        return f"{error.filename}: {error.strerror}; {where}", 1
     return f"unexpected {kind}: {text}; --debug shows where", 1
 
 

@@ -1,4 +1,4 @@
-"""The optimizers that a network is trained with: SGD, Adam, and Muon for the convolutions with SGD for the rest."""
+"""The optimizers: SGD, Adam, and Muon for the convolutions with SGD for the rest."""
 
 import torch
 
@@ -19,9 +19,10 @@ def sgd(parameters, config):
 
 
 def bias_groups(parameters, config):
-    """`parameters`, or two groups of them where biases are trained at config.bias_lr_scale times the rate.
+    """`parameters`, or two groups of them where biases have another learning rate.
 
-    As biases count all parameters of one dimension. They decay by as much per step as the others do.
+    It is config.bias_lr_scale times the rate of the others. Biases are all parameters of one
+    dimension. They decay by as much per step as the others do.
     """
     scale = config.bias_lr_scale
     if scale == 1:
@@ -49,18 +50,29 @@ def muon(parameters, config):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon on convolution filters, channels last in memory, each bank of which keeps the length sqrt(outputs).
+    """torch's Muon on the filters of convolutions, which lie channels last in memory.
 
-    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024, https://kellerjordan.github.io/posts/muon/:
-    a step goes along the nearest orthogonal matrix to the averaged gradient. The length is set before every step, as
-    Jordan's training of CIFAR-10 does; it changes no output where a batch norm follows. A bank is a matrix with a row for each filter.
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024,
+    https://kellerjordan.github.io/posts/muon/: a step goes along the orthogonal matrix that is
+    nearest to the averaged gradient. The filters of a layer are a matrix with a row for each; its
+    norm is set to sqrt(outputs) before every step, as in Jordan's training of CIFAR-10. That
+    changes no output where a batch norm follows.
     """
 
     def __init__(self, filters, config):
         self.filters = filters
         matrices = [as_matrix(parameter.detach()) for parameter in filters]
-        assert all(matrix.data_ptr() == parameter.data_ptr() for matrix, parameter in zip(matrices, filters, strict=True)), "one memory"
-        super().__init__(matrices, config.muon_lr, weight_decay=0.0, momentum=MUON_MOMENTUM, ns_steps=NEWTON_SCHULZ_STEPS)
+        assert all(
+            matrix.data_ptr() == parameter.data_ptr()
+            for matrix, parameter in zip(matrices, filters, strict=True)
+        ), "one memory"
+        super().__init__(
+            matrices,
+            config.muon_lr,
+            weight_decay=0.0,
+            momentum=MUON_MOMENTUM,
+            ns_steps=NEWTON_SCHULZ_STEPS,
+        )
         self.param_groups[0]["lr_scale"] = config.muon_lr / config.lr
 
     @torch.no_grad()
@@ -100,7 +112,7 @@ class Together:
 
 
 def set_rate(optimizer, rate):
-    """Give every group of parameters its learning rate, which is `rate` times the scale of its own."""
+    """Set the learning rate of every group of parameters: `rate` times the group's own scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1)
 
@@ -108,7 +120,12 @@ def set_rate(optimizer, rate):
 def states(optimizer):
     """[(parameter, its state, a dict that may be filled)] of all parameters, in their order."""
     parts = getattr(optimizer, "parts", [optimizer])
-    return [(parameter, part.state[parameter]) for part in parts for group in part.param_groups for parameter in group["params"]]
+    return [
+        (parameter, part.state[parameter])
+        for part in parts
+        for group in part.param_groups
+        for parameter in group["params"]
+    ]
 
 
 OPTIMIZERS = {"sgd": sgd, "muon": muon}

@@ -1,7 +1,8 @@
 """Random numbers that have nothing to do with each other, although users give every seed as 0.
 
-Two generators seeded with the same number draw the same numbers: with plain seeds the pictures chosen for poisoning
-are the first ones of the first epoch, and a network that begins with batches of one class may never recover.
+Two generators with the same seed draw the same numbers. With plain seeds the images chosen for
+poisoning would be the first ones of the first epoch, and a network that begins with batches of one
+class may never recover.
 """
 
 import hashlib
@@ -16,11 +17,17 @@ def number(purpose, *seeds):
 
 
 def generator(purpose, *seeds, device="cpu"):
-    """A torch generator for one purpose, `choose the poisoned pictures` say."""
+    """A torch generator for one purpose, `choose the poisoned images` say."""
     return torch.Generator(device).manual_seed(number(purpose, *seeds))
 
 
 def uniform(purpose, seed, index, count):
-    """Numbers of [0, 1), float32 N,count: a row for every position of `index`, whatever else the batch holds."""
-    rows = [torch.rand(count, generator=generator(purpose, seed, position)) for position in index.tolist()]
+    """Numbers of [0, 1), float32 N,count: a row for every position of `index`.
+
+    A row does not depend on what else the batch holds.
+    """
+    rows = [
+        torch.rand(count, generator=generator(purpose, seed, position))
+        for position in index.tolist()
+    ]
     return torch.stack(rows) if rows else torch.empty(0, count)

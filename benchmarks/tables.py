@@ -1,0 +1,55 @@
+"""Write the tables of the pages anew from the committed results.
+
+    python -m benchmarks.tables
+
+A page names the command that prints a table in a comment above it, such as
+<!-- python compare.py benchmarks/results/attacks.csv --table attacks --format markdown -->, and
+ends the table with <!-- end of table -->. tests/test_docs.py has the same tables compared.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from utils import files
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = re.compile(
+    r"(?P<begin><!-- python (?P<words>compare\.py .*?) -->\n\n).*?"
+    r"(?P<end>\n\n<!-- end of table -->)",
+    re.S,
+)
+
+
+def main():
+    for path in pages():
+        text = path.read_text()
+        if (new := rewritten(text)) != text:
+            files.write(path, new)
+            print(f"tables written in {path.relative_to(ROOT)}")
+
+
+def pages():
+    """The Markdown files that hold tables of results."""
+    names = ("README.md", "attack/README.md", "defense/README.md")
+    return [*(ROOT / name for name in names), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rewritten(text):
+    """The text of a page with every table as its command prints it now."""
+    return TABLE.sub(lambda match: match["begin"] + printed(match["words"]) + match["end"], text)
+
+
+def printed(words):
+    """What a command of compare.py prints, run in the root of the checkout."""
+    command = [sys.executable, *shlex.split(words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: python {words} failed: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

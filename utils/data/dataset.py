@@ -1,0 +1,230 @@
+"""Data sets as uint8 tensors: decoded once, cached in memory-mapped files, kept on the device."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils import distributed, files, seeds
+from utils.data import sources
+from utils.data.memmap import MemmapImages
+from utils.device import free_memory
+from utils.errors import ConfigError, MissingError
+
+# mean and std of the training set, pixels in [0, 1], and whether a mirrored image keeps its class,
+# as the field uses them; for sets that are not here mean and std are measured
+KNOWN = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), True),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), False),
+    "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False),
+    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), False),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the other modules need to know about a data set.
+
+    `mean` and `std` are per channel, of pixels in [0, 1]. `size` is the side in pixels. `flip` says
+    whether a mirrored image keeps its class. `fingerprint` maps train and test to a digest of
+    pixels and labels.
+    """
+
+    name: str
+    classes: int
+    size: int
+    mean: tuple
+    std: tuple
+    flip: bool
+    fingerprint: dict
+
+
+@dataclass(frozen=True)
+class Split:
+    """N images, uint8 N,3,S,S, with the `labels` to train on and the true classes `truth`, int64 N.
+
+    `split[index]` has the images at `index` in memory. `split.view(index)` leaves memory-mapped
+    images in their file.
+    """
+
+    images: torch.Tensor | MemmapImages
+    labels: torch.Tensor
+    truth: torch.Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return Split(self.images[index], self.labels[index], self.truth[index])
+
+    def view(self, index):
+        mapped = isinstance(self.images, MemmapImages)
+        images = self.images.view(index) if mapped else self.images[index]
+        return Split(images, self.labels[index], self.truth[index])
+
+
+class Dataset(NamedTuple):
+    """A data set: its description, its training images and its test images."""
+
+    spec: Spec
+    train: Split
+    test: Split
+
+
+def side_of(name, image_size):
+    """Side in pixels of a data set's images."""
+    side = image_size or sources.SIDES.get(name)
+    if name == "folder" and not side:
+        raise ConfigError(
+            "--dataset folder needs --image_size: the side in pixels that its images are resized to"
+        )
+    return side
+
+
+def load(config, device, workers=distributed.SINGLE, victim=None):
+    """The `Dataset` that the options of a script name, its images on `device`.
+
+    For a defense, `victim` are the options of the attack, which name the data set. Several
+    `workers` on one machine share its memory. Raises as `open_dataset` does.
+    """
+    named = victim or vars(config)
+    return open_dataset(
+        named["dataset"],
+        config.dataset_path or named["dataset_path"],
+        image_size=named["image_size"],
+        device=device,
+        cache=config.cache_path,
+        download=config.download,
+        resident_gb=config.resident_gb,
+        copies=1 if torch.device(device).type == "cuda" else workers.local_size,
+    )
+
+
+def open_dataset(
+    name,
+    root,
+    *,
+    image_size=None,
+    device="cpu",
+    cache="data/cache",
+    download=False,
+    resident_gb=None,
+    copies=1,
+):
+    """A `Dataset`, its images on `device`.
+
+    They are `MemmapImages` where they take more than `resident_gb`, by default a third of what is
+    free there, shared by `copies` processes. Raises MissingError (exit 3) where the set is not
+    below `root` or an image is damaged.
+    """
+    side = side_of(name, image_size)
+    found = sources.find(name, root, download=download)
+    mark = f"{side}|{found['train'].fingerprint}|{found['test'].fingerprint}"
+    folder = Path(cache) / f"{name}-{side}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
+    if not (folder / "meta.json").is_file():
+        _decode(found, side, folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        mean, std, flip = KNOWN.get(name, (meta["mean"], meta["std"], False))
+        spec = Spec(name, meta["classes"], side, tuple(mean), tuple(std), flip, meta["fingerprint"])
+        budget = free_memory(device) / 3 / copies if resident_gb is None else resident_gb * 1e9
+        size = sum((folder / f"{split}.npy").stat().st_size for split in ("train", "test"))
+        train, test = (
+            _open_split(folder, split, device, mapped=size > budget) for split in ("train", "test")
+        )
+        return Dataset(spec, train, test)
+    except (OSError, ValueError, KeyError) as error:
+        raise MissingError(
+            f"the cache {folder} is damaged: delete that folder and run again"
+        ) from error
+
+
+def balanced_subset(labels, count, seed):
+    """Sorted positions of `count` images, with class counts as equal as the set allows.
+
+    There is at least one image of every class. Where the total does not divide evenly, the classes
+    that give one more are drawn with `seed`.
+    """
+    generator, labels = seeds.generator("balanced subset", seed), labels.cpu()
+    members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    members = [part[torch.randperm(len(part), generator=generator)] for part in members]
+    # in each round every class that still has an image gives one; the order of the classes is drawn
+    places = torch.randperm(len(members), generator=generator).tolist()
+    turns = [
+        torch.arange(len(part)) * len(members) + place
+        for part, place in zip(members, places, strict=True)
+    ]
+    total = min(max(count, len(members)), len(labels))
+    return torch.cat(members)[torch.cat(turns).argsort()[:total]].sort().values
+
+
+def _open_split(folder, split, device, *, mapped):
+    # copy-on-write: tensors want writable memory, and nothing written may reach the file
+    images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))
+    images = MemmapImages(images, device) if mapped else images.to(device)
+    labels = torch.from_numpy(np.load(folder / f"{split}_labels.npy")).to(device)
+    return Split(images, labels, labels)
+
+
+def _decode(splits, side, folder):
+    """Write the cache: a folder that gets its name only when it is complete."""
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        meta = {"fingerprint": {}}
+        for split in ("train", "test"):
+            source_images, labels = splits[split].read()
+            images = _store(unfinished / f"{split}.npy", source_images, side)
+            np.save(unfinished / f"{split}_labels.npy", labels)
+            content = hashlib.sha256(images)
+            content.update(labels)
+            meta["fingerprint"][split] = content.hexdigest()
+            if split == "train":
+                meta |= {"classes": int(labels.max()) + 1} | _statistics(images)
+        files.write_json(unfinished / "meta.json", meta)
+        if not folder.is_dir():  # another run may have been quicker
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _store(path, source_images, side):
+    """Decode into a .npy file, whose space is reserved first.
+
+    A full disk must be an error here: writing to a memory-mapped file would crash the process.
+    """
+    shape = len(source_images), 3, side, side
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                error.filename = str(path)
+                raise
+    for start, part in sources.decode(source_images, side):
+        images[start : start + len(part)] = part
+    images.flush()
+    return images
+
+
+def _statistics(images):
+    """Per-channel mean and standard deviation of uint8 images N,3,H,W, in [0, 1] pixels."""
+    levels = np.arange(256) / 255
+    counts = np.zeros((3, 256))
+    # in parts: a whole set, counted at once, takes eight times its size
+    for part in np.array_split(images, max(len(images) // 1000, 1)):
+        counts += [np.bincount(part[:, channel].ravel(), minlength=256) for channel in range(3)]
+    counts /= images[:, 0].size
+    mean = [float(share @ levels) for share in counts]
+    std = [
+        max(float(share @ (levels - centre) ** 2) ** 0.5, 1e-3)
+        for share, centre in zip(counts, mean, strict=True)
+    ]
+    return {"mean": mean, "std": std}

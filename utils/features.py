@@ -1,0 +1,41 @@
+"""The features of a network: the input of its last linear layer."""
+
+from torch import nn
+
+from utils.data.loader import forward_all
+from utils.errors import ConfigError
+
+
+def last_linear(model):
+    """The layer that makes the logits; ConfigError (exit 2) where the model has none."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ConfigError(
+            "the model has no linear layer, whose input would be its features: choose another "
+            "--model for the attack"
+        )
+    return layers[-1]
+
+
+def features_of(model, images):
+    """The input n,D of the last linear layer for images n,3,S,S; gradients reach the images."""
+    features = []
+    hook = last_linear(model).register_forward_pre_hook(
+        lambda _layer, inputs: features.append(inputs[0])
+    )
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    return features[0]
+
+
+def last_features(model, split, precision="fp32"):
+    """`features_of` every image of `split`, float32 N,D, in order.
+
+    In evaluation mode and without augmentation; `model` comes out in the mode it came in.
+    ConfigError (exit 2) where there is no linear layer.
+    """
+    return forward_all(
+        model, split, lambda images, *_: features_of(model, images).float(), precision
+    )

@@ -1,0 +1,1 @@
+"""What attacks share; attacker.py says what an attacker may use."""

@@ -1,0 +1,161 @@
+"""Triggers and poisoned splits.
+
+A trigger is a function (images, index) -> images. It takes a batch N,3,S,S, uint8 or float in
+[0, 1], on any device, and the images' positions in their split. It returns the same shape, dtype
+and device, is deterministic, treats every image by itself, and does not change its argument.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from utils import seeds
+from utils.data.dataset import Split
+from utils.data.memmap import replaced
+from utils.errors import ConfigError, MissingError
+
+CHUNK = 2**20  # pixels that get a trigger at once: keeps the float copies small
+
+
+class Cover(NamedTuple):
+    """Images of an attack that are changed and keep their true label.
+
+    `make(config, spec)` gives the change, a function like a trigger; `ratio` is their share of the
+    training set.
+    """
+
+    make: Callable
+    ratio: float
+
+
+def on_unit(function):
+    """Make a trigger from a function (images, index) -> images on float32 in [0, 1].
+
+    The trigger converts its images, rounds to the nearest grey level, and clamps before the cast.
+    """
+
+    def trigger(images, index):
+        if images.is_floating_point():
+            return function(images.float(), index).clamp(0, 1).to(images.dtype)
+        changed = function(images.float().div_(255), index)
+        return changed.mul_(255).round_().clamp_(0, 255).to(images.dtype)
+
+    return trigger
+
+
+def adding(pattern):
+    """The trigger x' = x + pattern, 3,S,S or what broadcasts to it, in [-1, 1]."""
+    return on_unit(lambda images, index: images + pattern.to(images.device))
+
+
+def relabelling(label_mode, target, classes):
+    """The function truth -> the attacker's labels.
+
+    These are the target for every class (all2one), or the next class (all2all).
+    """
+    if label_mode == "all2all":
+        return lambda truth: (truth + 1) % classes
+    return lambda truth: torch.full_like(truth, target)
+
+
+def choose(truth, ratio, seed, *, among=None, purpose="poison"):
+    """Sorted positions of round(ratio * N) of N images, drawn uniformly; fewer if there are fewer.
+
+    `among` is a mask of the images that may be drawn, by default all. `truth` is int64 N; the
+    result lies on its device. Another `purpose` draws other images.
+    """
+    candidates = torch.arange(len(truth)) if among is None else among.cpu().nonzero().flatten()
+    count = min(round(ratio * len(truth)), len(candidates))
+    order = torch.randperm(len(candidates), generator=seeds.generator(purpose, seed))
+    return candidates[order[:count]].sort().values.to(truth.device)
+
+
+def apply_trigger(images, trigger, index):
+    """The images at positions `index` with the trigger, as a new tensor."""
+    if not len(index):  # not every trigger takes an empty batch
+        return images[:0]
+    size = max(CHUNK // (images.shape[-1] * images.shape[-2]), 1)
+    return torch.cat([trigger(images[part], part) for part in index.split(size)])
+
+
+def poison(split, trigger, relabel, index):
+    """`split` with the images at `index` triggered, and given the attacker's labels.
+
+    With a `relabel` of None they keep their own labels.
+    """
+    images = replaced(split.images, index, apply_trigger(split.images, trigger, index))
+    labels = split.labels.clone()
+    if relabel is not None:
+        labels[index] = relabel(split.truth[index])
+    return Split(images, labels, split.truth)
+
+
+def triggered_split(split, trigger, relabel, *, own=False):
+    """(positions, triggered split) of every image whose label the attacker would change.
+
+    ASR and RA are measured on it. With `own` it holds the other images instead: those that have the
+    attacker's label already.
+    """
+    index = ((relabel(split.truth) == split.truth) == own).nonzero().flatten()
+    images = apply_trigger(split.images, trigger, index)
+    return index, Split(images, relabel(split.truth[index]), split.truth[index])
+
+
+def resized_pattern(path, size, *, signed=False, mode="bilinear"):
+    """An image or .npy file as float 3,size,size in [0, 1], or in [-1, 1] if `signed`.
+
+    A pattern of another size is resized.
+    """
+    pattern = read_pattern(path, lowest=-1 if signed else 0)[None, :3]
+    if pattern.shape[-2:] != (size, size):
+        antialias = {"antialias": True} if mode == "bilinear" else {}
+        pattern = F.interpolate(pattern, (size, size), mode=mode, **antialias)
+    return pattern[0]
+
+
+def resized_mask(path, size):
+    """1,size,size of 0 and 1: 1 where an image or .npy file is not black."""
+    return (resized_pattern(path, size, mode="nearest").amax(0, keepdim=True) > 0).float()
+
+
+def read_pattern(path, *, lowest=0):
+    """An image or .npy file as float C,H,W in [lowest, 1]; C is 4 with an alpha channel, else 3.
+
+    Arrays are H,W or H,W,C or C,H,W: uint8 0..255, or float lowest..1. MissingError (exit 3) where
+    there is no such file, ConfigError (exit 2) where it is not a pattern.
+    """
+    if not Path(path).is_file():
+        raise MissingError(f"there is no pattern file {path}")
+    try:
+        array = _read_array(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"cannot read the pattern {path}: it must be an image or a .npy array of numbers"
+        ) from error
+    array = array[..., None].repeat(3, -1) if array.ndim == 2 else array
+    if array.ndim == 3 and array.shape[-1] not in (3, 4) and array.shape[0] in (3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[-1] not in (3, 4):
+        raise ConfigError(
+            f"the pattern {path} has shape {array.shape}: expected H,W or H,W,3 or H,W,4 or 3,H,W"
+        )
+    unit = torch.from_numpy(array.astype(np.float32)) / (255 if array.dtype == np.uint8 else 1)
+    if not (unit.isfinite().all() and unit.min() >= lowest and unit.max() <= 1):
+        raise ConfigError(
+            f"the pattern {path} holds values outside 0..255 (uint8) or {lowest}..1 (float)"
+        )
+    return unit.permute(2, 0, 1).contiguous()
+
+
+def _read_array(path):
+    """The numbers of an image, H,W,3 or H,W,4 with transparency, or of a .npy file."""
+    if str(path).endswith(".npy"):
+        return np.load(path, allow_pickle=False)
+    image = Image.open(path)
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    return np.asarray(image.convert("RGBA" if transparent else "RGB"))

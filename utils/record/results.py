@@ -1,0 +1,142 @@
+"""The row of results.csv, and what record.json says about the origin of a run."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+
+import models
+from utils import VERSION, distributed, evaluation, files
+from utils import config as options
+from utils import device as devices
+from utils.record.folder import ATTACK_COLUMNS, RESULT_COLUMNS
+
+# options that `recipe` names where they differ from these values
+USUAL_RECIPE = {
+    "lr_min": 0,
+    "momentum": 0.9,
+    "nesterov": False,
+    "label_smoothing": 0,
+    "pad": 4,
+    "padding": "zeros",
+    "flip": "random",
+    "bias_lr_scale": 1,
+    "small_share": 0,
+}
+
+
+def of_attack(name, config, measured, test_sets, n_poison, n_train, seconds):
+    """The row of a victim; `measured` is {acc, asr, ra}."""
+    identity = config.identity(seeds=False)
+    return {
+        "dataset": config.dataset,
+        "model": models.label(config.model, config.width),
+        "attack": name,
+        "label_mode": config.label_mode,
+        "target": config.attack_target if config.label_mode == "all2one" else "",
+        "pratio": config.pratio,
+        "pratio_effective": n_poison / n_train,
+        "n_poison": n_poison,
+        "recipe": recipe(config),
+        "precision": config.precision,
+        "defense": "none",
+        "stage": "none",
+        "selection": "none",
+        "seed": config.random_seed,
+        "poison_seed": config.poison_seed,
+        **measured,
+        "n_test": len(test_sets.test),
+        "n_backdoor": len(test_sets.backdoor),
+        "seconds": round(seconds, 2),
+        "version": VERSION,
+        "lr": config.lr,
+        "config_hash": options.digest({"attack": name, **identity}),
+    }
+
+
+def of_defense(name, config, victim, measured, budget, seconds):
+    """The row of a repaired model; `victim` is the attack's row as read from its file."""
+    before = measures_of(victim)
+    copied = [*ATTACK_COLUMNS, "seed", "poison_seed", "n_test", "n_backdoor"]
+    identity = config.identity(seeds=False)
+    hashed = {"defense": name, "victim": victim["config_hash"], **identity}
+    return {
+        **{key: victim[key] for key in copied},
+        "precision": config.precision,
+        "defense": name,
+        "variant": getattr(config, "variant", ""),
+        "stage": config.stage,
+        "selection": config.selection,
+        "prior": config.prior,
+        "lr": getattr(config, "lr", ""),
+        "clean_budget": budget,
+        "data_seed": config.data_seed,
+        "defense_seed": config.random_seed,
+        **{f"{key}_before": before[key] for key in before},
+        **measured,
+        "der": evaluation.defense_effectiveness(before, measured),
+        "seconds": round(seconds, 2),
+        "version": VERSION,
+        "config_hash": options.digest(hashed),
+    }
+
+
+def measures_of(row):
+    """{acc, asr, ra} of a row as it was read: floats, None where the column is empty."""
+    return {key: float(row[key]) if row[key] else None for key in ("acc", "asr", "ra")}
+
+
+def complete(row, config, device, workers=distributed.SINGLE):
+    """(the text of results.csv, the facts for record.json) of a finished run.
+
+    Adds the device and the peak memory to `row`.
+    """
+    row["device"], row["peak_mb"] = devices.name_and_peak(device)
+    if workers.size > 1:
+        row["device"] = f"{workers.size} x {row['device']}"
+    kind = "attack" if row["defense"] == "none" else "defense"
+    facts = {
+        "name": row[kind],
+        "command": options.command(options.script(kind, row[kind]), config),
+        "antidote": VERSION,
+        "seeds": {key: value for key, value in config.plain().items() if key in options.SEEDS},
+        **{key: row[key] for key in ("recipe", "device", "seconds", "peak_mb", "config_hash")},
+        "git_commit": _git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "torchvision", "numpy")},
+        },
+    }
+    return files.csv_text([row], RESULT_COLUMNS), facts
+
+
+def _git_commit():
+    command = ["git", "rev-parse", "-q", "--verify", "HEAD"]
+    run = subprocess.run(command, cwd=options.ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or None
+
+
+def recipe(config):
+    """How a victim was trained, in a few words: runs are only compared where it is the same."""
+    text = (
+        f"{config.recipe}: sgd lr {config.lr} epochs {config.epochs} batch {config.batch_size} "
+        f"decay {config.weight_decay}"
+    )
+    if config.optimizer == "muon":
+        text += f" muon {config.muon_lr}"
+    if config.schedule == "one_cycle":
+        text += f" one_cycle {config.warmup}"
+    for key, value in USUAL_RECIPE.items():
+        if (own := getattr(config, key)) != value:
+            text += f" {key}" if own is True else f" {key} {own}"
+    if config.small_share:
+        text += f" small_size {config.small_size}"
+    return text
+
+
+def line(measured, seconds):
+    """The one line that a script ends with."""
+    shown = (
+        f"{key.upper()} {'n/a' if value is None else format(100 * value, '.1f')}"
+        for key, value in measured.items()
+    )
+    return "  ".join(shown) + f"  ({seconds:.0f} s)"

@@ -1,0 +1,1 @@
+"""What defenses share; defender.py says what a defender may use."""

@@ -1,0 +1,1 @@
+"""What compare.py does: it reads finished runs and makes tables, figures and a page."""

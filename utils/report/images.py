@@ -1,0 +1,124 @@
+"""The images of finished runs: checked, encoded again, and small enough for a page."""
+
+import base64
+import dataclasses
+import io
+import struct
+import zlib
+
+from utils.config import Training
+from utils.errors import RefusedError, UserError
+from utils.record import folder
+from utils.report.runs import printable
+from utils.report.tables import name_all
+
+LARGEST_FILE, LARGEST_IMAGE = 2**24, 2**23  # bytes, pixels
+WIDEST, FEW = 1200, 24  # pixels on the page; half as many where there are more than a few images
+MOST, ROOM = 60, 3 * 2**20  # images of one kind, and characters for them: below 10 MB on the page
+LOOKS_THE_SAME = {field.name for field in dataclasses.fields(Training)} | {
+    "recipe", "label_smoothing", "pad", "n_test", "model", "width",
+}  # fmt: skip
+
+
+class Album:
+    """`triggers`: an image per data set and trigger; `scores`: one per cell of a defense with one.
+
+    `unshown` counts the images that are not on the page; `refused` is [(path, why)] of the files
+    that cannot be used.
+    """
+
+    def __init__(self, tables):
+        self.refused, self.unshown = [], 0
+        self.triggers = self._embed(folder.PREVIEW, triggers(tables))
+        self.scores = self._embed(folder.SCORES_CHART, scores(tables))
+
+    def _embed(self, name, wanted):
+        """The facts of [(facts, runs)] with {path, source, size} of the first sound image."""
+        wanted = [
+            (facts, [run for run in runs if name in run.record["files"]]) for facts, runs in wanted
+        ]
+        wanted = [(facts, runs) for facts, runs in wanted if runs]
+        widest = WIDEST if len(wanted) <= FEW else WIDEST // 2
+        embedded, room = [], ROOM
+        for facts, runs in wanted[:MOST]:
+            image = self._first(name, runs, widest) if room > 0 else None
+            if image:
+                room -= len(image["source"])
+                embedded.append({**facts, **image})
+        self.unshown += len(wanted) - len(embedded)
+        return embedded
+
+    def _first(self, name, runs, widest):
+        for run in runs:
+            try:
+                return {"path": printable(run.path), **encode(run, name, widest)}
+            except RefusedError as error:
+                self.refused.append((run.path / name, error))
+        return None
+
+
+def triggers(tables):
+    """[({dataset, attack, caption}, runs)] of all victims, those with the same trigger together."""
+    groups = {}
+    for table in tables:
+        for (column, _), runs in table.cells.items():
+            name, settings = column
+            visible = tuple(pair for pair in settings if pair[0] not in LOOKS_THE_SAME)
+            attacks = groups.setdefault(table.about["dataset"], {})
+            attacks.setdefault((name, visible), []).extend(
+                run for run in runs if run.victim is None
+            )
+    wanted = []
+    for dataset, attacks in sorted(groups.items()):
+        labels = name_all(set(attacks))
+        for key in sorted(attacks, key=labels.get):
+            caption = f"{labels[key]}, {dataset}"
+            facts = {"dataset": dataset, "attack": key[0], "caption": caption}
+            wanted.append((facts, attacks[key]))
+    return wanted
+
+
+def scores(tables):
+    """[({dataset, model, recipe, precision, attack, defense, caption}, runs)] of the defenses."""
+    wanted = []
+    for table in tables:
+        for (column, row), runs in table.cells.items():
+            facts = {
+                "attack": column[0],
+                "defense": row[0],
+                "caption": f"{table.rows[row]} on {table.columns[column]}",
+            }
+            wanted.append(({**table.about, **facts}, [run for run in runs if run.victim]))
+    return wanted
+
+
+def encode(run, name, widest):
+    """{source: a data URI, size} of a PNG file of a run; RefusedError where it cannot be used."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(
+            f"--html needs the package {error.name}: pip install -r requirements.txt brings it"
+        ) from error
+    # what a damaged or malicious file can raise
+    unsound = (
+        OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error,
+        Image.DecompressionBombError,
+    )  # fmt: skip
+    try:
+        if (run.path / name).stat().st_size > LARGEST_FILE:
+            raise RefusedError(f"{name} is larger than {LARGEST_FILE >> 20} MB: not shown")
+        content = folder.read_checked(run.path, name, run.record)
+        image = Image.open(io.BytesIO(content), formats=["PNG"])
+        if image.width * image.height > LARGEST_IMAGE:
+            raise RefusedError(f"{name} has {image.width} x {image.height} pixels: not shown")
+        image = image.convert("RGB")
+    except unsound as error:
+        raise RefusedError(
+            f"{name} is no sound PNG file: not shown ({printable(error)})"
+        ) from error
+    image.thumbnail((widest, widest))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80, method=2)
+    source = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"source": source, "size": image.size}

@@ -1,0 +1,225 @@
+"""Two short tables: an overview of all defenses, and the attacks with what they cost."""
+
+from utils.report import published
+from utils.report.formats import (
+    CSV_PUBLISHED,
+    Grid,
+    about,
+    csv_published,
+    csv_text,
+    footnotes,
+    grids,
+    show,
+    sources,
+    title,
+)
+from utils.report.runs import METRICS, NONE, TABLE
+from utils.report.tables import WEAK, of_row, spread, victims
+
+LARGEST_ASR, LARGEST_LOSS, SMALLEST_RA = (
+    0.1,
+    0.05,
+    0.8,
+)  # of a repaired model; the RA as share of ACC
+REPAIRED = (
+    "repaired: runs whose ASR is at most 10 %, that lose at most 5 points of ACC, and whose RA is "
+    "at least 0.8 of their ACC; clean models and weak attacks do not count"
+)
+OVERVIEW_CSV = [
+    *TABLE, "defense", "stage", "selection", "clean_budget", "n_min", "n_max", "repaired",
+    "attacked", "seconds_mean",
+]  # fmt: skip
+ATTACKS_CSV = [
+    *TABLE, "attack", "pratio_effective", "n",
+    *(f"{name}_{part}" for name in METRICS for part in ("mean", "std")),
+    "seconds_mean", "trigger_seconds_mean",
+]  # fmt: skip
+
+
+# ---------- all defenses ----------
+
+
+def overview(tables, form, reported):
+    """One row per defense: the means over the seeds on each attack, and how often it repaired."""
+    if form == "csv":
+        return csv_text(OVERVIEW_CSV, [row for table in tables for row in overview_csv(table)])
+    return grids([overview_grid(table, tables, reported) for table in tables], form)
+
+
+def overview_grid(table, tables, reported):
+    """The overview of one table."""
+    clean = {column: column in table.clean for column in table.columns}
+    header = ["defense", "clean images"]
+    header += [
+        label + table.marks[column] + " ACC" * clean[column]
+        for column, label in table.columns.items()
+    ]
+    rows, notes = [], footnotes(table)
+    for key, label in table.rows.items():
+        good, attacked = count_repaired(table, key)
+        runs = of_row(table, key)
+        rows.append(
+            [
+                label + table.marks[key],
+                runs[0].row["clean_budget"] or "–",
+                *(means(table.cells.get((column, key)), clean[column]) for column in table.columns),
+                f"{good} of {attacked}",
+                seconds(runs),
+                " to ".join(dict.fromkeys(map(str, counts(table, key)))),
+            ]
+        )
+        theirs = [published.find(reported, table.about, column, key) for column in table.columns]
+        if any(theirs):
+            cells = map(published_means, theirs, clean.values())
+            rows.append([f"{label}, published", "–", *cells, "–", "–", "–"])
+            notes += sources(theirs)
+    devices = " or ".join(sorted({run.row.get("device") or "–" for run in all_runs(table)}))
+    words = f"{about(table)}, {devices}; ACC / ASR / RA in percent, means over the seeds"
+    notes = dict.fromkeys([*notes, REPAIRED])
+    return Grid(
+        title(table, tables), words, [*header, "repaired", "seconds", "n"], rows, list(notes)
+    )
+
+
+def overview_csv(table):
+    """The rows of OVERVIEW_CSV; what a defense does on each attack stands in the table of cells."""
+    for key, label in table.rows.items():
+        runs, options = of_row(table, key), dict(key[1])
+        yield [
+            *table.about.values(),
+            label,
+            *(options.get(name, "none") for name in ("stage", "selection")),
+            runs[0].row["clean_budget"],
+            *counts(table, key),
+            *count_repaired(table, key),
+            spread(runs, "seconds")[0],
+        ]
+
+
+def count_repaired(table, key):
+    """(how many runs of a row are repaired, how many could be)."""
+    runs = [
+        run
+        for column in table.columns
+        if column not in table.clean and table.marks[column] != WEAK
+        for run in table.cells.get((column, key), [])
+    ]
+    return sum(map(repaired, runs)), len(runs)
+
+
+def repaired(run):
+    """Whether the backdoor is gone and the rest of the model is as good as before; see REPAIRED."""
+    acc, asr, ra = (run.numbers[name] for name in METRICS)
+    before = run.attack.numbers["acc"]
+    if None in (acc, asr, ra, before):
+        return False
+    return asr <= LARGEST_ASR and acc >= before - LARGEST_LOSS and ra >= SMALLEST_RA * acc
+
+
+def counts(table, key):
+    """(smallest, largest) number of runs in the cells of a row that hold any."""
+    sizes = [
+        len(table.cells[column, key]) for column in table.columns if (column, key) in table.cells
+    ]
+    return min(sizes), max(sizes)
+
+
+def means(runs, clean):
+    """ACC / ASR / RA in percent; of a clean model the ACC alone."""
+    values = [spread(runs, name)[0] for name in METRICS[: 1 if clean else None]] if runs else [None]
+    return slashes(values)
+
+
+def published_means(row, clean):
+    """The same of a published row, with the mark that says how far it can be used."""
+    if not row:
+        return "–"
+    values = [row[name] for name in METRICS[: 1 if clean else None]]
+    return slashes(values) + published.MARKS[row["usable"]]
+
+
+def slashes(values):
+    if all(value is None for value in values):
+        return "–"
+    return " / ".join("–" if value is None else f"{100 * value:.1f}" for value in values)
+
+
+def seconds(runs, name="seconds"):
+    mean, _ = spread(runs, name)
+    return "–" if mean is None else f"{mean:.1f}" if mean < 10 else f"{mean:.0f}"
+
+
+def all_runs(table):
+    return [run for runs in table.cells.values() for run in runs]
+
+
+# ---------- the attacks ----------
+
+
+def attacks(tables, form, reported):
+    """One row per attack: what the victims measure and what they cost."""
+    if form == "csv":
+        header = [*ATTACKS_CSV, *(CSV_PUBLISHED if reported else [])]
+        return csv_text(header, [row for table in tables for row in attacks_csv(table, reported)])
+    return grids([attacks_grid(table, tables, reported) for table in tables], form)
+
+
+def attacks_grid(table, tables, reported):
+    """The attacks of one table; a column in which nothing stands is left out."""
+    header = ["attack", "poisoned", "ACC", "ASR", "RA", "training s", "trigger s", "n", "published"]
+    rows, notes = [], [note for note in footnotes(table) if note.startswith(WEAK)]
+    for column, label in table.columns.items():
+        runs = victims(table, column)
+        share = poisoned(runs[0])
+        theirs = published.find(reported, table.about, column, NONE)
+        rows.append(
+            [
+                label + table.marks[column],
+                "–" if share is None else f"{100 * share:.1f} %",
+                *(show(runs, name) for name in METRICS),
+                seconds(runs),
+                "–" if (cost := trigger_seconds(runs)) is None else f"{cost:.0f}",
+                str(len(runs)),
+                published_means(theirs, False),
+            ]
+        )
+        notes += sources([theirs])
+    empty = {
+        place
+        for place, name in enumerate(header)
+        if name in ("trigger s", "published") and all(row[place] == "–" for row in rows)
+    }
+    header, *rows = (
+        [word for place, word in enumerate(row) if place not in empty] for row in [header, *rows]
+    )
+    return Grid(title(table, tables), about(table), header, rows, list(dict.fromkeys(notes)))
+
+
+def attacks_csv(table, reported):
+    """The rows of ATTACKS_CSV, and the published numbers if there are any."""
+    for column, label in table.columns.items():
+        runs = victims(table, column)
+        theirs = published.find(reported, table.about, column, NONE)
+        yield [
+            *table.about.values(),
+            label,
+            poisoned(runs[0]),
+            len(runs),
+            *(number for name in METRICS for number in spread(runs, name)),
+            spread(runs, "seconds")[0],
+            trigger_seconds(runs),
+            *(csv_published(runs, theirs) if reported else []),
+        ]
+
+
+def poisoned(run):
+    """The share of the training set that was poisoned."""
+    share = run.row.get("pratio_effective")
+    return float(share) if share else None
+
+
+def trigger_seconds(runs):
+    """The mean time that making the trigger took; None where no record says it."""
+    values = [run.record.get("trigger_seconds") for run in runs]
+    values = [value for value in values if isinstance(value, int | float) and 0 <= value < 1e9]
+    return sum(values) / len(values) if values else None

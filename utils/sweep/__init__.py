@@ -1,0 +1,1 @@
+"""What sweep.py does: it makes the runs of a grid and launches them."""
