@@ -1,13 +1,14 @@
 # make demo   set up, attack, repair and compare on the built-in digits
 # make test   set up, then all tests
 # make lint   set up, then ruff
+# make gpu    set up, then every attack and defense on the GPU and on the CPU, compared
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 TESTS := .venv/.ready-tests
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint gpu setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -42,6 +43,9 @@ test: $(TESTS)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:
 	rm -rf .venv data/cache

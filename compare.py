@@ -29,7 +29,8 @@ from pathlib import Path
 from utils.errors import MissingError, RefusedError, UserError
 from utils.files import write
 from utils.report import formats, page, published, summaries
-from utils.report.runs import find_runs, read_all, read_table
+from utils.report.content import printable
+from utils.report.runs import read_all, read_table, search
 from utils.report.tables import group
 
 TABLES = {"cells": formats.cells, "overview": summaries.overview, "attacks": summaries.attacks}
@@ -45,7 +46,7 @@ def compare(options):
         content = TABLES[options.table](tables, options.format, reported)
         if options.output:
             save(options.output, content)
-        print(f"table written to {options.output}\n" if options.output else content, end="")
+        say(f"table written to {options.output}\n" if options.output else content, end="")
     if left_out:
         list_left_out(left_out, options.format, sys.stdout if readable else sys.stderr)
     if not runs:
@@ -53,11 +54,11 @@ def compare(options):
     stream = sys.stdout if readable or options.output else sys.stderr
     if options.html:
         save(options.html, page.build(tables, left_out, reported))
-        print(f"page written to {options.html}", file=stream)
+        say(f"page written to {options.html}", stream)
     if options.figures:
         from utils.report import figures  # heavy
 
-        print(figures.save_all(tables, options.figures, save), file=stream)
+        say(figures.save_all(tables, options.figures, save), stream)
 
 
 def read(places):
@@ -65,12 +66,13 @@ def read(places):
     results = [Path(name) for name in places if os.path.isfile(name) and name.endswith(".csv")]
     folders = [name for name in places if Path(name) not in results]
     left_out = [(folder, "no such folder") for folder in folders if not os.path.isdir(folder)]
-    paths = find_runs(filter(os.path.isdir, folders))
+    paths, links = search(filter(os.path.isdir, folders))
     if not paths and not results:
         raise MissingError(
             f"no run at or below {', '.join(folders)}: name the folder of the records, often "
-            "record/"
+            "record/" + (f"; {links[0][0]} is {links[0][1]}" if links else "")
         )
+    left_out += links
     runs, damaged = read_all(paths)
     for path in results:
         try:
@@ -83,10 +85,33 @@ def read(places):
 
 def list_left_out(left_out, form, stream):
     """Say which runs are not in the table, and why."""
-    bullet = "- " if form == "markdown" else ""
+    bullet, shown = "", printable
+    if form == "markdown":
+        bullet, shown = "- ", as_list_item
     head = f"{len(left_out)} run{'s' * (len(left_out) > 1)} left out:"
-    lines = ["", head, *(f"{bullet}{path}: {why}" for path, why in left_out)]
-    print("\n".join(lines), file=stream)
+    lines = ["", head, *(f"{bullet}{shown(f'{path}: {why}')}" for path, why in left_out)]
+    say("\n".join(lines), stream)
+
+
+def as_list_item(text):
+    """A line of Markdown in which names of folders are text; plain names stay as they are."""
+    return formats.as_markdown(printable(text))
+
+
+def say(text, stream=None, end="\n"):
+    """Print at once; where nobody reads any more, as behind `| head`, nothing is said."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, end=end, flush=True)
+    except BrokenPipeError:
+        silence(stream)
+
+
+def silence(stream):
+    """Let a stream lead nowhere, so that the flush at the end cannot fail either."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def save(path, content):
@@ -126,11 +151,21 @@ def main(argv=None):
     try:
         compare(parser.parse_args(argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {printable(error)}", sys.stderr)
         return error.code
     return 0
 
 
+def start():
+    """Run as a script, which ends without a word where its output is no longer read."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no ± or †
+    try:
+        return main()
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            say("", stream, end="")
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that knows no ± or †
-    sys.exit(main())
+    sys.exit(start())

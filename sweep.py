@@ -23,6 +23,8 @@ import argparse
 import collections
 import contextlib
 import csv
+import functools
+import hashlib
 import json
 import os
 import shlex
@@ -30,12 +32,21 @@ import sys
 import time
 from pathlib import Path
 
-from utils import files
+from utils import config, files
 from utils.errors import ConfigError, UserError
 from utils.launch import guard
 from utils.record import folder
 from utils.sweep import grid, launchers
 
+UNREADABLE = (  # what damaged results of a run raise
+    UserError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    csv.Error,
+)
 FINISHED = (folder.DONE, grid.RECORDED)
 PLACES = {"cache_path", "dataset_path", "record_path"}  # options that no table of results keeps
 FACTS = ("trigger_seconds",)  # what a table keeps of record.json, beside the command
@@ -45,8 +56,8 @@ TAIL = 5  # lines of a failed run's log that are shown
 def sweep(options, rest):
     """Run the grid, or only list its runs.
 
-    Raises UserError (exit 1) if some runs are not done in the end, and TimeIsUp (exit 124) if the
-    minutes are over before that.
+    Raises UserError (exit 1) if some runs are not done in the end or results cannot be read, and
+    TimeIsUp (exit 124) if the minutes are over before that.
     """
     until = _deadline(options.minutes)
     records = options.record_path
@@ -55,30 +66,42 @@ def sweep(options, rest):
     states = _states(cells, options)
     if options.dry_run:
         return _plan(cells, states, records)
+    damaged = []
     if options.results:
         done = [cell for cell in cells if states[cell.path] == folder.DONE]
-        _collect(options.results, done, records)
+        damaged += _collect(options.results, done, records)
     jobs = _jobs(cells, states, options)
     print(f"{_count(states)}; {len(jobs)} to run", flush=True)
     try:
-        _run(jobs, cells, options, until)
+        damaged += _run(jobs, cells, options, until)
     except launchers.TimeIsUp:
         print(_count(_states(cells, options)))
         raise
     _report(cells, options)
+    if damaged:
+        raise UserError(
+            f"the results of {len(damaged)} runs cannot be read: delete the folders named above, "
+            "and the same command makes them again"
+        )
 
 
 def _run(jobs, cells, options, until):
-    """Run all jobs; print a line for each, and put its results into the table."""
+    """Run all jobs; print a line for each, and put its results into the table.
+
+    Returns the names of the runs whose results cannot be read.
+    """
+    damaged = []
     by_name = {str(cell.path): cell for cell in cells}
     launcher = launchers.LAUNCHERS[options.engine]
+    say = functools.partial(print, flush=True)
     where = {"address": options.address, "cpus": options.cpus, "gpus": options.gpus}
     # closing: an error here stops the runs under way at once
-    with contextlib.closing(launcher(jobs, until=until, **where)) as ended:
+    with contextlib.closing(launcher(jobs, until=until, say=say, **where)) as ended:
         for number, (job, code) in enumerate(ended, 1):
-            print(f"[{number}/{len(jobs)}] {job.name}: {_outcome(job, code)}", flush=True)
+            say(f"[{number}/{len(jobs)}] {job.name}: {_outcome(job, code)}")
             if options.results and code == 0:
-                _collect(options.results, [by_name[job.name]], options.record_path)
+                damaged += _collect_done(by_name[job.name], options)
+    return damaged
 
 
 def _deadline(minutes):
@@ -92,7 +115,7 @@ def _deadline(minutes):
 
 def _states(cells, options):
     """{path of a run: its state}."""
-    states = {cell.path: grid.state(cell, options.record_path) for cell in cells}
+    states = grid.states(cells, options.record_path)
     return _with_results(options.results, cells, states) if options.results else states
 
 
@@ -132,9 +155,26 @@ def _rows(path):
     return rows
 
 
+def _collect_done(cell, options):
+    """`_collect` for a run that has just ended; one with other options is not taken for it."""
+    records = options.record_path
+    is_done = grid.states([cell], records)[cell.path] == folder.DONE
+    return _collect(options.results, [cell], records) if is_done else []
+
+
 def _collect(path, cells, records):
-    """Put the results of finished runs into the table at `path`, in place of their older rows."""
-    new = {str(cell.path): _row(cell, records) for cell in cells}
+    """Put the results of finished runs into the table at `path`, in place of their older rows.
+
+    Returns the names of those whose results cannot be read, after a sentence on each.
+    """
+    new, damaged = {}, []
+    for cell in cells:
+        try:
+            new[str(cell.path)] = _row(cell, records)
+        except UNREADABLE as error:
+            damaged.append((cell, error))
+    for cell, error in damaged:
+        print(f"warning: {_why_damaged(records / cell.path, error)}", file=sys.stderr)
     # The lock is beside the table: another sweep may have other records.
     with files.locked(path.with_suffix(".lock")):
         kept = [row for row in _rows(path) if row["run"] not in new]
@@ -142,27 +182,48 @@ def _collect(path, cells, records):
         columns = list(dict.fromkeys(name for row in rows for name in row))
         if new:
             files.write(path, files.csv_text(rows, columns))
+    return [str(cell.path) for cell, _ in damaged]
+
+
+def _why_damaged(place, error):
+    """A sentence on the run in `place`, whose results raised `error`."""
+    why = f"{type(error).__name__}: " if not isinstance(error, UserError) else ""
+    text = " ".join(str(error).split())[:200]
+    return f"the results of {place} cannot be read ({why}{text}); the table does not get them"
 
 
 def _row(cell, records):
     """The row of a finished run: its name, its results, its command and what its trigger took."""
     place = records / cell.path
     info = json.loads((place / folder.RECORD).read_text())
+    folder.read_checked(place, folder.RESULTS, info)
+    results = folder.read_results(place)
+    if None in results or None in results.values():
+        raise ValueError(f"{folder.RESULTS} has a line of another length than the first")
+    float(results["acc"])  # a ValueError where it is none
     return {
         "run": str(cell.path),
-        **folder.read_results(place),
+        **results,
         "command": _without_places(info["command"]),
         **{name: info[name] for name in FACTS if name in info},
+        **_data_fingerprint(info),
     }
+
+
+def _data_fingerprint(info):
+    """The mark of a victim's data set, by which compare.py tells two of one name apart."""
+    prints = info.get("data", {}).get("fingerprint")
+    if not prints:
+        return {}
+    mark = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+    return {"data_fingerprint": mark[:12]}
 
 
 def _without_places(command):
     """A command without the options that say where files lie on this machine."""
     words = shlex.split(command)
-    pairs = [
-        pair for pair in zip(words[2::2], words[3::2], strict=False) if pair[0][2:] not in PLACES
-    ]
-    return shlex.join([*words[:2], *(word for pair in pairs for word in pair)])
+    kept = {name: value for name, value in _pairs(words[2:]).items() if name not in PLACES}
+    return shlex.join([*words[:2], *config.words(kept)])
 
 
 def _jobs(cells, states, options):
@@ -179,14 +240,16 @@ def _jobs(cells, states, options):
         skipped = state == grid.FAILED and not options.retry_failed
         if state in FINISHED or skipped or not has_victim:
             continue
+        log = place / options.record_path / cell.log
         jobs[str(cell.path)] = launchers.Job(
             name=str(cell.path),
             words=cell.words(options.record_path),
             folder=place / options.record_path / cell.path,
-            log=place / options.record_path / cell.log,
+            log=log,
             place=place,
             after=after if after in jobs else None,
             written_before=folder.written(options.record_path / cell.path),
+            log_before=launchers.log_size(log),
         )
     return list(jobs.values())
 
@@ -197,7 +260,8 @@ def _outcome(job, code):
         return "not run, because its victim is not done"
     if code:
         return f"failed with exit code {code}: {_last_lines(job.log)}"
-    return "".join(_printed(job.log)[-1:])  # the line that every script ends with
+    # the line that every script ends with
+    return "".join(_printed(job.log)[-1:]) or "done by another process"
 
 
 def _printed(log):
@@ -242,12 +306,17 @@ def _count(states):
 
 
 def _pairs(words):
-    """{option: value} of the words after --."""
-    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-        raise ConfigError(
-            f"after -- come pairs of --option and value, and this is {' '.join(words)!r}"
-        )
-    return {word[2:]: value for word, value in zip(words[::2], words[1::2], strict=True)}
+    """{option: value} of words such as --option value or --option=value."""
+    pairs, left = {}, iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        value = value if equals else next(left, None)
+        if not name.startswith("--") or value is None:
+            raise ConfigError(
+                f"after -- come pairs of --option and value, and this is {' '.join(words)!r}"
+            )
+        pairs[name[2:]] = value
+    return pairs
 
 
 def _parser():

@@ -17,11 +17,13 @@ from utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Attack):
-    patch: Literal["square", "grid"] = "square"
+    patch: Literal["square", "grid"] = option("square", needs={"trigger_path": None})
     """square of one grey level, or 3x3 grid of black and white"""
-    patch_size: int | None = option(None, at_least=1, unit="pixels")
+    patch_size: int | None = option(None, needs={"trigger_path": None}, at_least=1, unit="pixels")
     """side of the patch in pixels; by default 3 at 32x32 and in proportion at other sizes"""
-    patch_value: int = option(255, at_least=0, at_most=255)
+    patch_value: int = option(
+        255, needs={"patch": "square", "trigger_path": None}, at_least=0, at_most=255
+    )
     """grey level of the square; 0 is black, 255 white"""
     patch_row: int | None = None
     """top row of the patch, negative from the bottom; by default it touches the bottom"""

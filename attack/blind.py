@@ -37,6 +37,8 @@ class Config(Attack):
 if __name__ == "__main__":
     launch(Config)
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -118,5 +120,24 @@ def _relative_gradient(model, loss):
     return torch.cat([part.flatten() for part in gradients]) / loss.detach().clamp(min=1e-6)
 
 
+def warn(config, loss):
+    """Say so where the second term never joined: no image was shown with the trigger."""
+    if loss.batches > 0 and not loss.active:
+        print(
+            f"warning: the attack never began, because the mean loss over {config.start_batches} "
+            f"batches was not below {config.start_loss:g} in {int(loss.batches)} batches; more "
+            "--epochs, a smaller --start_batches or a larger --start_loss let it begin",
+            file=sys.stderr,
+        )
+
+
 def main(config):
-    run.attack(__name__, config, make_trigger, make_loss=BlindLoss)
+    losses = []
+
+    def make_loss(*arguments):
+        losses.append(BlindLoss(*arguments))
+        return losses[-1]
+
+    run.attack(__name__, config, make_trigger, make_loss=make_loss)
+    for loss in losses:
+        warn(config, loss)

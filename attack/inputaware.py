@@ -119,24 +119,48 @@ def _learn_patterns(pattern, victim, mask, attacker, config):
     relabel = poison.relabelling(config.label_mode, config.attack_target, attacker.spec.classes)
     pattern_optimizer, schedule = _adam(pattern, config.generator_epochs)
     victim_optimizer = OPTIMIZERS[config.optimizer](trainable(victim), config)
+    poisoned = poison.Portions(config.pratio)
+    crosses = poison.Portions(config.cross_ratio * config.pratio)
     for epoch in tqdm(range(config.generator_epochs), desc="patterns", disable=None):
         crops = _seeded(config, "crops", epoch, device)
         for images, labels, _ in _shuffled(attacker, config, "patterns", epoch):
-            count = min(max(1, round(config.pratio * len(images))), len(images) // 2)
-            own, other, rest = images[:count], images[count : 2 * count], images[2 * count :]
-            wanted = torch.cat([relabel(labels[:count]), labels[count:]])
+            own = poisoned.take(len(images))
+            cross = crosses.take(len(images), len(images) - own)
+            wanted = torch.cat([relabel(labels[:own]), labels[own:]])
             with mixed_precision(device, config.precision):
-                patterns, other_patterns = ink(pattern, own), ink(pattern, other)
-                masks = opacity(mask, own)
-                triggered = torch.lerp(own, patterns, masks)
-                crossed = torch.lerp(other, patterns, masks)
-                mixed = augment(torch.cat([triggered, crossed, rest]), crops)
-                cost = F.cross_entropy(victim(mixed), wanted)
-            cost = cost + DIVERSITY * _diversity(own, other, patterns, other_patterns)
+                changed, diversity = stamp(pattern, mask, images, own, cross)
+                cost = F.cross_entropy(victim(augment(changed, crops)), wanted)
             pattern_optimizer.zero_grad()
-            generator.descend(victim_optimizer, cost)
+            generator.descend(victim_optimizer, cost + DIVERSITY * diversity)
             pattern_optimizer.step()
         schedule.step()
+
+
+def stamp(pattern, mask, images, own, cross):
+    """(a batch whose first `own` images carry their triggers, the diversity of the patterns).
+
+    The next `cross` images carry the triggers of the images from the first one on, or, where no
+    image carries its own, of the image before.
+    """
+    count = max(own, cross)
+    if not count:
+        return images, 0
+    drawn_for = images if own else _turned(images, -1)
+    step = min(max(own, 1), len(images) - 1)
+    partners = _turned(drawn_for, step)[:count]
+    drawn_for = drawn_for[:count]
+    patterns, partner_patterns = ink(pattern, drawn_for), ink(pattern, partners)
+    masks = opacity(mask, drawn_for)
+    triggered = torch.lerp(images[:own], patterns[:own], masks[:own])
+    crossed = torch.lerp(images[own : own + cross], patterns[:cross], masks[:cross])
+    parts = [triggered, crossed, images[own + cross :]]
+    changed = torch.cat([part for part in parts if len(part)])
+    return changed, _diversity(drawn_for, partners, patterns, partner_patterns)
+
+
+def _turned(images, count):
+    """A batch whose first `count` images have become the last."""
+    return torch.cat([images[count:], images[:count]])
 
 
 def _adam(network, epochs):

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import run, seeds
+from utils.data import images as image_files
 from utils.data.loader import to_unit
 from utils.errors import MissingError
 from utils.poisoning import patterns, poison
@@ -48,7 +49,6 @@ from utils.poisoning.attacker import Prepared
 GAMMA = 2.2
 PAPER_SIZE = 560  # side in pixels of the paper's images, for which its offsets and blur are given
 CHUNK = 64  # images mixed at once
-SUFFIXES = ".png", ".jpg", ".jpeg", ".npy"
 # the columns of the numbers that are drawn for every image
 SCENE, KIND, RIGHT, DOWN, WHICH_SHARE, SHARE, SIGMA, ALPHA, ROW, COLUMN = range(10)
 
@@ -92,14 +92,17 @@ def make_trigger(config, spec, stage, parts):
 
 
 def _read_scenes(config, size):
-    """The first images of a folder."""
+    """The first images of a folder; files whose names begin with a dot are none."""
+    suffixes = {*image_files.extensions(), ".npy"}
     files = sorted(
-        path for path in Path(config.reflection_folder).glob("*") if path.suffix.lower() in SUFFIXES
+        path
+        for path in Path(config.reflection_folder).glob("[!.]*")
+        if path.suffix.lower() in suffixes
     )
     if not files:
         raise MissingError(
             f"there are no images in {config.reflection_folder}; --reflection_folder must name a "
-            f"folder of {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} files"
+            "folder of images or .npy files"
         )
     scenes = [poison.resized_pattern(path, size) for path in files[: config.scenes]]
     return (torch.stack(scenes) * 255).round().to(torch.uint8)

@@ -11,8 +11,9 @@ see docs/defenses/ft_sam.md.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from utils.config import option
+from utils.config import option, require
 from utils.launch import launch
 from utils.repair.options import FineTuningOptions
 
@@ -25,7 +26,9 @@ class Config(FineTuningOptions):
     """radius of the ball in which the weights are moved, in units of their own size; 0 is plain
     fine-tuning"""
     label_smoothing: float = option(0.1, at_least=0, below=1)
-    """share of a label that is spread over all classes"""
+    """share of a label that is spread over other classes"""
+    smoothing: Literal["others", "all"] = option("others", absent="all")
+    """others: over the classes other than the label, as published; all: over all of them"""
 
 
 if __name__ == "__main__":
@@ -42,7 +45,8 @@ from utils.train import Recipe, cross_entropy, fit
 
 
 def repair(model, record, config):
-    loss = partial(sharpness_aware, rho=config.rho, label_smoothing=config.label_smoothing)
+    smoothing = over_all_classes(config, record.spec.classes)
+    loss = partial(sharpness_aware, rho=config.rho, label_smoothing=smoothing)
     return fit(
         model,
         record.clean,
@@ -52,6 +56,19 @@ def repair(model, record, config):
         on_epoch=partial(record.report, "finetune"),
         checkpoint=record.state / "finetune.safetensors",
     )
+
+
+def over_all_classes(config, classes):
+    """The label smoothing as a share that is spread over all classes, the label among them.
+
+    A share s over the K - 1 others is s K / (K - 1) over all K.
+    """
+    if config.smoothing == "all":
+        return config.label_smoothing
+    limit = 1 - 1 / classes  # here all classes are equally likely
+    words = f"at most {limit:g} with {classes} classes, unless --smoothing is all"
+    require(config.label_smoothing <= limit, "label_smoothing", words)
+    return min(config.label_smoothing / limit, 1.0)
 
 
 def sharpness_aware(model, images, labels, index, *, rho, label_smoothing=0.0):

@@ -7,7 +7,8 @@ them towards another class, which stand for the unknown trigger.
 
     python defense/npd.py --result_file badnet_cifar10
 
-The saved model has two layers more than the victim, see docs/defenses/npd.md.
+Deviates in how the layer starts; the saved model has two layers more than the victim: see
+docs/defenses/npd.md.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ class Config(Defense):
     layer: str | None = None
     """convolution before which the polarizer is inserted, by its name in the model; by default the
     last but one larger than 1x1"""
+    start: Literal["victim", "released"] = "victim"
+    """how the polarizer's batch norm begins; victim: with the statistics of the clean images and
+    the scale and shift that undo them, so that no output changes; released: with mean 0, variance
+    1, scale 1 and shift 0, and after the warm-up it keeps the statistics that it has then"""
     warmup_epochs: int = option(5, at_least=0)
     """epochs on the clean images with their cross-entropy alone"""
     warmup_lr: float = option(1e-4, above=0)
@@ -78,7 +83,8 @@ def repair(model, record, config):
     with frozen(model):
         polarizer, norm = insert(model, name)
         with evaluating(model):
-            settle(norm, model, record.clean)
+            if config.start == "victim":
+                settle(norm, model, record.clean)
             record.report("inserted", model)
             train_polarizer(model, polarizer, norm, record, config)
     return model
@@ -146,7 +152,7 @@ def settle(norm, model, split):
 
 def train_polarizer(model, polarizer, norm, record, config):
     """Train the two layers within `model`: a warm-up, then all terms of the loss."""
-    train = partial(fit, EvaluationMode(model, [polarizer, norm]), record.clean)
+    moving = [polarizer, norm]
     stage = partial(
         Recipe.stage,
         config,
@@ -154,14 +160,18 @@ def train_polarizer(model, polarizer, norm, record, config):
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    train(
+    fit(
+        EvaluationMode(model, moving),
+        record.clean,
         stage(epochs=config.warmup_epochs, lr=config.warmup_lr, lr_min=config.warmup_lr),
         on_epoch=partial(record.report, "warmup"),
         checkpoint=record.state / "warmup.safetensors",
     )
     record.report("warm", model)
     draws = drawn(record, config) if config.targets == "random" else None
-    train(
+    fit(
+        EvaluationMode(model, moving if config.start == "victim" else []),
+        record.clean,
         stage(epochs=config.epochs, lr=config.polarizer_lr, lr_min=config.polarizer_lr),
         loss=partial(polarizing, config=config, draws=draws),
         on_epoch=partial(record.report, "polarize"),

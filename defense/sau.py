@@ -6,10 +6,11 @@ fooled in another way, or not at all, has lost the backdoor.
 
     python defense/sau.py --result_file badnet_cifar10
 
-Deviates in batch size, weight decay and the form of one loss term: see docs/defenses/sau.md.
+Deviates in batch size, weight decay and the form of two loss terms: see docs/defenses/sau.md.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from utils.config import Defense, option
 from utils.launch import launch
@@ -31,6 +32,10 @@ class Config(Defense):
     """of the search for an image's perturbation"""
     step_size: float = option(0.2, above=0)
     """change of a pixel in each of them"""
+    fooled: Literal["label", "own"] = "label"
+    """when the search takes a network for fooled: label: it predicts another class than the image's
+    label, as in the paper; own: another class than it predicts itself for the unchanged image, as
+    in the released search"""
     clip: bool = False
     """cut perturbed images to [0, 1]"""
     beta1: float = option(0.01, at_least=0)
@@ -96,14 +101,23 @@ def perturbation(model, victim, images, labels, config):
     images n,3,S,S in [0, 1], labels n. The change of an image depends on no other image. The
     weights get no gradient.
     """
+    right = right_answers(model, victim, images, labels, config)
     change = within(torch.full_like(images, config.radius), images, config)
     for _ in range(config.steps):
         change.requires_grad_()
         logits, victim_logits = model(images + change), victim(images + change)
-        loss = fooling(logits, victim_logits, labels, config.beta1, config.beta2)
+        loss = fooling(logits, victim_logits, labels, config.beta1, config.beta2, right)
         (gradient,) = torch.autograd.grad(loss.sum(), change)
         change = within(change.detach() - config.step_size * gradient.sign(), images, config)
     return change
+
+
+def right_answers(model, victim, images, labels, config):
+    """The classes n, of each of the two networks, that a network must leave to be fooled."""
+    if config.fooled == "label":
+        return labels, labels
+    with torch.no_grad():
+        return model(images).argmax(1), victim(images).argmax(1)
 
 
 def within(change, images, config):
@@ -112,15 +126,18 @@ def within(change, images, config):
     return (images + change).clamp(0, 1) - images if config.clip else change
 
 
-def fooling(logits, victim_logits, labels, beta1, beta2):
+def fooling(logits, victim_logits, labels, beta1, beta2, right=None):
     """The loss of the search, n values, from the logits n,C of both networks.
 
-    It is beta1 * -(CE of the copy + CE of the victim)/2, each only where that network is correct,
-    plus beta2 * their divergence, except where both predict the same wrong class.
+    It is beta1 * -(CE of the copy + CE of the victim)/2, each only where that network is not
+    fooled, plus beta2 * their divergence, except where both are fooled and predict the same class.
+    A network is fooled where it predicts another class than `right` says, two rows of n classes,
+    by default the labels.
     """
     predicted, by_victim = logits.argmax(1), victim_logits.argmax(1)
-    fooled, victim_fooled = predicted != labels, by_victim != labels
-    shared = fooled & (predicted == by_victim)
+    own_right, victims_right = right or (labels, labels)
+    fooled, victim_fooled = predicted != own_right, by_victim != victims_right
+    shared = fooled & victim_fooled & (predicted == by_victim)
     own, victims = (
         F.cross_entropy(at_least_float32(part), labels, reduction="none")
         for part in (logits, victim_logits)

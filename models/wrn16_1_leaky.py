@@ -3,8 +3,13 @@
 Wang et al., "Trap and Replace", NeurIPS 2022, https://arxiv.org/abs/2210.06428, after Zagoruyko and
 Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146. As `wrn16_1`,
 175,626 parameters with 10 classes. Convolutions start from He's normal initialisation, the linear
-layer from Glorot's. In the released code the two blocks that change the shape never use their first
-batch norm; here they do.
+layer from Glorot's.
+
+It is the paper's architecture, and not the released code's to the last layer: there the two blocks
+that change the shape (group2.0 and group3.0) hold their first batch norm and leaky ReLU and never
+use them. Here they use them, as the Wide ResNet paper has it. Number and names of the parameters
+are the same, the outputs are not: on the same weights, images and draws the first loss of stage 1
+of Trap and Replace differs (3.268 and 3.438). There is no model of the released form.
 """
 
 from collections import OrderedDict

@@ -3,6 +3,9 @@
 import importlib
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -20,3 +23,15 @@ def few(script):
     if script.startswith("attack"):
         short["width"] = 8
     return [str(word) for name, value in short.items() for word in (f"--{name}", value)]
+
+
+def image_folders(place, offset=0, classes=("a", "b"), count=12):
+    """A data set of 16 pixels: `count` images a class and split; `offset` changes all pixels."""
+    for split in ("train", "test"):
+        for label, name in enumerate(classes):
+            (place / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((16, 16, 3), 40 * label + number + offset, np.uint8)
+                pixels[number, :8] = 255
+                Image.fromarray(pixels).save(place / split / name / f"{number}.png")
+    return place

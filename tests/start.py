@@ -32,6 +32,11 @@ def start(words, *, cwd, env):
 def _run(words, cwd, env, said):
     for number, path in enumerate(said, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    run_script(words, cwd, env)
+
+
+def run_script(words, cwd, env):
+    """Do in this process what `python WORDS...` does."""
     os.chdir(cwd)
     os.environ.update(env)
     module = words[0] == "-m"

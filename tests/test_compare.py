@@ -389,11 +389,44 @@ def test_folders_given_twice_nested_or_linked_are_read_once(tmp_path, table):
     assert list(table(*folders)["n"]) == [1, 1]
 
 
-def test_a_linked_run_is_found(tmp_path, table):
+def test_links_are_followed_below_the_given_folders_only(tmp_path, run, table):
     attack(tmp_path / "elsewhere" / "a")
-    (tmp_path / "record").mkdir()
-    (tmp_path / "record" / "a").symlink_to(tmp_path / "elsewhere" / "a")
-    assert len(table(tmp_path / "record")) == 1
+    record, link = tmp_path / "record", tmp_path / "record" / "a"
+    record.mkdir()
+    link.symlink_to(tmp_path / "elsewhere" / "a")
+    code, out, err = run(record)
+    assert (code, out) == (3, "") and f"{link} is a link out of the folders that were given" in err
+    attack(record / "b", name="wanet")
+    code, out, _ = run(record)
+    assert code == 0 and "badnet" not in out and f"\n{link}: a link out of the folders" in out
+    assert list(table(record, tmp_path / "elsewhere")["attack"]) == ["badnet", "wanet"]
+    assert list(table(link)["attack"]) == ["badnet"]
+
+
+def test_a_link_to_the_whole_disk_is_not_entered(tmp_path, run, monkeypatch):
+    attack(tmp_path / "record" / "a")
+    (tmp_path / "record" / "all").symlink_to("/")
+    entered, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(os.fspath(path)) or scan(path))
+    assert run(tmp_path / "record")[0] == 0
+    assert str(tmp_path / "record" / "a") in entered
+    assert not any("all" in Path(path).relative_to(tmp_path).parts for path in entered)
+
+
+def test_folders_are_searched_to_a_depth(tmp_path, run):
+    attack(tmp_path / "a")
+    attack(tmp_path / Path(*"d" * 70), name="wanet")
+    code, out, _ = run(tmp_path)
+    assert code == 0 and "90.0" in out and "wanet" not in out
+    assert "d: more than 64 levels below the folder that was given: give it itself\n" in out
+
+
+def test_a_linked_file_is_refused(tmp_path, run):
+    folder = attack(tmp_path / "record" / "a")
+    (folder / "config.yaml").rename(tmp_path / "config.yaml")
+    (folder / "config.yaml").symlink_to(tmp_path / "config.yaml")
+    code, out, _ = run(tmp_path / "record")
+    assert code == 4 and f"{folder}: config.yaml is a link" in out
 
 
 def test_a_run_itself_may_be_given(tmp_path, table, monkeypatch):
@@ -438,10 +471,27 @@ def rewrite(folder, **row):
     write_run(folder, record["kind"], config, old | row)
 
 
-def set_results(folder, text):
-    (folder / "results.csv").write_text(text)
+def set_file(folder, name, text):
+    """Put another file into a finished run, with the right hash."""
+    (folder / name).write_text(text)
     files = json.loads((folder / "record.json").read_text())["files"]
-    edit_record(folder, files=files | {"results.csv": sha256(folder / "results.csv")})
+    edit_record(folder, files=files | {name: sha256(folder / name)})
+
+
+def set_results(folder, text):
+    set_file(folder, "results.csv", text)
+
+
+def enlarge(path, size):
+    """Make a file of `size` bytes that takes no room on the disk."""
+    with open(path, "ab") as file:
+        file.truncate(size)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 DAMAGES = {
@@ -466,6 +516,47 @@ DAMAGES = {
     "acc is nan": lambda folder: rewrite(folder, acc="nan"),
     "asr is 95": lambda folder: rewrite(folder, asr=95),
     "ASR + RA is 1.01, more than 1": lambda folder: rewrite(folder, asr=0.9, ra=0.11),
+    "config.yaml is unusable: it holds an alias": lambda folder: set_file(
+        folder, "config.yaml", BOMB
+    ),
+    "it holds an alias or a tag": lambda folder: set_file(
+        folder, "config.yaml", "a: &a x\nb: *a\n"
+    ),
+    "alias or a tag, and options have none": lambda folder: set_file(
+        folder, "config.yaml", "a: !!timestamp x\n"
+    ),
+    "it holds a list or a mapping": lambda folder: set_file(
+        folder, "config.yaml", f"a: {'[' * 200_000}"
+    ),
+    "mapping where an option has a single value": lambda folder: set_file(
+        folder, "config.yaml", "a: {b: 1}"
+    ),
+    "config.yaml is larger than 256 KB": lambda folder: set_file(
+        folder, "config.yaml", "a: 1\n" * 60_000
+    ),
+    "a has more than 4000 characters": lambda folder: set_file(
+        folder, "config.yaml", f"a: {'x' * 5000}"
+    ),
+    "results.csv is larger than 1024 KB": lambda folder: enlarge(
+        folder / "results.csv", 30 * 2**30
+    ),
+    "record.json is larger than 4096 KB": lambda folder: enlarge(
+        folder / "record.json", 30 * 2**30
+    ),
+    "results.csv is unusable: it has more than 1 row": lambda folder: set_results(
+        folder, "acc,asr\n" + "1,0\n" * 100_000
+    ),
+    "results.csv is unusable: it has more than 1000 columns": lambda folder: set_results(
+        folder, "a," * 100_000 + "\n1\n"
+    ),
+    "model has more than 4000 characters": lambda folder: rewrite(folder, model="x" * 10_000),
+    "record.json is unusable: maximum recursion": lambda folder: (
+        folder / "record.json"
+    ).write_text("[" * 100_000),
+    "record.json is unusable: it has more than 20 levels": lambda folder: edit_record(
+        folder, versions=json.loads('{"a":' * 30 + "1" + "}" * 30)
+    ),
+    "record.json is of format '1111": lambda folder: edit_record(folder, format="1" * 10**6),
 }
 
 
@@ -478,6 +569,7 @@ def test_damaged_runs_are_listed(tmp_path, run, reason):
     head, _, listed = out.partition("\n1 run left out:\n")
     assert (code, err) == (0, "") and "90.0" in head and "±" not in head
     assert listed.startswith(f"{bad}: ") and reason in listed and listed.count("\n") == 1
+    assert len(listed) < 1000
 
 
 def test_a_defense_of_another_or_damaged_victim_is_listed(tmp_path, run):
@@ -527,9 +619,101 @@ def test_machine_readable_formats_list_on_stderr(tmp_path, run):
     assert out.endswith(f"|\n\n1 run left out:\n- {tmp_path / 'b'}: no record.json: unfinished\n")
 
 
+def test_an_endless_time_costs_no_other_run(tmp_path, table):
+    for seed in (0, 1):
+        attack(tmp_path / str(seed), seed=seed, row={"seconds": "inf" if seed else 2.5})
+    assert list(table(tmp_path)["seconds_mean"]) == [2.5]
+
+
 def test_names_cannot_break_a_line_or_the_terminal(tmp_path, run):
     attack(tmp_path / "a", row={"attack": "bad\x1b[31m\nnet"})
     assert "bad [31m net" in run(tmp_path)[1]
+
+
+ESCAPE = "\x1b]0;title\x07\u202e\x9b31m\n"
+TELLERS = {
+    "folder": lambda root: attack(root / f"a{ESCAPE}") / "record.json",
+    "format": lambda root: edit_record(attack(root / "a"), format=ESCAPE),
+    "kind": lambda root: edit_record(attack(root / "a"), kind=[ESCAPE]),
+    "option": lambda root: attack(root / "a", **{ESCAPE: "x" * 5000}),
+    "yaml": lambda root: set_file(attack(root / "a"), "config.yaml", f"'{ESCAPE}\n"),
+    "json": lambda root: (attack(root / "a") / "record.json").write_text(f"'{ESCAPE}"),
+    "column": lambda root: rewrite(attack(root / "a"), acc=ESCAPE),
+    "link": lambda root: (root / ESCAPE).symlink_to("/"),
+    "data": lambda root: [
+        attack(root / f"a{number}", row={"dataset": f"x{ESCAPE}"}, seed=number)
+        and edit_record(root / f"a{number}", data={"fingerprint": f"{ESCAPE}{number}"})
+        for number in (1, 2)
+    ],
+    "copy": lambda root: shutil.copytree(attack(root / "a"), root / f"b{ESCAPE}"),
+    "label": lambda root: [
+        attack(root / str(value), **{f"x{ESCAPE}": f"{value}{ESCAPE}"}) for value in (1, 2)
+    ],
+}
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "csv", "latex"])
+@pytest.mark.parametrize("place", TELLERS)
+def test_no_text_of_a_record_commands_the_terminal(tmp_path, run, place, form):
+    TELLERS[place](tmp_path)
+    for table in ("cells", "overview", "attacks"):
+        _, out, err = run(tmp_path, "--table", table, "--format", form)
+        shown = (out + err).replace("\n", "")
+        assert shown and shown.isprintable()
+    (tmp_path / f"x{ESCAPE}.csv").write_text(f"run,command,defense{ESCAPE}\n1,2,3\n")
+    _, out, err = run(tmp_path, tmp_path / f"x{ESCAPE}.csv")
+    assert (out + err).replace("\n", "").isprintable() and "x" in out + err
+
+
+def formula_runs(root, name):
+    row = {"attack": name, "dataset": name, "model": name, "recipe": name}
+    return defense(attack(root / "a", row=row), name=name, row=row)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+cmd|x", "-2+3", "@SUM(1)", "\t=1", "＝1"])
+def test_csv_holds_no_formulas(tmp_path, run, name):
+    formula_runs(tmp_path, name)
+    for table in TABLES_SHOWN:
+        out = run(tmp_path, "--table", table, "--format", "csv")[1]
+        cells = [cell for line in csv.reader(io.StringIO(out)) for cell in line]
+        assert f"'{name.strip()}" in cells
+        assert not any(cell.startswith(("=", "+", "-", "@", "\t", "＝")) for cell in cells)
+
+
+TABLES_SHOWN = ("cells", "overview", "attacks")
+
+
+def test_numbers_in_csv_keep_their_sign():
+    text = formats.csv_text(["a"], [[-0.5], ["-0.5"], [-3], ["-x"], [None]])
+    assert text == 'a\n-0.5\n-0.5\n-3\n\'-x\n""\n'
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["![x](http://a.b)", "[x](javascript:alert(1))", "[x][y]", "[x]: http://a.b", "[x\\](a)"],
+)
+def test_markdown_holds_no_links(tmp_path, run, name):
+    formula_runs(tmp_path, name)
+    shutil.copytree(tmp_path / "a", tmp_path / name.replace("/", ":"))
+    for table in TABLES_SHOWN:
+        out = run(tmp_path, "--table", table, "--format", "markdown")[1]
+        assert "![" not in out and not re.search(r"\]([(\[:])", out) and "left out" in out
+        assert "x\\" in out
+
+
+def test_plain_brackets_stay_in_markdown():
+    assert formats.as_markdown("sig [9.9 % poisoned]") == "sig [9.9 % poisoned]"
+
+
+@pytest.mark.parametrize("name", ["[2cm]", "*"])
+def test_latex_labels_are_no_options_of_a_line(tmp_path, run, name):
+    victim = attack(tmp_path / "a", row={"attack": name})
+    for label in (name, f"{name}b"):
+        defense(victim, name=label, folder=str(len(label)))
+    for table in TABLES_SHOWN:
+        lines = run(tmp_path, "--table", table, "--format", "latex")[1].splitlines()
+        assert not any(line.startswith(("[", "*")) for line in lines)
+        assert any(line.startswith(f"{{}}{name}") for line in lines)
 
 
 def test_later_columns_are_ignored(tmp_path, table):
@@ -622,6 +806,30 @@ def test_a_terminal_without_the_signs_gets_the_table(tmp_path):
     assert ascii_only.returncode == 0 and "93.0 ? 3.6 (3)" in ascii_only.stdout
 
 
+@pytest.mark.parametrize("arguments", [[], ["--format", "csv"], ["--help"]])
+def test_a_closed_pipe_ends_quietly(tmp_path, arguments):
+    attack(tmp_path / "a")
+    (tmp_path / "b" / "state").mkdir(parents=True)
+    command = [sys.executable, "compare.py", str(tmp_path), *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 0 and "rror" not in done.stderr
+
+
+def test_a_closed_pipe_does_not_cost_the_page(tmp_path):
+    attack(tmp_path / "r" / "a")
+    command = [sys.executable, "compare.py", str(tmp_path / "r"), "--html", str(tmp_path / "p")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    subprocess.run(command, cwd=ROOT, stdout=writer, timeout=60, check=True)
+    os.close(writer)
+    assert (tmp_path / "p").read_text().endswith("</html>")
+
+
 def results_of(row, folder):
     """A table of results with this row of a victim, and a defense whose victim is not in it."""
     path = folder / "all.csv"
@@ -670,6 +878,15 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, run, content):
     )
     code, out, _ = run(tmp_path / "good", tmp_path / "x.csv")
     assert code == 0 and "90.0" in out and "x.csv: " in out, "one bad table never costs the others"
+
+
+def test_tables_of_results_have_a_limit(tmp_path, run, monkeypatch):
+    path = results_of(dict.fromkeys([*COLUMNS, "command"], ""), tmp_path)
+    monkeypatch.setattr(runs, "MOST_ROWS", 1)
+    assert "all.csv: it is unusable: it has more than 1 row\n" in run(path)[1]
+    enlarge(path, 30 * 2**30)
+    code, out, _ = run(path, attack(tmp_path / "a"))
+    assert code == 0 and "90.0" in out and "all.csv: all.csv is larger than 65536 KB\n" in out
 
 
 def test_a_table_that_is_not_there_is_missing(tmp_path, run):
@@ -801,6 +1018,148 @@ def test_clean_models_are_those_without_poison(tmp_path, run):
     assert header.split() == ["zero", "clean_label*"], (
         "the clean model comes first, and is not weak"
     )
+
+
+# ---------- data sets of one name, and victims that learned nothing ----------
+
+
+def on(folder, mark, **facts):
+    """Say on which data a finished victim was trained; returns its folder."""
+    prints = {"train": mark, "test": "t"}
+    edit_record(folder, data={"train": 1000, "test": 360, "fingerprint": prints, **facts})
+    return folder
+
+
+def test_two_data_sets_of_one_name_are_two(tmp_path, run, table):
+    row = {"dataset": "folder"}
+    for mark, acc in (("dogs", 0.9), ("cats", 0.8)):
+        defense(on(attack(tmp_path / mark, acc=acc, row=row), mark), row=row)
+    shown = table(tmp_path)
+    names = sorted(set(shown["dataset"]))
+    assert len(names) == 2 and all(re.fullmatch("folder #[0-9a-f]{6}", name) for name in names)
+    assert list(shown["n"]) == [1] * 4 and sorted(shown["acc_mean"]) == [0.8, 0.88, 0.88, 0.9]
+    code, out, _ = run(tmp_path)
+    assert code == 0 and all(f"{name}, resnet9_w16\n" in out for name in names)
+    assert "left out" not in out
+    shutil.copytree(tmp_path / "dogs", tmp_path / "copy")
+    assert "2 runs left out" in run(tmp_path)[1]
+
+
+def test_one_data_set_needs_no_mark(tmp_path, run):
+    for seed in (0, 1):
+        on(attack(tmp_path / str(seed), seed=seed, row={"dataset": "pets"}), "pets")
+    out = run(tmp_path)[1]
+    assert out.startswith("pets, resnet9_w16\n") and "90.0 ± 0.0 (2)" in out
+
+
+def test_marks_are_as_long_as_it_takes():
+    assert tables.shortest("abcdef12", {"abcdef12", ""}) == "abcdef"
+    assert tables.shortest("abcdef12", {"abcdef12", "abcdef13"}) == "abcdef12"
+
+
+@pytest.mark.parametrize(("name", "count"), [("digits", 1), ("folder", 2)])
+def test_runs_that_do_not_name_their_data(tmp_path, table, name, count):
+    """Of the usual data sets there is one; one's own may be any."""
+    on(attack(tmp_path / "a", row={"dataset": name}), "x")
+    attack(tmp_path / "b", seed=1, row={"dataset": name})
+    assert len(set(table(tmp_path)["dataset"])) == count and table(tmp_path)["n"].sum() == 2
+
+
+def test_a_table_of_results_can_name_its_data(tmp_path, run):
+    row = dict.fromkeys([*COLUMNS, "command"], "") | ROW | {"attack": "badnet", "defense": "none"}
+    row |= {"dataset": "pets", "acc": 0.9}
+    rows = [{**row, "run": name, "data_fingerprint": name * 12} for name in "ab"]
+    files.write(tmp_path / "all.csv", files.csv_text(rows, ["run", *row, "data_fingerprint"]))
+    out = run(tmp_path / "all.csv")[1]
+    assert "pets #aaaaaa, resnet9_w16\n" in out and "pets #bbbbbb, resnet9_w16\n" in out
+
+
+@pytest.mark.parametrize("data", [None, 7, "x", [1], {"fingerprint": {"a": [{}]}}, {"classes": []}])
+def test_facts_about_data_may_be_anything(tmp_path, table, data):
+    edit_record(attack(tmp_path / "a"), data=data)
+    assert list(table(tmp_path)["n"]) == [1]
+
+
+UNTRAINED = {  # acc, asr, ra, row, facts about the data: whether it is marked
+    "a tenth": ((0.11, 0.989, 0.01), {}, None, True),
+    "below three times chance": ((0.2999, 0.9, 0.1), {}, None, True),
+    "three times chance": ((0.3, 0.9, 0.1), {}, None, False),
+    "100 classes": ((0.2, 0.9, 0.1), {"dataset": "cifar100"}, None, False),
+    "own, 20 classes": ((0.14, 0.9, 0.1), {"dataset": "pets"}, {"classes": 20}, True),
+    "own, 20 classes, better": ((0.16, 0.9, 0.1), {"dataset": "pets"}, {"classes": 20}, False),
+    "own, 2 classes": ((0.74, 0.9, 0.1), {"dataset": "pets"}, {"classes": 2}, True),
+    "own, 2 classes, better": ((0.76, 0.9, 0.1), {"dataset": "pets"}, {"classes": 2}, False),
+    "unknown classes": ((0.11, 0.9, 0.1), {"dataset": "pets"}, None, False),
+    "one answer": ((0.1, 1, 0), {"dataset": "pets"}, None, True),
+    "one answer, a large class": ((0.4, 1, 0), {"dataset": "pets", "n_backdoor": 216}, None, True),
+    "more": ((0.5, 1, 0), {"dataset": "pets", "n_backdoor": 216}, None, False),
+    "not the target": ((0.4, 0.5, 0), {"dataset": "pets", "n_backdoor": 216}, None, False),
+    "clean": ((0.2, 0.1, 0.1), {"attack": "clean", "n_poison": 0}, None, True),
+}
+
+
+@pytest.mark.parametrize("case", UNTRAINED)
+def test_a_victim_that_learned_nothing_is_marked(tmp_path, run, case):
+    (acc, asr, ra), row, facts, marked = UNTRAINED[case]
+    folder = attack(tmp_path / "a", acc=acc, asr=asr, ra=ra, row=row)
+    if facts:
+        on(folder, "x", **facts)
+    for table in TABLES_SHOWN:
+        out = run(tmp_path, "--table", table)[1]
+        assert (f"{row.get('attack', 'badnet')}§" in out) == marked
+        assert ("\n§ untrained victim" in out) == marked
+    assert (r"$^\S$" in run(tmp_path, "--format", "latex")[1]) == marked
+
+
+@pytest.mark.parametrize(("acc", "marked"), [(0.66, True), (0.69, False)])
+def test_a_victim_far_below_the_clean_model_is_marked(tmp_path, run, acc, marked):
+    attack(tmp_path / "clean", name="clean", acc=0.9, asr="", ra="", row={"n_poison": 0})
+    defense(attack(tmp_path / "a", acc=acc), acc=acc, asr=0, ra=acc)
+    assert ("badnet§" in run(tmp_path)[1]) == marked
+    out = run(tmp_path, "--table", "overview", "--format", "csv")[1]
+    row = pd.read_csv(io.StringIO(out)).set_index("defense").loc["ft"]
+    assert (row["repaired"], row["attacked"]) == ((0, 0) if marked else (1, 1))
+
+
+def test_a_clean_model_that_learned_nothing_judges_no_other(tmp_path, run):
+    attack(tmp_path / "clean", name="clean", acc=0.1, asr="", ra="", row={"n_poison": 0})
+    attack(tmp_path / "a", acc=0.5)
+    out = run(tmp_path)[1]
+    assert "clean§" in out and "badnet§" not in out
+
+
+def test_no_defense_is_credited_on_the_seed_that_learned_nothing(tmp_path, run):
+    for seed, acc in enumerate([0.9, 0.1]):
+        victim = attack(tmp_path / str(seed), acc=acc, asr=0.99, ra=0.01, seed=seed)
+        defense(victim, acc=acc, asr=0, ra=acc)
+    out = run(tmp_path, "--table", "overview", "--format", "csv")[1]
+    row = pd.read_csv(io.StringIO(out)).set_index("defense").loc["ft"]
+    assert (row["repaired"], row["attacked"], row["n_max"]) == (1, 1, 2)
+    assert "badnet§" in run(tmp_path)[1]
+
+
+def test_figures_mark_a_victim_that_learned_nothing(tmp_path):
+    from utils import charts
+    from utils.report import figures
+
+    defense(attack(tmp_path / "a", acc=0.11, asr=0.989, ra=0.01), acc=0.1)
+    (table,) = tables.group(runs.read_all(runs.find_runs([tmp_path]))[0])
+    with charts.plotting() as Figure:
+        for _, figure in figures.drawn([table], Figure):
+            words = list(figure.texts)
+            for axes in figure.axes:
+                words += [axes.title, *axes.get_xticklabels()]
+            shown = " ".join(text.get_text() for text in words)
+            assert "badnet§" in shown and "§ untrained victim" in shown
+
+
+def test_committed_results_hold_no_untrained_victim():
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.csv")):
+        with open(path) as file:
+            if not file.readline().startswith("run,"):
+                continue
+        for table in tables.group(runs.read_table(path)[0]):
+            assert not table.untrained, path
 
 
 # ---------- colours and figures ----------

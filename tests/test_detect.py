@@ -19,7 +19,7 @@ from tests.test_scripts import results
 from utils import config, files, train
 from utils.config import Defense
 from utils.data.dataset import Split
-from utils.errors import ConfigError
+from utils.errors import ConfigError, RefusedError
 from utils.features import last_features
 from utils.repair.options import RetrainingOptions
 
@@ -145,7 +145,7 @@ def test_the_recipe_is_the_victims_unless_options_say_otherwise(method, tmp_path
         "defense/x.py", options
     )
     files.write_yaml(tmp_path / "config.yaml", {**victim, "epochs": "seven"})
-    with pytest.raises(ConfigError, match="wrong type"):
+    with pytest.raises(RefusedError, match="wrong type"):
         config.parse(method.Config, words)
 
 
@@ -256,6 +256,27 @@ def test_clusters_do_not_depend_on_the_order_of_the_images(reduction):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(4))
     again = ac.clusters(features[order].numpy(), labels[order].numpy(), 11, options)
     assert (again[0] & (labels[order] == 3).numpy() == bad[order].numpy()).all()
+
+
+def two_kinds(count=300):
+    """(features of one label, which images are planted): half of the images differ from the other
+    half a little and sharply, and a planted quarter differs from the rest much and widely."""
+    draws, bad = np.random.default_rng(0), np.arange(count) < count // 4
+    features = draws.normal(size=(count, 16)) * 0.5
+    features[:, 0] = 4 * (draws.permutation(count) % 2) + 0.1 * draws.normal(size=count)
+    features[:, 1] = draws.uniform(-4, 4, count) + 20 * bad
+    return features, bad
+
+
+def test_principal_components_find_a_planted_quarter_that_independent_ones_miss():
+    """The table of docs/defenses/ac.md."""
+    features, bad = two_kinds()
+    rows = {}
+    for reduction in ("ica", "pca"):
+        options = ac.Config(result_file="x", reduction=reduction)
+        smaller, share, _ = ac.clusters(features, np.zeros(300, int), 1, options)
+        rows[reduction] = int(100 * share[0]), int((smaller & bad).sum()), share[0] < options.size
+    assert rows == {"ica": (50, 40, False), "pca": (25, 75, True)}
 
 
 def test_a_cluster_is_poison_by_its_size_or_by_its_distance(monkeypatch, tmp_path):

@@ -311,6 +311,46 @@ def test_wrn16_1_is_the_papers():
     assert sum(p.numel() for p in models.build("wrn16_1", spec(classes=10)).parameters()) == 175_066
 
 
+def test_wrn16_1_leaky_computes_what_the_papers_say():
+    """The layers one after the other, in float64; every batch norm takes part."""
+    model = models.build("wrn16_1_leaky", spec(classes=10)).double().eval()
+    torch.manual_seed(1)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        for tensor in (norm.running_mean, norm.bias.data):
+            tensor.normal_()
+        for tensor in (norm.running_var, norm.weight.data):
+            tensor.uniform_(0.5, 2)
+    state, used = model.network.state_dict(), set()
+
+    def layer(name):
+        used.update(key for key in state if key.startswith(f"{name}."))
+        return {key: state[f"{name}.{key}"] for key in ("weight", "bias")}
+
+    def active(x, name):
+        mean, variance = (state[f"{name}.running_{part}"] for part in ("mean", "var"))
+        scale = layer(name)["weight"] / (variance + 1e-5).sqrt()
+        x = (x - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + layer(name)["bias"].view(-1, 1, 1)
+        return torch.where(x > 0, x, 0.1 * x)
+
+    def convolved(x, name, stride=1, padding=1):
+        return nn.functional.conv2d(x, **layer(name), stride=stride, padding=padding)
+
+    images = pixels().double()
+    x = convolved(model.normalize(images), "conv1")
+    for group in (1, 2, 3):
+        for block in (0, 1):
+            name, stride = f"group{group}.{block}", 2 if group > 1 and block == 0 else 1
+            before = active(x, f"{name}.bn1")
+            out = active(convolved(before, f"{name}.conv1", stride), f"{name}.bn2")
+            shortcut = x if stride == 1 else convolved(before, f"{name}.shortcut", 2, 0)
+            x = convolved(out, f"{name}.conv2") + shortcut
+    x = active(x, "bn").mean((2, 3))
+    linear = layer("linear")
+    expected = x @ linear["weight"].T + linear["bias"]
+    assert used == set(state), "no layer is left unused"
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("name", "total", "head"),
     [("wrn16_1_leaky", 175_626, 74_890), ("preactresnet18", 11_171_146, 4_725_770)],

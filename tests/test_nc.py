@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from defense import nc
+from tests.helpers import ROOT
 from tests.test_fmp import found_record
 from tests.test_scripts import results
 from utils import seeds
@@ -271,6 +272,20 @@ def test_the_outlier_rule_by_hand():
     spread = 1.4826 * statistics.median(abs(norm - middle) for norm in norms)
     indices = [abs(norm - middle) / spread for norm in norms]
     assert rule(norms)[0] == pytest.approx(indices, abs=1e-3)
+
+
+def test_the_page_names_the_defaults_and_the_papers_numbers():
+    """The table of docs/defenses/nc.md: the command beside it has the paper's numbers."""
+    page = (ROOT / "docs" / "defenses" / "nc.md").read_text()
+    usual = nc.Config(result_file="x")
+    rows = (
+        ("epochs", f"{usual.epochs}", "1", 1),
+        ("clean_ratio", f"{100 * usual.clean_ratio:g} %", "10 %", 0.1),
+        ("goal", f"{100 * usual.goal:g} %", "99 %", 0.99),
+    )
+    for name, default, paper, value in rows:
+        assert f"| `--{name}` | {default} | {paper} |" in page
+        assert f" --{name} {value:g}" in page
 
 
 def test_triggered_images_keep_their_labels(tmp_path):

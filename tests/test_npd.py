@@ -1,6 +1,7 @@
 """The neural polarizer: its place, its search and loss against the equations, and its effect."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -248,6 +249,49 @@ def test_only_the_polarizer_changes(tmp_path):
     again = npd.rebuild(models.build("resnet9", SPEC, 8), after).eval()
     images = torch.rand(4, 3, 32, 32)
     torch.testing.assert_close(again(images), victim.eval()(images))
+
+
+def released_statistics(inputs, momentum=0.1):
+    """(mean, variance) C after batches n,C,h,w, from 0 and 1, as a batch norm moves them."""
+    mean, variance = 0.0, 1.0
+    for values in inputs:
+        columns = values.transpose(0, 1).flatten(1)
+        mean = (1 - momentum) * mean + momentum * columns.mean(1)
+        variance = (1 - momentum) * variance + momentum * columns.var(1)
+    return mean, variance
+
+
+def test_the_released_start_is_a_plain_batch_norm_that_then_keeps_its_statistics(tmp_path):
+    record, stages = found_record(tmp_path, 40)
+    victim, seen = built().train(), {"warmup": [], "polarize": []}
+    original, images = copy.deepcopy(victim).eval(), record.clean.images / 255
+    config = options(start="released", epochs=2, warmup_epochs=1, batch_size=16)
+    found = {}
+
+    def report(stage, model, **_):
+        norm = victim.get_submodule(PLACES["resnet9"]).norm
+        found[stage] = {name: value.clone() for name, value in norm.state_dict().items()}
+        if stage == "inserted":  # the outputs are still the victim's, but for the small eps
+            largest = float(original(images).detach().abs().max())
+            torch.testing.assert_close(model(images), original(images), rtol=0, atol=1e-3 * largest)
+            norm.register_forward_pre_hook(
+                lambda module, values: (
+                    seen["warmup"].append(values[0].detach()) if module.training else None
+                )
+            )
+
+    npd.repair(victim, dataclasses.replace(record, report=report), config)
+    start = found["inserted"]
+    assert (start["weight"] == 1).all() and (start["running_var"] == 1).all()
+    assert not start["bias"].any() and not start["running_mean"].any()
+    mean, variance = released_statistics(seen["warmup"])
+    assert len(seen["warmup"]) == 3, "40 images in batches of 16, and no search normalises by them"
+    torch.testing.assert_close(found["warm"]["running_mean"], mean)
+    torch.testing.assert_close(found["warm"]["running_var"], variance)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(found["polarize"][name], found["warm"][name]), "evaluation mode"
+    for name in ("weight", "bias"):
+        assert not torch.equal(found["polarize"][name], found["warm"][name]), "it still learns"
 
 
 def test_an_interrupted_run_goes_on(tmp_path):

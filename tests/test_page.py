@@ -19,7 +19,7 @@ from PIL import Image
 import compare
 from tests.test_compare import ROOT, attack, defense, edit_record, sha256
 from utils.errors import RefusedError
-from utils.report import images, page, palette, published, runs, tables
+from utils.report import curves, images, page, palette, published, runs, tables
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='harmed'\"></script>"
@@ -257,6 +257,59 @@ def test_commands_of_strangers_are_no_traps(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["../record/evil/payload", "/tmp/payload", "clean_../x", "__init__", "", "x" * 300]
+    + [f"clean_{'x' * 300}", "none", "Badnet", "README", "badnet.py", "*"],
+)
+def test_only_scripts_that_exist_have_a_command(tmp_path, monkeypatch, name):
+    script = f"python attack/{name}.py --lr 0.1"
+    (tmp_path / "attack").mkdir()
+    (tmp_path / "attack" / "badnet.py").write_text("")
+    (tmp_path / "attack" / "__init__.py").write_text("")
+    (tmp_path / "payload.py").write_text("")
+    monkeypatch.setattr(page.options, "ROOT", tmp_path)
+    for known, expected in ((name, None), ("badnet", "python attack/badnet.py --lr 0.1")):
+        told = script.replace(name, known) if name else expected
+        run = runs.Run(tmp_path, {"attack": known}, {}, {}, {"files": {}, "command": told}, None)
+        assert page.command(run) == expected
+
+
+def test_a_stranger_gives_no_command(report):
+    cells = data(report)["cells"]
+    commands = {cell["names"][0]: cell["runs"][0]["command"] for cell in cells if cell["victim"]}
+    assert commands.pop(" ".join(HOSTILE.replace("\u2028", " ").split())) is None
+    assert all(command.startswith("python attack/") for command in commands.values())
+
+
+def test_facts_of_any_depth_are_shown_as_text(tmp_path):
+    deep = json.loads('{"a":' * 15 + "1" + "}" * 15)
+    add(attack(tmp_path / "record" / "a"), versions=deep, device=deep, git_commit="x" * 10**5)
+    facts = data(built(tmp_path / "record"))["cells"][0]["runs"][0]["facts"]
+    assert all(len(fact) <= page.LONGEST for fact in facts.values()) and len(facts) == 3
+
+
+def test_a_log_is_read_within_limits(tmp_path, monkeypatch):
+    add(attack(tmp_path / "record" / "a"), {"log.csv": log(20)})
+    monkeypatch.setattr(curves, "MOST_EPOCHS", 22)
+    assert data(built(tmp_path / "record"))["cells"][0]["runs"][0]["curve"]["epoch"][-1] == 20
+    monkeypatch.setattr(curves, "MOST_EPOCHS", 21)
+    assert data(built(tmp_path / "record"))["cells"][0]["runs"][0]["curve"] is None
+    monkeypatch.setattr(curves, "MOST_EPOCHS", 22)
+    with open(tmp_path / "record" / "a" / "log.csv", "ab") as file:
+        file.truncate(30 * 2**30)
+    assert data(built(tmp_path / "record"))["cells"][0]["runs"][0]["curve"] is None
+
+
+def test_victims_that_learned_nothing_are_grey(tmp_path):
+    victim = attack(tmp_path / "record" / "a", acc=0.11, asr=0.989, ra=0.01)
+    defense(victim, acc=0.1)
+    shown = data(built(tmp_path / "record"))
+    assert [cell["weak"] for cell in shown["cells"]] == [True, True]
+    assert {cell["marks"][0] for cell in shown["cells"]} == {tables.UNTRAINED}
+    assert shown["footnotes"][tables.UNTRAINED].startswith("untrained victim")
+
+
+@pytest.mark.parametrize(
     ("content", "why"),
     [
         (b"<svg onload=alert(1)>", "no sound PNG"),
@@ -394,7 +447,7 @@ def test_a_pipe_in_a_record_is_not_waited_for(tmp_path):
     folder = attack(tmp_path / "a")
     (folder / "results.csv").unlink()
     os.mkfifo(folder / "results.csv")
-    with pytest.raises(RefusedError, match=r"no results\.csv"):
+    with pytest.raises(RefusedError, match=r"results\.csv is no regular file"):
         runs.read_run(folder, {})
 
 
@@ -802,6 +855,22 @@ def test_names_of_strangers_stay_text(report, visit):
     assert "onerror=" in view.inner_text("#board") and "</script>" in view.inner_text("#board")
     view.locator("#board tr.cell", has_text="onerror").locator("td.acc").hover()
     assert view.locator("script").count() == 2
+
+
+def test_what_is_copied_is_text(tmp_path, visit):
+    name = "[![x](http://a.b)"
+    row = {"attack": name, "dataset": name}
+    defense(attack(tmp_path / "record" / "a", acc=0.11, row=row), name="*", row=row)
+    view = visit(built(tmp_path / "record"))
+    assert view.evaluate("asMarkdown([{ title: 'a', text: (cell) => cell.attack }], DATA.cells)")
+    both = "[asMarkdown, asLatex].map((copy) => copy(columns(), sorted(visible())))"
+    markdown, latex = view.evaluate(both)
+    assert "![" not in markdown and not re.search(r"\]([(\[:])", markdown) and "a.b" in markdown
+    assert not any(line.startswith(("[", "*")) for line in latex.splitlines())
+    assert "{}[![x]" in latex and r"$^\S$" in latex
+    view.locator("#board .open").first.click()
+    assert view.locator("tr.details .command button").count() == 0
+    assert "there is no script of this name" in view.inner_text("tr.details")
 
 
 def test_images_are_drawn(report, visit):

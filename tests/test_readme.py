@@ -135,6 +135,7 @@ def test_the_example_of_an_attack_works(bench):
     )
     assert done.returncode == 0 and done.stdout.startswith("ACC"), done.stderr
     assert (bench / "record" / "stripe_digits" / "record.json").is_file()
+    (bench / "attack" / "stripe.py").unlink()  # other tests share the place
 
 
 def test_demo_is_what_make_runs():

@@ -15,6 +15,7 @@ import yaml
 
 from attack.badnet import Config as BadNet
 from defense.ft import Config
+from tests.helpers import image_folders
 from utils import checkpoint, evaluation, files
 from utils.data.memmap import MemmapImages
 from utils.errors import ConfigError, MissingError, RefusedError
@@ -181,9 +182,12 @@ def test_record_json(copy):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t | {"train_index": t["train_index"] + 100_000}, "does not have"),
+        (lambda t: t | {"train_index": t["train_index"] + 100_000}, "train_index must be int64"),
         (lambda t: {key: value for key, value in t.items() if key != "test_truth"}, "test_truth"),
-        (lambda t: t | {"train_images": t["train_images"][:, :, :8].contiguous()}, "damaged"),
+        (
+            lambda t: t | {"train_images": t["train_images"][:, :, :8].contiguous()},
+            "train_images must be uint8",
+        ),
     ],
 )
 def test_poison_that_does_not_fit(copy, change, sentence):
@@ -228,6 +232,9 @@ def test_begin(tmp_path):
     )
     assert layout.begin(folder, config, kind="defense")
     files.write(folder / "state" / "log.csv", "")
+    assert layout.begin(folder, Config(result_file="x", epochs=4), kind="defense"), "no checkpoint"
+    assert layout.begin(folder, config, kind="defense")
+    files.write(folder / "state" / "finetune.safetensors", "")
     with pytest.raises(ConfigError, match="epochs 100 there and 3 here.*--overwrite"):
         layout.begin(folder, Config(result_file="x", epochs=3), kind="defense")
     assert layout.begin(folder, Config(result_file="x", epochs=3, overwrite=True), kind="defense")
@@ -403,3 +410,259 @@ def test_a_set_above_the_budget_gives_the_same_record(copy):
     assert torch.equal(stored.labels, found.labels) and torch.equal(
         same.backdoor.images, test_sets.backdoor.images
     )
+
+
+def changed(name, function):
+    """A change of one tensor of poison.safetensors."""
+    return lambda tensors: tensors | {name: function(tensors[name])}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (changed("test_labels", lambda t: t.float() * torch.nan), "test_labels must be int64"),
+        (
+            changed("test_labels", lambda t: t + 99),
+            "test_labels must be int64, 450 of them, 0 to 9",
+        ),
+        (changed("test_labels", lambda t: t - 1), "test_labels must be int64"),
+        (changed("test_labels", lambda t: t[:, None].clone()), "test_labels must be int64"),
+        (changed("train_labels", lambda t: t[:-1].clone()), "train_labels must be int64"),
+        (changed("test_images", lambda t: t.float()), "test_images must be uint8"),
+        (changed("test_images", lambda t: t[:, :1].contiguous()), "test_images must be uint8"),
+        (changed("test_index", lambda t: t.clamp(max=3)), "must not name an image twice"),
+        (changed("train_kind", lambda t: t + 5), "train_kind must be int64"),
+        (changed("target_truth", lambda t: t + 10), "target_truth must be int64"),
+    ],
+)
+def test_tensors_are_checked_by_a_schema(copy, change, sentence):
+    folder, config = copy
+    tensors = change(safetensors.torch.load_file(folder / "poison.safetensors"))
+    rewrite(folder, "poison.safetensors", safetensors.torch.save(tensors))
+    with pytest.raises(RefusedError, match=sentence):
+        contents.load(folder, config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model": "x" * 1_000_000}, "model must be the name of a network"),
+        ({"model": None}, "model must be"),
+        ({"image_size": float("nan")}, "image_size must be null or a whole number"),
+        ({"image_size": 10**30}, "image_size must be"),
+        ({"image_size": 64}, "image_size is not that of record.json"),
+        ({"width": -1}, "width must be"),
+        ({"dataset": "../x"}, "dataset must be one of"),
+        ({"dataset_path": 3}, "dataset_path must be text"),
+    ],
+)
+def test_options_are_checked_by_a_schema(copy, options, sentence):
+    folder, config = copy
+    made = yaml.safe_load((folder / "config.yaml").read_text())
+    rewrite(folder, "config.yaml", yaml.safe_dump(made | options).encode())
+    with pytest.raises(RefusedError, match=sentence) as refused:
+        contents.load(folder, config, CPU)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": None},
+        {"data": {"train": "many"}},
+        {"name": 3},
+        {"data": {"train": 1, "test": 1, "classes": 2, "size": 8, "fingerprint": "x"}},
+        {"files": {"config.yaml": 3}},
+    ],
+)
+def test_facts_are_checked_by_a_schema(copy, change):
+    folder, config = copy
+    info = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps(info | change))
+    with pytest.raises(RefusedError, match="record.json"):
+        contents.load(folder, config, CPU)
+
+
+def test_a_deeply_nested_record_is_refused(copy):
+    folder, config = copy
+    (folder / "record.json").write_text("[" * 100_000)
+    with pytest.raises(RefusedError, match="record.json cannot be read"):
+        contents.load(folder, config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.csv", b""),
+        ("results.csv", b"acc,asr\n"),
+        ("results.csv", b"acc,asr\n\xff,1\n"),
+        ("results.csv", b"acc,asr\n" + b"0" * 200_000 + b",1\n"),
+        ("results.csv", b"acc,asr,ra\nnan,1,0\n"),
+        ("log.csv", b"stage\n"),
+        ("log.csv", b"stage,epoch\nfinal\n"),
+    ],
+)
+def test_tables_are_checked_by_a_schema(copy, name, content):
+    folder, _ = copy
+    rewrite(folder, name, content)
+    with pytest.raises(RefusedError, match="is damaged: results.csv or log.csv"):
+        contents.read_measures(folder, contents.open_record(folder))
+
+
+def test_other_weights_get_no_figures_of_the_old_ones(copy, places, run):
+    """Weights and checksum are exchanged: the model answers otherwise than results.csv says."""
+    folder, _ = copy
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    shuffled = {
+        name: tensor * 0 if tensor.ndim == 2 else tensor for name, tensor in weights.items()
+    }
+    rewrite(folder, "model.safetensors", safetensors.torch.save(shuffled))
+    done = run("defense/clp.py", *places, "--result_file", folder, code=4)
+    assert "results.csv says" in done.first and "model.safetensors reaches" in done.first
+    next(value for value in weights.values() if value.is_floating_point()).fill_(torch.nan)
+    rewrite(folder, "model.safetensors", safetensors.torch.save(weights))
+    done = run("defense/clp.py", *places, "--result_file", folder, code=4)
+    assert "must hold finite numbers" in done.first
+
+
+@pytest.mark.parametrize("name", ["defense", "defense/clp", "defense/clp/state", "defense/.shared"])
+def test_nothing_is_written_through_a_link(copy, places, run, tmp_path, name):
+    folder, _ = copy
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(folder / "defense", ignore_errors=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(elsewhere)
+    done = run("defense/clp.py", *places, "--result_file", folder, code=4)
+    assert "is a link" in done.first and not list(elsewhere.iterdir())
+
+
+def test_links_and_pipes_are_no_files_of_a_record(copy, tmp_path):
+    folder, config = copy
+    for make in (lambda path: path.symlink_to(tmp_path / "moved"), os.mkfifo):
+        (folder / "model.safetensors").rename(tmp_path / "moved")
+        make(folder / "model.safetensors")
+        with pytest.raises(RefusedError, match="model.safetensors is"):
+            contents.load(folder, config, CPU)
+        (folder / "model.safetensors").unlink()
+        (tmp_path / "moved").rename(folder / "model.safetensors")
+    contents.load(folder, config, CPU)
+
+
+def test_files_are_not_read_beyond_a_limit(copy, monkeypatch):
+    folder, config = copy
+    monkeypatch.setattr(layout, "LARGEST_TEXT", 2**20)
+    with open(folder / "results.csv", "wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(RefusedError, match="results.csv is larger than 1 MiB"):
+        contents.load(folder, config, CPU)
+
+
+def test_what_was_verified_is_what_is_loaded(copy):
+    """The victim is replaced after its record was opened."""
+    folder, config = copy
+    info = contents.open_record(folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    rewrite(
+        folder,
+        "model.safetensors",
+        safetensors.torch.save({name: tensor + 1 for name, tensor in weights.items()}),
+    )
+    with pytest.raises(RefusedError, match="model.safetensors was changed"):
+        contents.load(folder, config, CPU, info)
+
+
+def test_the_data_path_of_a_record_from_others_is_not_followed(copy, tmp_path):
+    folder, config = copy
+    made = yaml.safe_load((folder / "config.yaml").read_text())
+    rewrite(
+        folder,
+        "config.yaml",
+        yaml.safe_dump(made | {"dataset": "folder", "dataset_path": "/etc"}).encode(),
+    )
+    other = dataclasses.replace(config, cache_path=str(tmp_path / "cache"))
+    with pytest.raises(MissingError, match="name the place of its data set with --dataset_path"):
+        contents.load(folder, other, CPU)
+
+
+def test_other_data_is_another_run(tmp_path, run):
+    """The same folder name and options on other images: refused, neither "done" nor resumed."""
+    one, other = image_folders(tmp_path / "one", 0), image_folders(tmp_path / "other", 60)
+    more = image_folders(tmp_path / "more", 0, count=14)
+    renamed = image_folders(tmp_path / "renamed", 0, classes=("a", "c"))
+    base = ["--record_path", tmp_path / "record", "--cache_path", tmp_path / "cache"]
+    words = ["attack/badnet.py", *base, "--dataset", "folder", "--image_size", 16, "--model"]
+    words += ["resnet9", "--width", 4, "--epochs", 1, "--batch_size", 8, "--pratio", 0.25]
+    words += ["--save_folder_name", "x", "--dataset_path"]
+    run(*words, one)
+    assert "already done" in run(*words, one).stdout
+    moved = shutil.copytree(one, tmp_path / "moved")
+    assert "already done" in run(*words, moved).stdout, "the same data elsewhere is the same run"
+    done = run(*words, other, code=2)
+    assert "holds a run on other data (other images or labels)" in done.first
+    assert "train 24 there and 28 here" in run(*words, more, code=2).first
+    repair = ["defense/clp.py", *base, "--result_file", "x", "--dataset_path"]
+    run(*repair, moved)
+    done = run(*repair, other, code=4)
+    assert "has other pixels or labels" in done.first and "--allow_other_data" in done.first
+    assert "class 'b', which is 'c' here" in run(*repair, renamed, code=4).first
+    run(*repair, other, "--allow_other_data", "true", "--save_folder_name", "forced")
+
+
+def test_an_interrupted_run_is_not_resumed_on_other_data(tmp_path):
+    folder = tmp_path / "run"
+    config = BadNet(cache_path=str(tmp_path / "cache"))
+    facts = {"train": 8, "test": 8, "classes": 2, "size": 8, "fingerprint": {"train": "1"}}
+    assert layout.begin(folder, config, kind="attack", data=facts)
+    files.write(folder / "state/train.safetensors", b"")
+    assert layout.begin(folder, config, kind="attack", data=facts)
+    assert (folder / "state/train.safetensors").exists()
+    with pytest.raises(ConfigError, match="holds a run on other data .other images or labels.*"):
+        layout.begin(folder, config, kind="attack", data=facts | {"fingerprint": {"train": "2"}})
+    with pytest.raises(ConfigError, match="train 8 there and 9 here"):
+        layout.begin(folder, config, kind="attack", data=facts | {"train": 9})
+
+
+def test_a_checkpoint_from_elsewhere_is_said_aloud(tmp_path, capsys):
+    folder = tmp_path / "run"
+    ours, theirs = (BadNet(cache_path=str(tmp_path / name)) for name in ("ours", "theirs"))
+    assert layout.begin(folder, theirs, kind="attack", data={})
+    files.write(folder / "state/train.safetensors", b"")
+    assert layout.begin(folder, theirs, kind="attack", data={})
+    assert not capsys.readouterr().err
+    assert layout.begin(folder, ours, kind="attack", data={})
+    assert "was not made with the cache folder" in capsys.readouterr().err
+
+
+def test_a_folder_has_one_owner(tmp_path):
+    folder = tmp_path / "run"
+    with layout.owned(folder):
+        with pytest.raises(ConfigError, match="a run is under way in .*run: wait for its end"):
+            with layout.owned(folder):
+                pass
+    with layout.owned(folder):
+        pass
+    assert not list(tmp_path.iterdir()), "nothing is left over"
+
+
+def test_a_record_from_before_an_option_was_published_has_the_older_form(tmp_path):
+    from defense.ft_sam import Config as FTSAM
+
+    folder = tmp_path / "run"
+    older = FTSAM(result_file="x", cache_path=str(tmp_path / "cache"), smoothing="all")
+    assert layout.begin(folder, older, kind="defense", victim="v")
+    files.write(folder / "state/log.csv", "stage\n")
+    layout.finish(
+        folder,
+        {"model.safetensors": b"1", "results.csv": "2"},
+        {"victim_sha256": "v"},
+        kind="defense",
+    )
+    made = yaml.safe_load((folder / "config.yaml").read_text())
+    del made["smoothing"]
+    rewrite(folder, "config.yaml", yaml.safe_dump(made).encode())
+    assert not layout.begin(folder, older, kind="defense", victim="v")
+    with pytest.raises(ConfigError, match="smoothing all there and others here"):
+        layout.begin(
+            folder, dataclasses.replace(older, smoothing="others"), kind="defense", victim="v"
+        )

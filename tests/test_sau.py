@@ -44,21 +44,25 @@ def softmax(logits):
     return [part / sum(parts) for part in parts]
 
 
-def fooling_by_hand(one, other, label, beta1, beta2):
-    """Of one image, from two lists of logits; also which of the three masks were at work."""
+def fooling_by_hand(one, other, label, beta1, beta2, right=None):
+    """Of one image, from two lists of logits; also which of the three masks were at work.
+
+    `right` are the classes that the two networks must leave, by default the label.
+    """
+    one_right, other_right = right or (label, label)
     p, q = softmax(one), softmax(other)
     first, second = one.index(max(one)), other.index(max(other))
     value = 0.0
-    if first == label:
+    if first == one_right:
         value += -beta1 * 0.5 * -math.log(p[label])
-    if second == label:
+    if second == other_right:
         value += -beta1 * 0.5 * -math.log(q[label])
-    shared = first != label and second != label and first == second
+    shared = first != one_right and second != other_right and first == second
     if not shared:
         for a, b in zip(p, q, strict=True):
             m = (a + b) / 2
             value += beta2 * 0.5 * (a * math.log(a / m) + b * math.log(b / m))
-    return value, (first == label, second == label, shared)
+    return value, (first == one_right, second == other_right, shared)
 
 
 def test_the_loss_of_the_search_equals_the_equations():
@@ -72,6 +76,33 @@ def test_the_loss_of_the_search_equals_the_equations():
         assert float(loss) == pytest.approx(value, rel=1e-9, abs=1e-12)
         kinds.add(masks)
     assert len(kinds) == 5, "correct or wrong each, and both wrong in the same way or in two ways"
+
+
+def test_a_network_can_be_fooled_by_its_own_answer():
+    """As in the released search: by what each network predicts for the unchanged image."""
+    model, victim, (images, labels) = network(0), network(1), batch()
+    for net in (model, victim):  # so that they answer every class
+        net[4].bias.data -= net(images).detach().mean(0)
+    right = sau.right_answers(model, victim, images, labels, options(fooled="own"))
+    assert not torch.equal(*right) and len(right[0].unique()) > 1
+    for net, classes in zip((model, victim), right, strict=True):
+        assert classes.tolist() == [int(net(image[None]).argmax()) for image in images]
+    assert sau.right_answers(model, victim, images, labels, options()) == (labels, labels)
+
+
+def test_the_loss_by_own_answers_equals_the_equations():
+    generator = torch.Generator().manual_seed(0)
+    logits, others = 2 * torch.randn(2, 200, 4, generator=generator, dtype=torch.float64)
+    labels = torch.arange(200) % 4
+    right = torch.randint(4, (2, 200), generator=generator).unbind()
+    losses, kinds, differ = sau.fooling(logits, others, labels, 0.3, 0.7, right).tolist(), set(), 0
+    for row, loss in enumerate(losses):
+        case = logits[row].tolist(), others[row].tolist(), int(labels[row]), 0.3, 0.7
+        value, masks = fooling_by_hand(*case, [int(classes[row]) for classes in right])
+        assert loss == pytest.approx(value, rel=1e-9, abs=1e-12)
+        kinds.add(masks)
+        differ += value != fooling_by_hand(*case)[0]
+    assert len(kinds) == 5 and differ > 50, "other images than by the label"
 
 
 def test_a_shared_image_moves_no_further_and_a_correct_network_is_led_away():
@@ -114,6 +145,9 @@ def test_unlikelihood_is_minus_the_log_of_all_other_classes():
 
 def search_by_hand(model, victim, image, label, config):
     """One image alone, the slope from finite differences of the written-out loss."""
+    right = None
+    if config.fooled == "own":
+        right = [int(net(image[None])[0].argmax()) for net in (model, victim)]
     change = torch.full_like(image, config.radius)
     if config.clip:
         change = (image + change).clamp(0, 1) - image
@@ -121,7 +155,7 @@ def search_by_hand(model, victim, image, label, config):
     def value(change):
         with torch.no_grad():
             logits = [part((image + change)[None])[0].tolist() for part in (model, victim)]
-        return fooling_by_hand(*logits, label, config.beta1, config.beta2)[0]
+        return fooling_by_hand(*logits, label, config.beta1, config.beta2, right)[0]
 
     for _ in range(config.steps):
         slope = torch.zeros_like(change)
@@ -139,10 +173,10 @@ def search_by_hand(model, victim, image, label, config):
     return change
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_the_search_equals_one_image_at_a_time(clip):
+@pytest.mark.parametrize(("clip", "fooled"), [(False, "label"), (True, "label"), (False, "own")])
+def test_the_search_equals_one_image_at_a_time(clip, fooled):
     model, victim, (images, labels) = network(0), network(1), batch()
-    config = options(clip=clip, steps=3, step_size=0.13, radius=0.3, beta1=0.2)
+    config = options(clip=clip, fooled=fooled, steps=3, step_size=0.13, radius=0.3, beta1=0.2)
     changes = sau.perturbation(model, victim, images, labels, config)
     slow = [
         search_by_hand(model, victim, image, int(label), config)

@@ -297,8 +297,11 @@ def test_without_a_stored_training_set_nothing_is_trained_on_it(places, run, tmp
         "--save_folder_name",
         "a",
     )
-    options = config.parse(FT, [*places, "--result_file", str(tmp_path / "a")])
-    object.__setattr__(options, "stage", "in-training")
+
+    class InTraining(FT):
+        stage = "in-training"
+
+    options = config.parse(InTraining, [*places, "--result_file", str(tmp_path / "a")])
     with pytest.raises(
         RefusedError, match="stores no poisoned training set, because blind poisons inside"
     ):

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from tests.helpers import ROOT, names
-from utils import files
+from utils import config, files
 from utils.errors import ConfigError, MissingError
+from utils.record import folder
 from utils.sweep import grid, launchers
 
 QUICK = {"epochs": 1, "width": 8}
@@ -142,6 +143,20 @@ def test_names_follow_from_the_run_alone():
         ({"defense": ["ft"]}, "no run"),
         ({"attack": ["badnet"], "exclude": [{"attack": "wanet"}]}, "fits no run"),
         ({"attack": ["badnet"], "exclude": ["wanet"]}, "must be a mapping such as"),
+        (
+            {"attack": ["badnet"], "attack_options": {"record_path": "elsewhere"}},
+            "the option record_path is the sweep's own: give it to sweep.py, before --",
+        ),
+        (
+            {"attack": [{"badnet": {"save_folder_name": "x"}}]},
+            "the option save_folder_name is the sweep's own",
+        ),
+        (
+            {"attack": ["badnet"], "defense": ["ft"], "defense_options": {"result_file": "x"}},
+            "the option result_file is the sweep's own",
+        ),
+        ({"attack": ["badnet"], "seed": [0, "one"]}, "random_seed"),
+        ({"attack": [{"badnet": {True: 3}}]}, "the name of an option must be text"),
         ({"attack": ["badnett"]}, "unknown attack 'badnett'; there are adaptive_blend"),
         ({"attack": ["badnet"], "defense": ["tf"]}, "unknown defense 'tf'"),
         (
@@ -166,9 +181,87 @@ def test_mistakes_are_named_before_anything_runs(content, what, tmp_path):
 def test_a_grid_that_is_not_there(tmp_path):
     with pytest.raises(MissingError, match="config/sweep holds some"):
         grid.read(tmp_path / "none.yaml")
-    (tmp_path / "odd.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        grid.read(tmp_path / "odd.yaml")
+    for content in (b"a: [", b"seed: !!float x", b"attack: \xff"):
+        (tmp_path / "odd.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            grid.read(tmp_path / "odd.yaml")
+
+
+def test_numbers_are_excluded_however_they_are_written():
+    content = {
+        "attack": {"badnet": {"lr": ["1e-2", 0.1]}},  # 1e-2 is text in YAML
+        "exclude": [{"lr": 0.01}, {"seed": "1"}],
+        "seed": [0, 1],
+    }
+    assert paths(content) == ["badnet-lr_0.1-s0"]
+
+
+# ---------- which finished run is that of a cell ----------
+
+
+def finished(cell, records, **changed):
+    """Leave the folder of a cell's run as its script would, without running it."""
+    Config = grid._config_of(cell)
+    options = config.parse(Config, cell.words(records)[1:]).plain()
+    place = records / cell.path
+    files.write_yaml(place / folder.OPTIONS, {**options, "precision": "fp32", **changed})
+    victim = {"victim_sha256": "of weights"} if cell.victim else {}
+    files.write_json(place / folder.RECORD, {**victim, "files": {folder.WEIGHTS: "of weights"}})
+
+
+def states(content, records, **extra):
+    return list(grid.states(grid.cells(content, extra), records).values())
+
+
+@pytest.mark.parametrize(
+    "content, extra",
+    [
+        ({"attack": {"badnet": {"lr": ["1e-2"]}}}, {}),  # text in YAML
+        ({"attack": {"wanet": {"strength": [1], "cross_ratio": "2"}}}, {}),
+        ({"attack": "badnet", "pratio": 1e-1, "seed": "1"}, {"nesterov": "true"}),
+        ({"attack": {"badnet": {"precision": None, "width": None}}}, {"momentum": ".9"}),
+        ({"attack": {"badnet": {"lr": 0.1}}, "defense": {"ft": {"clean_ratio": "5e-2"}}}, {}),
+    ],
+)
+def test_options_are_compared_as_their_script_reads_them(content, extra, tmp_path):
+    cells = grid.cells(content, extra)
+    for cell in cells:
+        finished(cell, tmp_path)
+    assert states(content, tmp_path, **extra) == ["done"] * len(cells)
+
+
+def test_a_finished_run_with_other_options_is_another_run(tmp_path):
+    content = {"attack": "badnet", "dataset": "cifar10", "seed": [0, 1], "defense": "ft"}
+    cells = grid.cells(content)
+    for cell in cells:
+        finished(cell, tmp_path)
+    assert states(content, tmp_path) == ["done"] * 4
+    assert states(content, tmp_path, device="cpu") == ["done"] * 4, "no part of the experiment"
+    assert states(content, tmp_path, precision="fp32") == ["done"] * 4
+    assert states(content, tmp_path, precision="bf16") == ["other"] * 4
+    assert states(content, tmp_path, lr="0.5") == ["other"] * 4, (
+        "the folder's name does not show it"
+    )
+    finished(cells[0], tmp_path, epochs=3)
+    finished(cells[2], tmp_path, random_seed=7)
+    assert states(content, tmp_path) == ["other", "done", "other", "done"], (
+        "a trial with other options, and another seed"
+    )
+    finished(cells[0], tmp_path, lr=0.5)
+    assert states(content, tmp_path)[1] == "other", "the default rate of ft follows the victim's"
+    (tmp_path / cells[3].path / folder.OPTIONS).write_text("a: [")
+    assert states(content, tmp_path)[3] == "other"
+
+
+def test_runs_that_differ_in_seeds_are_parsed_once(tmp_path, monkeypatch):
+    content = {"attack": "badnet", "seed": [0, 1, 2], "defense": ["ft", "fmp"]}
+    cells = grid.cells(content)
+    for cell in cells:
+        finished(cell, tmp_path)
+    parsed, parse = [], config.parse
+    monkeypatch.setattr(config, "parse", lambda *words: parsed.append(words) or parse(*words))
+    assert states(content, tmp_path) == ["done"] * 9
+    assert len(parsed) == 3
 
 
 @pytest.mark.parametrize(
@@ -331,6 +424,33 @@ def test_a_table_of_results_outlives_the_records(sweep, tmp_path, run):
     }
 
 
+@pytest.mark.parametrize("content", [b"", b"acc\n", b"acc\n\xff\n", b"acc\nx\n", b"acc\n1,2\n"])
+def test_damaged_results_stop_no_other_run(sweep, tmp_path, content):
+    grid_of_two = {"attack": ["badnet", "clean"]}
+    cells = grid.cells(grid_of_two)
+    for cell in cells:
+        finished(cell, tmp_path / "record", cache_path="data/cache")
+        place = tmp_path / "record" / cell.path
+        results = content if cell is cells[0] else b"acc,asr\n0.5,0.1\n"
+        (place / "results.csv").write_bytes(results)
+        sums = {name: files.sha256(place / name) for name in ("config.yaml", "results.csv")}
+        files.write_json(place / "record.json", {"command": "python a.py --x=-1", "files": sums})
+    done = sweep(grid_of_two, "--engine", "serial", "--results", "all.csv", code=1)
+    (row,) = files.read_csv(tmp_path / "all.csv")
+    assert row == {
+        "run": str(cells[1].path),
+        "acc": "0.5",
+        "asr": "0.1",
+        "command": "python a.py --x=-1",
+    }
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith(f"warning: the results of record/{cells[0].path} cannot be read (")
+    assert error == (
+        "error: the results of 1 runs cannot be read: delete the folders named above, and the same "
+        "command makes them again"
+    )
+
+
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"run\n\xff\n", b"run,acc\n,1\n"])
 def test_another_file_is_no_table_of_results(sweep, tmp_path, content):
     (tmp_path / "other.csv").write_bytes(content)
@@ -432,7 +552,10 @@ def test_a_sweep_stops_in_time_and_goes_on(sweep, tmp_path):
     begin = time.monotonic()
     done = sweep(content, "--engine", "serial", "--minutes", "0.5", code=124)
     assert 30 <= time.monotonic() - begin < 120
-    assert done.stdout == "2 runs: 2 new; 2 to run\n2 runs: 1 new, 1 partial\n"
+    assert done.stdout == (
+        f"2 runs: 2 new; 2 to run\nstarted {LONG}: its output goes to record/.sweep/{LONG}.log\n"
+        "2 runs: 1 new, 1 partial\n"
+    )
     assert (tmp_path / f"record/{LONG}/state/train.safetensors").is_file()
     assert endings(tmp_path / "record") == {LONG: []}, "it is not counted as failed"
     again = sweep(content, "--engine", "serial", "--minutes", "0", code=124)
@@ -475,19 +598,48 @@ time.sleep({sleep})
 
 
 def test_an_error_of_the_sweep_itself_stops_the_runs(sweep, tmp_path):
-    """Its output is closed: it cannot report the short run, and the long one is stopped."""
+    """Its table is no table any more when the short run ends: the long one is stopped."""
     pytest.importorskip("ray")
     content = {
         "dataset": "digits",
         "attack": [{"badnet": {**QUICK, "epochs": 100_000}}, {"clean": QUICK}],
     }
     with subprocess.Popen(
-        sweep.words(content), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        sweep.words(content, "--results", "all.csv"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as running:
         assert running.stdout.readline() == b"2 runs: 2 new; 2 to run\n"
-        running.stdout.close()
-        assert running.wait(timeout=180) in (1, 120)  # 120: Python could not flush its output
+        (tmp_path / "all.csv").write_text("a,b\n1,2\n")
+        assert running.wait(timeout=180) == 2
     assert "1 partial, 1 done" in sweep(content, "--dry_run").stdout
+
+
+def test_a_closed_pipe_ends_the_list_quietly(sweep, tmp_path):
+    content = {"attack": "badnet", "seed": list(range(2000))}  # more than a pipe holds
+    with subprocess.Popen(
+        sweep.words(content, "--dry_run"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as listing:
+        assert listing.stdout.readline().startswith(b"new ")
+        listing.stdout.close()
+        assert listing.stderr.read() == b""
+
+
+@pytest.mark.parametrize("words", [["--lr"], ["lr", "1"], ["--overwrite", "--lr", "1"]])
+def test_what_comes_after_the_dashes_is_pairs(sweep, words):
+    refused = sweep({"attack": "badnet"}, "--dry_run", rest=words, code=2)
+    assert refused.stderr.startswith("error: after -- come pairs of --option and value")
+
+
+@pytest.mark.parametrize("word", ["--record_path=x", "--save_folder_name=x", "--result_file=x"])
+def test_options_of_the_sweep_itself_are_refused_after_the_dashes(sweep, word):
+    refused = sweep({"attack": "badnet"}, "--dry_run", rest=[word], code=2)
+    assert refused.stderr.startswith(f"error: the option {word[2:-2]} is the sweep's own")
+    assert "lr 0.5" in sweep({"attack": "badnet"}, "--dry_run", rest=["--lr=0.5"]).stdout
 
 
 def until(holds, seconds=120):
@@ -517,6 +669,118 @@ def test_two_tries_at_a_job_make_one_run(tmp_path):
         one.join()
     assert codes == [0, 0] and (tmp_path / "slow.log").read_text().count("# exit 0") == 1
     assert launchers.execute(job, before=1) is None
+
+
+def job_of(tmp_path, code, name="one", **more):
+    """A Job whose command runs `code`."""
+    (tmp_path / f"{name}.py").write_text(code)
+    log = tmp_path / f"{name}.log"
+    words = [str(tmp_path / f"{name}.py")]
+    size = launchers.log_size(log)
+    return launchers.Job(name, words, tmp_path / name, log, tmp_path, log_before=size, **more)
+
+
+def test_a_log_grows_while_its_run_is_on(tmp_path):
+    job = job_of(tmp_path, "import time; print('half'); time.sleep(300)")
+    said, seen = [], []
+
+    def stop():
+        seen.append(until(lambda: job.log.is_file() and "half" in job.log.read_text(), 20))
+        end[0] = 0
+
+    class End(list):  # a deadline that is set later
+        def __le__(self, now):
+            return self[0] <= now
+
+    end = End([float("inf")])
+    watcher = threading.Thread(target=stop)
+    watcher.start()
+    with pytest.raises(launchers.TimeIsUp):
+        launchers.attempt(job, until=end, say=said.append)
+    watcher.join()
+    assert seen == [True]
+    assert len(said) == 1 and said[0].startswith("started one: its output goes to ")
+
+
+def test_a_failure_in_another_sweep_is_not_repeated(tmp_path):
+    job = job_of(tmp_path, "import sys; sys.exit(3)")
+    assert launchers.execute(job) == 3
+    assert launchers.execute(job) == 3
+    assert job.log.read_text().count("# exit 3") == 1, "the second found it ended"
+    assert launchers.execute(job_of(tmp_path, "import sys; sys.exit(4)")) == 4, "asked for anew"
+
+
+OWNING = """
+import pathlib, sys, time
+from utils.launch import guard
+from utils.record import folder
+def work():
+    with folder.owned(pathlib.Path("one")):
+        pathlib.Path("owns").touch()
+        time.sleep({seconds})
+sys.exit(guard(work))
+"""
+
+
+def test_a_run_of_another_process_is_waited_for(tmp_path):
+    """A script that somebody typed owns the folder: its end is waited for, and nothing failed."""
+    job = job_of(tmp_path, OWNING.format(seconds=0))
+    other = threading.Thread(
+        target=lambda: launchers.execute(job_of(tmp_path, OWNING.format(seconds=4), "two"))
+    )
+    other.start()
+    until((tmp_path / "owns").is_file, 30)
+    with pytest.raises(launchers.UnderWay):
+        launchers.attempt(job)
+    with pytest.raises(launchers.TimeIsUp):
+        launchers.execute(job, until=time.monotonic())
+    said = []
+    assert list(launchers.in_order([job], say=said.append)) == [(job, 0)]
+    other.join()
+    assert said[0] == "waiting: other processes are at work on what is left" and len(said) == 2
+    assert job.log.read_text().count("# exit") == 1
+
+
+def test_a_script_that_finds_its_folder_owned_has_not_failed(tmp_path, monkeypatch):
+    """It is owned in the moment between the look at it and the start of the script."""
+    monkeypatch.setattr(launchers, "_require_free", lambda place: None)
+    job = job_of(tmp_path, OWNING.format(seconds=0))
+    with folder.owned(tmp_path / "one"), pytest.raises(launchers.UnderWay):
+        launchers.attempt(job)
+    assert launchers.last_exit_code(job.log) is None
+    assert launchers.execute(job) == 0
+
+
+def test_what_is_free_is_not_kept_waiting(tmp_path):
+    """The defense of a victim that another process trains waits; other runs do not."""
+    jobs = [
+        job_of(tmp_path, "", "one"),
+        job_of(tmp_path, "", "of_one", after="one"),
+        job_of(tmp_path, "", "two"),
+    ]
+    with folder.owned(jobs[0].folder):
+        ended = launchers.in_order(jobs)
+        assert next(ended) == (jobs[2], 0)
+    assert list(ended) == [(jobs[0], 0), (jobs[1], 0)]
+
+
+def test_two_sweeps_at_once_make_every_run_once(sweep, tmp_path):
+    words = sweep.words(SMALL, "--engine", "serial", "--results", "all.csv")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    sweeps = [subprocess.Popen(words, cwd=tmp_path, **pipes) for _ in range(2)]
+    for one in sweeps:
+        out, error = one.communicate(timeout=600)
+        assert (one.returncode, error) == (0, ""), out
+        assert out.endswith("4 runs: 4 done\n")
+    cells = grid.cells(SMALL)
+    assert all_complete(tmp_path / "record", cells)
+    ended = endings(tmp_path / "record")
+    assert ended.keys() == {cell.log.relative_to(".sweep").as_posix()[:-4] for cell in cells}
+    assert all(codes == ["0"] for codes in ended.values()), "each was run once"
+    assert sorted(row["run"] for row in files.read_csv(tmp_path / "all.csv")) == sorted(
+        str(cell.path) for cell in cells
+    )
+    assert not list((tmp_path / "record").rglob("*.lock"))
 
 
 def test_ray_that_is_missing_is_named(monkeypatch):

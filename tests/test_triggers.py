@@ -4,7 +4,9 @@ The first part finds the attacks in attack/: a new one needs no edit here.
 """
 
 import importlib
+import io
 import math
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import models
 from attack import adaptive_blend, bpp, inputaware, lc, lira, ssba, trojan_wm, trojannn, wanet
@@ -871,3 +873,81 @@ def test_bad_pattern_files(tmp_path):
     for name in ("x.png", "a.npy", "b.npy", "c.npy"):
         with pytest.raises(ConfigError, match=name):
             poison.read_pattern(tmp_path / name)
+
+
+def test_patterns_of_16_bits_keep_their_range(tmp_path):
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / "wide.png")
+    Image.fromarray(levels).save(tmp_path / "narrow.png")
+    wide, narrow = (poison.read_pattern(tmp_path / f"{name}.png") for name in ("wide", "narrow"))
+    assert torch.equal(wide, narrow) and torch.equal(narrow[0] * 255, torch.from_numpy(levels) / 1)
+    Image.fromarray(levels / np.float32(255)).save(tmp_path / "float.tiff")
+    with pytest.raises(ConfigError, match=r"float.tiff .* range is unknown"):
+        poison.read_pattern(tmp_path / "float.tiff")
+    np.save(tmp_path / "wide.npy", levels.astype(np.uint16) * 257)
+    with pytest.raises(ConfigError, match="uint16 values outside 0..1: save it as uint8"):
+        poison.read_pattern(tmp_path / "wide.npy")
+
+
+def test_patterns_are_turned_as_their_exif_data_say(tmp_path):
+    ink = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(ink)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image.save(tmp_path / "p.png", exif=exif)
+    turned = np.rot90(ink, -1).transpose(2, 0, 1).astype(np.float32) / 255
+    np.testing.assert_array_equal(poison.read_pattern(tmp_path / "p.png"), turned)
+
+
+def test_transparent_parts_of_added_patterns_are_black(tmp_path):
+    ink = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    ink[:16, :, 3] = 0
+    Image.fromarray(ink, "RGBA").save(tmp_path / "p.png")
+    pattern = poison.resized_pattern(tmp_path / "p.png", 32)
+    expected = ink[..., :3] / 255 * (ink[..., 3:] / 255)
+    np.testing.assert_allclose(pattern.permute(1, 2, 0), expected, atol=1e-6)
+    assert not poison.resized_mask(tmp_path / "p.png", 32)[:, :16].any()
+
+
+def test_patterns_start_no_program(tmp_path, monkeypatch):
+    """Pillow goes by content: a PostScript file may have any name."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1))
+    postscript = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    (tmp_path / "p.png").write_text(postscript)
+    with pytest.raises(ConfigError, match="p.png"):
+        poison.read_pattern(tmp_path / "p.png")
+    assert not started
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("name", ["p.png", "p.npy"])
+def test_patterns_are_files(name, tmp_path):
+    os.mkfifo(tmp_path / name)  # nobody writes: reading would wait for ever
+    for path in (tmp_path / name, "/dev/zero", tmp_path):
+        with pytest.raises(ConfigError, match="is a folder, pipe, socket or device"):
+            poison.read_pattern(path)
+
+
+def test_arrays_are_no_larger_than_they_say(tmp_path):
+    with open(tmp_path / "hole.npy", "wb") as file:
+        file.truncate(30 * 10**9)  # takes no room on the disk
+    content = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": (10**5, 10**5, 3)}
+    np.lib.format.write_array_header_1_0(content, header)
+    (tmp_path / "boast.npy").write_bytes(content.getvalue())
+    np.save(tmp_path / "words.npy", np.array([["a"]]))
+    np.save(tmp_path / "empty.npy", np.zeros((0, 4, 3), np.uint8))
+    for name in ("hole.npy", "boast.npy", "words.npy", "empty.npy"):
+        with pytest.raises(ConfigError, match=name):
+            poison.read_pattern(tmp_path / name)
+
+
+def test_refool_takes_the_images_of_a_folder(tmp_path):
+    """In the order of their names; what a file browser leaves there is passed over."""
+    for number, name in enumerate(("a.png", "b.JPEG", "c.bmp")):
+        Image.new("RGB", (8, 8), (100 * number,) * 3).save(tmp_path / name)
+    (tmp_path / "._a.png").write_bytes(b"no image")
+    (tmp_path / "notes.txt").write_text("no image")
+    scenes = parts_of("refool", reflection_folder=str(tmp_path))[0]["scenes"]
+    assert scenes.float().mean((1, 2, 3)).round().tolist() == [0, 100, 200]

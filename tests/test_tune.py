@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import math
 
 import pytest
 import torch
@@ -76,6 +77,53 @@ def test_sharpness_aware_steps_equal_the_equations_in_float64():
     torch.testing.assert_close(weights(fast), weights(slow), rtol=0, atol=1e-6)
     plain = sam_by_hand(Double(model()), data, config, 0.0, 0.1)
     assert (weights(fast) - weights(plain)).abs().max() > 0.01, "moving uphill must matter"
+
+
+@pytest.mark.parametrize("classes", [2, 4, 10, 43])
+def test_the_label_smoothing_is_the_published_one(classes):
+    """The label has 1 - s and each other class s / (K - 1); torch has 1 - s + s / K and s / K."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(30, classes, generator=generator, dtype=torch.float64)
+    labels, s = torch.arange(30) % classes, 0.1
+    told = {"others": (1 - s, s / (classes - 1)), "all": (1 - s + s / classes, s / classes)}
+    for form, (own, other) in told.items():
+        config = ft_sam.Config(result_file="x", smoothing=form, label_smoothing=s)
+        share = ft_sam.over_all_classes(config, classes)
+        loss = F.cross_entropy(logits, labels, label_smoothing=share)
+        expected = 0.0
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+            whole = math.log(sum(math.exp(value) for value in row))
+            chances = [own if k == label else other for k in range(classes)]
+            expected += sum(p * (whole - v) for p, v in zip(chances, row, strict=True)) / 30
+        assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert ft_sam.Config(result_file="x").smoothing == "others"
+
+
+def test_a_share_beyond_equal_classes_is_refused_and_none_stays_none():
+    sure = ft_sam.Config(result_file="x", label_smoothing=0.0)
+    assert ft_sam.over_all_classes(sure, 43) == 0
+    even = ft_sam.Config(result_file="x", label_smoothing=0.5)
+    assert ft_sam.over_all_classes(even, 2) == 1
+    far = ft_sam.Config(result_file="x", label_smoothing=0.6)
+    with pytest.raises(ConfigError, match="label_smoothing must be at most 0.5 with 2 classes"):
+        ft_sam.over_all_classes(far, 2)
+
+
+def test_the_repair_smooths_by_the_number_of_classes(tmp_path, monkeypatch):
+    record, said = found_record(tmp_path, 40)
+    torch.manual_seed(0)
+    victim, shares = models.build("resnet9", record.spec, 4), []
+    step = ft_sam.sharpness_aware
+
+    def watched(*batch, label_smoothing, **changes):
+        shares.append(label_smoothing)
+        return step(*batch, label_smoothing=label_smoothing, **changes)
+
+    monkeypatch.setattr(ft_sam, "sharpness_aware", watched)
+    for form, epochs in (("others", 1), ("all", 2)):
+        config = {"smoothing": form, "epochs": epochs, "precision": "fp32"}
+        ft_sam.repair(victim, record, ft_sam.Config(result_file="x", **config))
+    assert shares == pytest.approx([0.1 * 10 / 9, 0.1]) and said == ["finetune"] * 2
 
 
 def test_without_a_radius_it_is_fine_tuning():

@@ -76,6 +76,15 @@ def on_cpu(tensors):
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def from_bytes(content, path):
+    """The tensors of a safetensors file that was read from `path`; RefusedError (exit 4) for any
+    other content."""
+    try:
+        return safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise RefusedError(f"{path} is refused: it is not a safetensors file") from error
+
+
 def read_tensors(path):
     """The tensors of a safetensors file; RefusedError (exit 4) for any other file, a pickle say."""
     try:

@@ -9,14 +9,18 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import re
 import shlex
+import sys
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import jsonargparse
 import yaml
 
-from utils.errors import ConfigError
+from utils import backdoorbench
+from utils.errors import ConfigError, RefusedError
 from utils.record import folder
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -31,6 +35,16 @@ SWITCHES = {
     "dry_run": "print what would be read, trained and written, and do nothing",
     "debug": "show the traceback of an error",
 }
+LARGEST_FILE = 100_000  # bytes of a YAML file of options
+LARGEST_NUMBER = 10**18
+LONGEST_NAME = 255  # bytes of a folder's name
+RESERVED = {folder.STATE, folder.DEFENSES}  # names of folders within a record
+NULL = "null"
+NULLS = {"~", "null", "Null", "NULL", ""}
+# where values are from that nobody wrote for this run, as the beginning of a message
+FILES = "a value in the files of config/ has the wrong type: "
+VICTIM = "a value in the record's config.yaml has the wrong type: "
+CHANGED = "changed"  # value of `identity`: only where the option differs from its default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,23 +80,48 @@ class Bounds:
         return f"{words} {self.unit}".strip()
 
 
-def option(default=dataclasses.MISSING, *, identity=True, **bounds):
+MISSING = dataclasses.MISSING
+
+
+def option(default=MISSING, *, identity=True, needs=None, absent=MISSING, **bounds):
     """A field of an options dataclass.
 
     `identity` says whether two runs that differ in it are different experiments; it is False where
-    the option says where files lie or how a run is watched. `bounds` are the limits of `Bounds`.
+    the option says where files lie or how a run is watched, and CHANGED where runs from before the
+    option was there had its default. `needs` says beside which other options it has an effect:
+    {option: value}, where True stands for any value but 0, and None for null. `absent` is the value
+    of runs from before the option was there, where it is not the default. `bounds` are the limits
+    of `Bounds`.
     """
-    metadata = {"identity": identity, "bounds": Bounds(**bounds) if bounds else None}
+    metadata = {
+        "identity": identity,
+        "needs": needs or {},
+        "bounds": Bounds(**bounds) if bounds else None,
+    }
+    if absent is not MISSING:
+        metadata["absent"] = absent
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def declared(Config, name, fact):
-    """`fact` (identity or bounds) of an option; a subclass that changes the default keeps it."""
+    """`fact` (identity, needs or bounds) of an option; a subclass that changes the default keeps
+    it."""
     for parent in Config.__mro__:
         field = parent.__dict__.get("__dataclass_fields__", {}).get(name)
         if field is not None and fact in field.metadata:
             return field.metadata[fact]
-    return {"identity": True, "bounds": None}[fact]
+    return {"identity": True, "needs": {}, "bounds": None}[fact]
+
+
+def idle(Config, options):
+    """{option: (another one, the value it would need)} of those without effect in `options`."""
+    found = {}
+    for field in dataclasses.fields(Config):
+        for other, value in declared(Config, field.name, "needs").items():
+            there = options.get(other)
+            if not (bool(there) if value is True else there == value):
+                found[field.name] = other, value
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,14 +154,24 @@ class Common:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             bounds, value = declared(type(self), field.name, "bounds"), getattr(self, field.name)
+            if isinstance(value, int):
+                require(abs(value) <= LARGEST_NUMBER, field.name, "a number of at most 18 digits")
+            if isinstance(value, float):
+                require(math.isfinite(value), field.name, bounds or "a finite number")
             require(bounds is None or value is None or value in bounds, field.name, bounds)
         name = self.save_folder_name
-        plain = name is None or (name not in {"", ".", ".."} and Path(name).name == name)
-        require(plain, "save_folder_name", "a plain folder name")
+        what = "a plain folder name, which begins with no dot"
+        require(name is None or _is_folder_name(name), "save_folder_name", what)
+        what = f"another name: {' and '.join(sorted(RESERVED))} are folders within a record"
+        require(name not in RESERVED, "save_folder_name", what)
 
     def plain(self):
         """The options as the dict that config.yaml holds."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in SWITCHES}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in SWITCHES and not _is_as_before(type(self), name, value)
+        }
 
     def identity(self, *, seeds=True):
         """The options that make two runs the same experiment; without the seeds if asked."""
@@ -130,11 +179,17 @@ class Common:
 
     @classmethod
     def identity_of(cls, options, *, seeds=True):
-        """Those of a dict of options that make two runs the same experiment."""
+        """Those of a dict of options that make two runs the same experiment.
+
+        An option without effect counts as its default.
+        """
+        without_effect = idle(cls, options)
         return {
-            name: value
+            name: _default(cls, name) if name in without_effect else value
             for name, value in options.items()
-            if declared(cls, name, "identity") and (seeds or name not in SEEDS)
+            if declared(cls, name, "identity")
+            and (seeds or name not in SEEDS)
+            and not _is_as_before(cls, name, value)
         }
 
 
@@ -153,12 +208,12 @@ class Training:
     schedule: Literal["cosine", "one_cycle"] = "cosine"
     """cosine: down along half a cosine, epoch by epoch; one_cycle: up and down in straight lines,
     step by step"""
-    warmup: float = option(0.2, at_least=0, at_most=1)
+    warmup: float = option(0.2, at_least=0, at_most=1, needs={"schedule": "one_cycle"})
     """share of the steps of one_cycle in which the rate rises"""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """sgd: for all weights; muon: Muon for the convolutions, each of which a batch norm must
     follow, and SGD for the rest"""
-    muon_lr: float = option(0.24, above=0)
+    muon_lr: float = option(0.24, above=0, needs={"optimizer": "muon"})
     """highest learning rate of Muon; it follows the schedule of --lr, which is that of SGD"""
     bias_lr_scale: float = option(1.0, above=0)
     """learning rate of biases and batch norms, as a multiple of --lr; they decay by as much per
@@ -193,7 +248,7 @@ class FromScratch(Training):
     small_share: float = option(0.0, at_least=0, at_most=1)
     """share of the epochs, from the first on, in which the network sees smaller images: less work
     for nearly the same accuracy"""
-    small_size: int = option(24, at_least=8, unit="pixels")
+    small_size: int = option(24, at_least=8, unit="pixels", needs={"small_share": True})
     """side in pixels of those smaller images"""
     flip: Literal["random", "alternating"] = "random"
     """how images are mirrored, where a mirrored image keeps its class: random: half of each batch;
@@ -213,6 +268,9 @@ class Attack(FromScratch, Common):
     dataset_path: str = option("data", identity=False)
     """folder that holds <dataset>/; with --dataset folder, the one that holds train/ and test/ or
     val/"""
+    dataset_name: str | None = option(None, identity=False)
+    """name of the data set in results and tables; by default the folder's name where --dataset is
+    folder, and the data set's otherwise"""
     image_size: int | None = option(None, at_least=8, unit="pixels")
     """side in pixels that images are resized to; by default the data set's own (required for
     folder)"""
@@ -225,7 +283,7 @@ class Attack(FromScratch, Common):
     suit small CPUs)"""
     pratio: float = option(0.1, at_least=0, at_most=1)
     """poisoned share of the whole training set"""
-    attack_target: int = option(0, at_least=0)
+    attack_target: int = option(0, at_least=0, needs={"label_mode": "all2one"})
     """class that triggered images shall be taken for (all2one)"""
     label_mode: Literal["all2one", "all2all"] = "all2one"
     """all2one: every triggered image becomes the target; all2all: class y becomes y+1"""
@@ -237,6 +295,9 @@ class Attack(FromScratch, Common):
         only_target = self.clean_label and "only images of the one target class are poisoned"
         why = self.why_all2one or only_target
         require(self.label_mode == "all2one" or not why, "label_mode", f"all2one here: {why}")
+        name = self.dataset_name
+        readable = name is None or (name.isprintable() and name.strip())
+        require(readable, "dataset_name", "a name of one line")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,6 +320,8 @@ class Defense(Common):
     """record to repair: a folder's path, or its name below record_path"""
     dataset_path: str | None = option(None, identity=False)
     """where the record's data set lies; by default where the attack found it"""
+    allow_other_data: bool = option(False, identity=CHANGED)
+    """repair a record although the data set here has other pixels than the one it was made on"""
     clean_ratio: float = option(0.05, above=0, at_most=1)
     """clean images that the defender holds, as a share of the training set; in any case one of
     every class"""
@@ -295,10 +358,33 @@ RECIPE = tuple(
 )
 
 
+def _default(Config, name):
+    return Config.__dataclass_fields__[name].default
+
+
+def _is_as_before(Config, name, value):
+    """Whether `value` is what runs had that are older than the option `name`."""
+    return declared(Config, name, "identity") == CHANGED and value == _default(Config, name)
+
+
+def _is_folder_name(name):
+    """Whether `name` names a folder, on every system, that no reader of records passes over."""
+    plain = name.isprintable() and Path(name).name == name and not set("/\\") & set(name)
+    return plain and not name.startswith(".") and 0 < len(os.fsencode(name)) <= LONGEST_NAME
+
+
 def require(holds, option, what):
     """Raise ConfigError (exit 2) unless `holds`: 'option must be what'."""
     if not holds:
         raise ConfigError(f"{option} must be {what}")
+
+
+class Word(NamedTuple):
+    """An option as it was written: its name, its text (None: null), and where that was."""
+
+    name: str
+    text: str | None
+    where: str  # the beginning of a message; empty for a flag
 
 
 def parse(Config, argv, description="", script=None):
@@ -306,34 +392,49 @@ def parse(Config, argv, description="", script=None):
 
     Later ones win: defaults, config/recipe/<recipe>.yaml, config/dataset/<dataset>.yaml, the files
     of --yaml_path, flags. `script` is the path of the script, attack/badnet.py say. Raises
-    ConfigError (exit 2) for an unknown option or YAML key and for a value of the wrong type or out
-    of range.
+    ConfigError (exit 2) for an unknown option or YAML key, for a value of the wrong type or out of
+    range, and for a flag without effect.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("yaml_path", "dataset", "model", "recipe", "result_file", "record_path"):
-        first.add_argument(f"--{name}", action="append", default=[])
-    early, _ = first.parse_known_args(argv)
-    files = [item for path in early.yaml_path for item in ("--yaml_path", path)]
-    yaml_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    yaml_only.add_argument("--yaml_path", action="append")
-    flags = yaml_only.parse_known_args(argv)[1]
-    # files go first, so that a flag wins wherever it stands
-
+    own = Path(script).stem if script else Config.__module__.rpartition(".")[2]
+    flags, rest = _flags(Config, own, argv)
+    paths = [
+        word.text
+        for word in flags
+        if backdoorbench.ALIASES.get(word.name, word.name) == "yaml_path"
+    ]
+    flags = [
+        word for word in flags if backdoorbench.ALIASES.get(word.name, word.name) != "yaml_path"
+    ]
+    written = [*(word for path in paths for word in _words_of(Path(path))), *flags]
+    found = [_translated(Config, own, word) for word in written]
+    ignored = [word for word, name in zip(written, found, strict=True) if name is None]
+    given = {word.name: word for word in found if word}
     parser = _parser(Config, description, script)
-    given = {}
-    for path in early.yaml_path:
-        given |= _mapping(Path(path))
-    given |= {name: values[-1] for name, values in vars(early).items() if values}
-    parser.set_defaults(_defaults(Config, given, script))
+    defaults = _defaults(Config, {name: word.text for name, word in given.items()}, own)
+    if {"-h", "--help"} & set(rest):
+        parser.set_defaults({name: value for name, (value, _) in defaults.items()})
+        parser.parse_args(["--help"])
+    _check_record(Config, given, ignored)
+    _warn(ignored)
+    words = {name: _word(name, *default) for name, default in defaults.items()} | given
+    # a later one wins, but an earlier one must be right too
+    all_words = [*words.values(), *filter(None, found)]
+    options = _converted(Config, parser, all_words, rest)
+    config = _built(Config, options, words)
+    _refuse_idle(Config, options, {word.name for word in found if word and not word.where})
+    without_effect = {name: _default(Config, name) for name in idle(Config, options)}
+    return dataclasses.replace(config, **without_effect)
+
+
+def _built(Config, options, words):
+    """Config(**options); a victim's option that is out of range is its record's fault."""
     try:
-        options = parser.parse_args([*files, *flags])
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(_explain(str(error), parser, given, flags)) from error
-    names = [field.name for field in dataclasses.fields(Config)]
-    try:
-        return Config(**{name: options[name] for name in names})
-    except TypeError as error:  # flags and --yaml_path were checked by the parser
-        raise ConfigError(f"a value in the files of config/ has the wrong type: {error}") from error
+        return Config(**options)
+    except ConfigError as error:
+        word = words.get(str(error).split()[0])
+        if word and word.where == VICTIM:
+            raise RefusedError(f"{VICTIM}{error}") from error
+        raise
 
 
 def digest(options):
@@ -355,8 +456,10 @@ def command(script, config):
     data set."""
     given = config.plain()
     usual = {field.name: field.default for field in dataclasses.fields(config)}
-    usual |= _defaults(type(config), given, script)
+    defaults = _defaults(type(config), given, Path(script).stem)
+    usual |= {name: value for name, (value, _) in defaults.items()}
     changed = {name: value for name, value in given.items() if value != usual[name]}
+    changed = {name: changed[name] for name in changed if name not in idle(type(config), given)}
     return shlex.join(["python", script, *words(changed)])
 
 
@@ -364,8 +467,7 @@ def words(given):
     """Options as the words of a command."""
     written = []
     for name, value in given.items():
-        text = "null" if value is None else str(value)
-        text = text.lower() if isinstance(value, bool) else text
+        text = _text(value)
         written += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return written
 
@@ -381,6 +483,7 @@ def _parser(Config, description, script):
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=_Help,
+        parser_mode="scalar",
     )
     parser.add_argument(
         "--yaml_path", action="config", help="YAML file of options; a flag overrides what it says"
@@ -394,9 +497,259 @@ def _parser(Config, description, script):
     return parser
 
 
-def _defaults(Config, given, script):
-    """What the files of config/recipe and config/dataset say for the options `given`."""
-    return {**_recipe_options(Config, given), **_dataset_options(Config, given, script)}
+class _Words(argparse.ArgumentParser):
+    """Splits a command line into options and their texts."""
+
+    def error(self, message):
+        raise ConfigError(" ".join(message.split()))
+
+
+class _Collect(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        text = " ".join(values) if isinstance(values, list) else values
+        namespace.found.append(Word(option_string[2:], text, ""))
+
+
+def _flags(Config, own, argv):
+    """(the options of a command line in their order, the words for help and --print_config)"""
+    parser = _Words(add_help=False, allow_abbrev=False)
+    hints = get_type_hints(Config)
+    bare = {name for name, hint in hints.items() if hint is bool} | {"amp", "dithering"}
+    for name in dict.fromkeys([*_known(Config), *_foreign(Config, own)]):
+        count = "*" if name not in _known(Config) and _is_ignored(Config, own, name) else None
+        count = "?" if name in bare else count
+        parser.add_argument(f"--{name}", action=_Collect, nargs=count, const="true")
+    found, rest = parser.parse_known_args(argv, argparse.Namespace(found=[]))
+    for word in rest:
+        name = word.lstrip("-").split("=")[0]
+        if word in ("-h", "--help") or (name == "print_config" and word.startswith("--")):
+            continue
+        if not word.startswith("--"):
+            raise ConfigError(
+                f"{_short(word)} is no option: options begin with --; --help lists all"
+            )
+        raise ConfigError(_unknown(Config, name))
+    return found.found, rest
+
+
+def _known(Config):
+    return [*(field.name for field in dataclasses.fields(Config)), "yaml_path"]
+
+
+def _foreign(Config, own):
+    """BackdoorBench's names for options of this script, and those that change nothing."""
+    return [
+        *_aliases(Config, own),
+        *backdoorbench.IGNORED,
+        *(backdoorbench.OF_THE_RECORD if issubclass(Config, Defense) else []),
+    ]
+
+
+def _aliases(Config, own):
+    aliases = {**backdoorbench.ALIASES, **backdoorbench.OWN_ALIASES.get(own, {})}
+    known = _known(Config)
+    return {name: here for name, here in aliases.items() if here in known and name not in known}
+
+
+def _is_ignored(Config, own, name):
+    of_record = issubclass(Config, Defense) and name in backdoorbench.OF_THE_RECORD
+    return (of_record or name in backdoorbench.IGNORED) and name not in _aliases(Config, own)
+
+
+def _translated(Config, own, word):
+    """The option with the name and the value that it has here; None where it changes nothing."""
+    name, text, where = word
+    if name not in _known(Config):
+        here = _aliases(Config, own).get(name)
+        if here is None and (_is_ignored(Config, own, name) or (name == "index" and not text)):
+            return None
+        if here is None:
+            raise ConfigError(f"{where}{_unknown(Config, name)}")
+        name, text = here, backdoorbench.VALUES.get(name, {}).get(text, text)
+    if name == "yaml_path":
+        raise ConfigError(f"{where}yaml_path is a flag: a file of options names no other file")
+    if "\0" in (text or ""):
+        raise ConfigError(f"{where}{name} must be text without the character NUL")
+    return Word(name, text, where)
+
+
+def _unknown(Config, name):
+    """A sentence for an unknown option, with the nearest known ones."""
+    if name in backdoorbench.OTHERWISE:
+        return f"{name} is an option of BackdoorBench: here {backdoorbench.OTHERWISE[name]}"
+    near = difflib.get_close_matches(name[:100], _known(Config), 3, 0.5)
+    hint = f"the nearest are {', '.join(near)}" if near else "--help lists all"
+    return f"unknown option {_short(name)}; {hint}"
+
+
+def _check_record(Config, given, ignored):
+    """ConfigError where a defense is told of another data set or model than its record's."""
+    if not issubclass(Config, Defense):
+        return
+    made = _victim_options({name: word.text for name, word in given.items()})
+    for word in ignored:
+        there = made.get(word.name)
+        if word.name in ("dataset", "model") and there and word.text not in (None, str(there)):
+            raise ConfigError(
+                f"{word.where}the {word.name} of the record is {_short(there)}, not "
+                f"{_short(word.text)}: leave {word.name} out"
+            )
+
+
+def _warn(ignored):
+    if ignored:
+        names = ", ".join(dict.fromkeys(word.name for word in ignored))
+        print(f"warning: ignored, because they change nothing here: {names}", file=sys.stderr)
+
+
+def _words_of(path):
+    """The options in a user's YAML file; ConfigError names the file and says what is wrong."""
+    return [
+        Word(name, None if node.tag.endswith(":null") else node.value, f"{_printable(path)}: ")
+        for name, node in _nodes(path).items()
+    ]
+
+
+def _nodes(path):
+    """{key: the node of its value} of a YAML file that is a mapping of plain values.
+
+    Nothing is constructed: tags call no code, and an alias is never expanded.
+    """
+    shown = _printable(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(
+                f"{shown} is larger than {LARGEST_FILE // 1000} kB and no file of options"
+            )
+        root = yaml.compose(content.decode("utf-8-sig"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise ConfigError(f"{shown} is not UTF-8 text: save it as UTF-8") from error
+        why = getattr(error, "strerror", None) or "it cannot be opened"
+        raise ConfigError(f"{shown} cannot be read: {why}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{shown} is no file of options: it is nested too deeply") from error
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{shown} is no YAML file of options: {_printable(why)}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{shown} must hold options, a line `option: value` for each")
+    for key, value in root.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":null"):
+            raise ConfigError(f"{shown}: a key is no text, and must be the name of an option")
+        if not isinstance(value, yaml.ScalarNode):
+            raise ConfigError(
+                f"{shown}: {_short(key.value)} must have one value, no list or mapping"
+            )
+    return {key.value: value for key, value in root.value}
+
+
+def _scalar(text):
+    """The number, truth value or null that a text stands for in YAML; otherwise the text."""
+    if not re.fullmatch(r"[\w.+:~-]{0,100}", text) or text == "":
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, AttributeError):
+        return text
+    is_scalar = isinstance(value, bool | int | float) or (value is None and text in NULLS)
+    return value if is_scalar else text
+
+
+jsonargparse.set_loader("scalar", _scalar, (ValueError,))
+jsonargparse.set_dumper("scalar", lambda options: yaml.safe_dump(options, sort_keys=False))
+
+
+def _text(value):
+    """A value as a word of a command."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: NULL}[value]
+    return str(value)
+
+
+def _word(name, value, where):
+    if not isinstance(value, str | int | float | None):
+        raise _type_error(where)(f"{where}{name} must have one value, no list or mapping")
+    return Word(name, None if value is None else _text(value), where)
+
+
+def _type_error(where):
+    return RefusedError if where == VICTIM else ConfigError
+
+
+def _converted(Config, parser, words, rest):
+    """{option: value} with values of the declared types."""
+    hints = get_type_hints(Config)
+    switches = dict.fromkeys(SWITCHES, False)
+    written = []
+    for name, text, where in words:
+        if text is None and type(None) not in get_args(hints[name]):
+            raise _type_error(where)(f"{where}{name} must be {_kinds(hints[name])}")
+        if name not in SWITCHES:
+            written.append(f"--{name}={NULL if text is None else text}")
+        elif text.lower() not in ("true", "false"):
+            raise ConfigError(f"{where}{name} must be true or false")
+        else:
+            switches[name] = text.lower() == "true"
+    try:
+        options = parser.parse_args([*written, *rest])
+    except jsonargparse.ArgumentError as error:
+        found = re.search(r'Parser key "(\w+)"', str(error))
+        wrong = [word for word in words if found and word.name == found[1]]
+        if not wrong:
+            raise ConfigError(" ".join(str(error).split())[:300]) from error
+        shown = [word for word in wrong if f"value: {word.text}" in str(error)]
+        name, text, where = [*shown, wrong[-1]][0]
+        raise _type_error(where)(
+            f"{where}{name} must be {_kinds(hints[name])}, not {_short(text)}"
+        ) from error
+    return {field.name: options[field.name] for field in dataclasses.fields(Config)} | switches
+
+
+def _kinds(hint):
+    """Words for the type of an option."""
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): NULL,
+    }
+    if hint in names:
+        return names[hint]
+    return " or ".join(part if isinstance(part, str) else _kinds(part) for part in get_args(hint))
+
+
+def _refuse_idle(Config, options, flags):
+    """ConfigError where a flag that is no default has no effect."""
+    for name, (other, value) in idle(Config, options).items():
+        if name not in flags or options[name] == _default(Config, name):
+            continue
+        beside = f"with --{other} {options[other]}"
+        remedy = f"choose --{other} {value}"
+        if value is None:
+            beside, remedy = f"with --{other}", f"leave --{other} out"
+        elif value is True:
+            beside, remedy = f"without --{other}", f"give --{other} too"
+        raise ConfigError(f"--{name} has no effect {beside}: leave it out, or {remedy}")
+
+
+def _short(value):
+    """A text as it is shown in a message."""
+    text = _printable(value)
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _printable(value):
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value))
+
+
+def _defaults(Config, given, own):
+    """{option: (value, where it is from)}: what config/ and the victim say beside `given`."""
+    recipe = {name: (value, FILES) for name, value in _recipe_options(Config, given).items()}
+    return {**recipe, **_dataset_options(Config, given, own)}
 
 
 def _recipe_options(Config, given):
@@ -424,32 +777,66 @@ def _recipe_options(Config, given):
     return options
 
 
-def _dataset_options(Config, given, script):
-    """What config/dataset/<dataset>.yaml says for attacks or for defenses.
+def _dataset_options(Config, given, own):
+    """What config/dataset/<dataset>.yaml says for attacks or for defenses, and what a defense takes
+    over from its victim.
 
-    Its section named like the script comes over it. For a defense the record names the data set.
+    A section named like the script comes over it. For a defense the record names the data set.
     """
+    section, made = "attack", {}
+    dataset = given.get("dataset", getattr(Config, "dataset", None))
     if issubclass(Config, Defense):
-        section, made = "defense", {}
-        name = given.get("result_file", "")
-        for place in (Path(name), Path(given.get("record_path", "record")) / name):
-            made = made or _mapping(place / folder.OPTIONS)
+        section, made = "defense", _victim_options(given)
         dataset = made.get("dataset")
-    else:
-        section, dataset = "attack", given.get("dataset", Config.dataset)
-    path = ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml"
-    options = _mapping(path).get(section) or {}
-    own = Path(script).stem if script else Config.__module__.rpartition(".")[2]
+    options = _section(ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml", section)
     options = {**options, **options.get(own, {})}
     known = {field.name for field in dataclasses.fields(Config)}
     if given.get("model", options.get("model")) != options.get("model"):
         known -= {"width"}  # it is that of the model which the file names
+    found = {name: (value, FILES) for name, value in options.items()}
     if issubclass(Config, Defense) and Config.copies_recipe:
-        options |= {key: made[key] for key in RECIPE if key in made}
+        found |= {name: (made[name], VICTIM) for name in RECIPE if name in made}
     # where a data set has a rate of its own, all rates are as written
-    if issubclass(Config, Defense) and "lr" not in options:
-        options |= rates_for(Config, made)
-    return {key: value for key, value in options.items() if key in known}
+    if issubclass(Config, Defense) and "lr" not in found:
+        found |= {name: (value, FILES) for name, value in rates_for(Config, made).items()}
+    return {name: value for name, value in found.items() if name in known}
+
+
+def _section(path, section):
+    """The options in one section of a file of config/dataset; {} where there is no such file."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None
+    right = isinstance(content, dict) and isinstance(content.get(section) or {}, dict)
+    options = (content.get(section) or {}) if right else {}
+    # what is no plain value is the section of one script
+    if not right or any(isinstance(value, list) for value in options.values()):
+        raise ConfigError(
+            f"config/dataset/{path.name} must be YAML with sections attack and defense, which hold "
+            "lines `option: value`"
+        )
+    return options
+
+
+def _victim_options(given):
+    """The options in the record that a defense repairs; {} where they cannot be read, which is said
+    when the record is opened."""
+    name = given.get("result_file") or ""
+    for place in (Path(name), Path(given.get("record_path") or "record") / name):
+        path = place / folder.OPTIONS
+        try:
+            nodes = _nodes(path) if path.is_file() else {}
+        except (ConfigError, OSError):
+            continue
+        if nodes:
+            return {
+                name: node.value if node.tag.endswith(":str") else _scalar(node.value)
+                for name, node in nodes.items()
+            }
+    return {}
 
 
 def rates_for(Config, victim):
@@ -478,15 +865,3 @@ def _mapping(path):
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _explain(text, parser, given, flags):
-    """One sentence for a parser's error; an unknown option is named with the nearest known ones."""
-    known = [action.dest for action in parser._actions] + ["print_config"]
-    used = [*given, *(flag[2:].split("=")[0] for flag in flags if flag.startswith("--"))]
-    for name in used:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 3, 0.5)
-            hint = f"the nearest are {', '.join(near)}" if near else "--help lists all"
-            return f"unknown option {name!r}; {hint}"
-    return " ".join(text.split())

@@ -71,6 +71,11 @@ def defense_effectiveness(before, after):
     return (max(0, fall) - max(0, cost) + 1) / 2
 
 
+def _spaced(split, count):
+    index = torch.arange(0, len(split), max(len(split) // count, 1), device=split.labels.device)
+    return split[index]
+
+
 def _share(hits):
     return hits.double().mean().item() if len(hits) else None
 
@@ -120,6 +125,12 @@ class Evaluator:
     def answer(self, model):
         """{acc, asr, ra} of a candidate, not logged; for a method that is marked as using them."""
         return evaluate(model, self._test_sets, self._config.precision)
+
+    def sample(self, model, count):
+        """{acc, asr, ra} on about `count` evenly spaced images of each test set, not logged."""
+        with self.clock.paused():
+            few = TestSets(*(_spaced(part, count) for part in self._test_sets[:2]))
+            return evaluate(model, few, self._config.precision)
 
     def note(self, stage, values, epoch=None):
         """Log a row that was not measured here."""

@@ -34,6 +34,18 @@ def write(path, content):
         raise
 
 
+def write_once(path, content):
+    """The same, but a file that is there already stays, also one that came a moment ago."""
+    new = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.new")
+    write(new, content)
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        pass
+    finally:
+        new.unlink()
+
+
 @contextmanager
 def locked(path):
     """Lock the file `path` for this process; another one waits, and a killed one releases it.
@@ -45,6 +57,39 @@ def locked(path):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+@contextmanager
+def owned(path):
+    """Hold the file `path` for this process alone, and delete it in the end.
+
+    Raises BlockingIOError at once where another process holds it; a killed one releases it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _lock_now(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock_now(path):
+    """The open file `path`, locked."""
+    while True:
+        file = open(path, "a")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # its owner has deleted it in the meantime: lock the new one
 
 
 def write_yaml(path, mapping):

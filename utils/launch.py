@@ -6,6 +6,7 @@
 
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -34,7 +35,9 @@ def launch(Config):
         options = config.parse(
             Config, sys.argv[1:], description, f"{script.parent.name}/{script.name}"
         )
-        importlib.import_module(f"{script.parent.name}.{script.stem}").main(options)
+        module = importlib.import_module(f"{script.parent.name}.{script.stem}")
+        obey_signals()
+        module.main(options)
 
     code = guard(work, debug="--debug" in sys.argv)
     # under torchrun threads of gloo may outlive the interpreter, which then aborts a finished run
@@ -47,20 +50,96 @@ def launch(Config):
 
 def guard(work, *, debug=False):
     """Call work() and return the exit code; what went wrong is one sentence on stderr."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    outlive_readers()
+    stopper = _listen()
     try:
         work()
     except KeyboardInterrupt:
-        return _say("interrupted; the same command resumes after the last finished epoch", 130)
+        return _say(*_interrupted(signal.SIGINT))
     except Exception as error:  # the outermost frame: every error ends in one sentence and a code
         if debug:
             traceback.print_exc()
-        return _say(*_explain(error))
+        # a signal that came while a library read a file may look like a damaged file
+        return _say(*(_interrupted(stopper.number) if stopper.number else _explain(error)))
     except SystemExit as end:
         if end.code == 143:
-            return _say("terminated; the same command resumes after the last finished epoch", 143)
+            return _say(*_interrupted(signal.SIGTERM))
         raise
     return 0
+
+
+class _Stopper:
+    """Ends the script when a signal comes, and remembers which one."""
+
+    number = None
+
+    def __call__(self, number, frame):
+        self.number = number
+        self.stop()
+
+    def stop(self):
+        """Raise what ends the script, if a signal has come."""
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.number:
+            sys.exit(143)
+
+
+def _listen():
+    """The new handler of SIGTERM, and of SIGINT (Ctrl-C) unless the script was started without it,
+    as shells do in the background."""
+    stopper = _Stopper()
+    signal.signal(signal.SIGTERM, stopper)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stopper)
+    elif sys.stderr.isatty():
+        print(
+            f"Ctrl-C is off, as the shell has asked for: kill {os.getpid()} ends this run",
+            file=sys.stderr,
+        )
+    return stopper
+
+
+def obey_signals():
+    """End the script where a signal has come whose exception was swallowed, by an import say."""
+    stopper = signal.getsignal(signal.SIGTERM)
+    if isinstance(stopper, _Stopper):
+        stopper.stop()
+
+
+class _Pipe(io.FileIO):
+    """An output whose reader may leave, as `head` does: what comes then is dropped."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return len(content)
+
+
+def outlive_readers():
+    """Go on when nobody reads stdout or stderr any more; the exit code stays what it would be."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # what a test or a notebook has put in its place is no pipe
+        if stream is None or stream is not getattr(sys, f"__{name}__"):
+            continue
+        stream.flush()
+        pipe = _Pipe(stream.fileno(), "w", closefd=False)
+        unbuffered = isinstance(stream.buffer, io.RawIOBase)  # python -u
+        quiet = io.TextIOWrapper(
+            pipe if unbuffered else io.BufferedWriter(pipe),
+            encoding=stream.encoding,
+            errors="backslashreplace" if stream.errors == "strict" else stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, quiet)
+
+
+def _interrupted(number):
+    word, code = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
+    return f"{word}; the same command resumes after the last finished epoch", code
 
 
 def _explain(error):

@@ -41,6 +41,9 @@ CLEAN = {
     "overwrite": False,
 }
 WEAK = 0.5  # ACC below which a clean model deserves a warning
+# a victim is measured again on so many images of each test set before it is repaired; on another
+# machine or in another precision the shares differ by less than the tolerance
+CHECKED, CHECK_TOLERANCE = 1000, 0.1
 
 
 class Method(NamedTuple):
@@ -79,15 +82,19 @@ def attack(script, config, make_trigger, *, prepare=None, cover=None, make_loss=
     folder = Path(config.record_path) / config.save_folder_name
     if config.dry_run:
         return None if workers.rank else _plan_attack(method, config, folder)
-    begun = workers.rank > 0 or layout.begin(folder, config, kind="attack")
-    with distributed.process_group(workers, device):
+    owner = contextlib.nullcontext() if workers.rank else layout.owned(folder)
+    with owner, distributed.process_group(workers, device):
+        data = _load(config, device, workers)
+        chosen = _select(config, data.train.truth, data.spec.classes, method.cover)
+        facts = contents.facts_of(data)
+        begun = workers.rank > 0 or layout.begin(folder, config, kind="attack", data=facts)
         if not distributed.broadcast(begun, workers):
             return _already_done(folder)
-        _attack(method, config, device, folder, workers)
+        _attack(method, config, data, chosen, device, folder, workers)
 
 
-def _attack(method, config, device, folder, workers):
-    state = folder / layout.STATE
+def _load(config, device, workers):
+    """The data set, which must be the same for all processes."""
     with distributed.first_process_first(workers):
         data = dataset.load(config, device, workers)
     distributed.require_same(
@@ -95,7 +102,12 @@ def _attack(method, config, device, folder, workers):
         "other images than the first one, or another precision",
         workers,
     )
-    index, cover_index = _select(config, data.train.truth, data.spec.classes, method.cover)
+    return data
+
+
+def _attack(method, config, data, chosen, device, folder, workers):
+    state = folder / layout.STATE
+    index, cover_index = chosen
     method, prepared, facts = _prepare(method, config, data, index, state, device, workers)
     poisoning, loss = _poison(method, config, data, index, cover_index)
     poisoning = poisoning._replace(parts=prepared and prepared.parts, facts=facts)
@@ -220,19 +232,25 @@ def defend(script, config, repair):
         raise ConfigError(f"the defense {name} runs in one process: start it without torchrun")
     folder_name = config.save_folder_name or name
     config, device = setup(dataclasses.replace(config, save_folder_name=folder_name))
-    info = layout.verify(config.record, "attack")
+    info = contents.open_record(config.record)
     folder = config.record / layout.DEFENSES / config.save_folder_name
-    victim_sha256 = info["files"][layout.WEIGHTS]
     if config.dry_run:
         return _plan_defense(name, config, folder, info)
     _require_train_set(name, config, info)
-    if not layout.begin(folder, config, kind="defense", victim=victim_sha256):
-        return _already_done(folder)
+    with layout.owned(folder):
+        # the data is compared first: other data is never "already done"
+        loaded = contents.load(config.record, config, device, info)
+        victim = info["files"][layout.WEIGHTS]
+        if not layout.begin(folder, config, kind="defense", victim=victim):
+            return _already_done(folder)
+        _defend(name, config, repair, loaded, folder, info, device)
 
-    loaded = contents.load(config.record, config, device)
-    victim_row = layout.read_results(config.record)
+
+def _defend(name, config, repair, loaded, folder, info, device):
+    victim_row, before = contents.read_measures(config.record, info)
     evaluator = Evaluator(loaded.test_sets, config, layout.Log(folder / layout.STATE))
-    evaluator.note("before", _measured_before(config.record, victim_row))
+    _require_victim(config, loaded, before, evaluator)
+    evaluator.note("before", before)
     defender = _defender(config, device, loaded, folder, info, evaluator)
     torch.manual_seed(seeds.number("defense", config.random_seed))
     model = repair(loaded.model, defender, config)
@@ -243,7 +261,7 @@ def defend(script, config, repair):
         config,
         model,
         victim_row,
-        victim_sha256,
+        info["files"][layout.WEIGHTS],
         clean_count=len(defender.clean),
         measured=measured,
         seconds=seconds,
@@ -263,9 +281,16 @@ def _require_train_set(name, config, info):
         )
 
 
-def _measured_before(record, victim_row):
-    asr_all = files.read_csv(record / layout.LOG)[-1].get("asr_all")
-    return {**results.measures_of(victim_row), "asr_all": asr_all}
+def _require_victim(config, loaded, before, evaluator):
+    """Raise RefusedError (exit 4) where the weights are not those that results.csv describes."""
+    measured = evaluator.sample(loaded.model, CHECKED)
+    for name, value in measured.items():
+        if None not in (value, before[name]) and abs(value - before[name]) > CHECK_TOLERANCE:
+            raise RefusedError(
+                f"the record {config.record} is damaged: {layout.RESULTS} says {name.upper()} "
+                f"{100 * before[name]:.1f} %, but {layout.WEIGHTS} reaches {100 * value:.1f} % on "
+                f"{CHECKED} of its images"
+            )
 
 
 def _defender(config, device, loaded, folder, info, evaluator):
@@ -279,7 +304,7 @@ def _defender(config, device, loaded, folder, info, evaluator):
     def report(stage, model, **values):
         evaluator.measure(stage, model, **values)  # and nothing is returned
 
-    name, width = contents.architecture(config.record)
+    name, width = contents.architecture(contents.read_options(config.record, info))
     shared = config.record / layout.DEFENSES / layout.SHARED / info["files"][layout.POISONED][:12]
     return Defender(
         spec,
@@ -306,15 +331,19 @@ def clean_model(config, spec, device):
         folder = layout.find(config.clean_record, config.record_path)
     else:
         folder = _train_clean_model(config, spec)
-    info = layout.verify(folder, "attack")
-    row = layout.read_results(folder)
-    data = info["data"]
+    info = contents.open_record(folder)
+    row, _ = contents.read_measures(folder, info)
+    data, made = info["data"], contents.read_options(folder, info)
     if row["n_poison"] != "0":
         raise RefusedError(
             f"the record {folder} is not of a clean model but of {info['name']}; attack/clean.py "
             "makes one"
         )
-    if (row["dataset"], data["classes"], data["size"]) != (config.dataset, spec.classes, spec.size):
+    if (made["dataset"], data["classes"], data["size"]) != (
+        config.dataset,
+        spec.classes,
+        spec.size,
+    ):
         raise RefusedError(
             f"the clean model {folder} was trained on another data set than {config.dataset} at "
             f"{spec.size} pixels"
@@ -330,7 +359,7 @@ def clean_model(config, spec, device):
             f"warning: the clean model {folder} has an ACC of only {100 * float(row['acc']):.0f} %",
             file=sys.stderr,
         )
-    model = contents.load_model(folder, spec).to(device).eval().requires_grad_(False)
+    model = contents.load_model(folder, spec, info).to(device).eval().requires_grad_(False)
     facts = {
         "record": str(folder),
         "sha256": info["files"][layout.WEIGHTS],

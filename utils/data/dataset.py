@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from utils import distributed, files, seeds
+from utils.data import images as image_files
 from utils.data import sources
 from utils.data.memmap import MemmapImages
 from utils.device import free_memory
@@ -25,6 +27,10 @@ KNOWN = {
     "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False),
     "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), False),
 }
+DECODING = 2  # counts up when an image file is decoded to other pixels than before
+CACHED = ("train.npy", "train_labels.npy", "test.npy", "test_labels.npy")
+ALWAYS_CHECKED = 10**9  # bytes of a cache whose content is checked at every start
+LARGEST_META = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Spec:
 
     `mean` and `std` are per channel, of pixels in [0, 1]. `size` is the side in pixels. `flip` says
     whether a mirrored image keeps its class. `fingerprint` maps train and test to a digest of
-    pixels and labels.
+    pixels and labels. `class_names` are the names of the classes, in the order of their labels.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Spec:
     std: tuple
     flip: bool
     fingerprint: dict
+    class_names: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -125,21 +132,32 @@ def open_dataset(
     """
     side = side_of(name, image_size)
     found = sources.find(name, root, download=download)
-    mark = f"{side}|{found['train'].fingerprint}|{found['test'].fingerprint}"
+    mark = f"{DECODING}|{side}|{found['train'].fingerprint}|{found['test'].fingerprint}"
     folder = Path(cache) / f"{name}-{side}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
     if not (folder / "meta.json").is_file():
         _decode(found, side, folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = _read_meta(folder)
+        _check_content(folder, side, meta)
         mean, std, flip = KNOWN.get(name, (meta["mean"], meta["std"], False))
-        spec = Spec(name, meta["classes"], side, tuple(mean), tuple(std), flip, meta["fingerprint"])
+        spec = Spec(
+            name,
+            meta["classes"],
+            side,
+            tuple(mean),
+            tuple(std),
+            flip,
+            meta["fingerprint"],
+            found["train"].classes,
+        )
         budget = free_memory(device) / 3 / copies if resident_gb is None else resident_gb * 1e9
         size = sum((folder / f"{split}.npy").stat().st_size for split in ("train", "test"))
         train, test = (
-            _open_split(folder, split, device, mapped=size > budget) for split in ("train", "test")
+            _open_split(folder, split, side, device, mapped=size > budget)
+            for split in ("train", "test")
         )
         return Dataset(spec, train, test)
-    except (OSError, ValueError, KeyError) as error:
+    except (MissingError, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise MissingError(
             f"the cache {folder} is damaged: delete that folder and run again"
         ) from error
@@ -164,12 +182,65 @@ def balanced_subset(labels, count, seed):
     return torch.cat(members)[torch.cat(turns).argsort()[:total]].sort().values
 
 
-def _open_split(folder, split, device, *, mapped):
-    # copy-on-write: tensors want writable memory, and nothing written may reach the file
-    images = torch.from_numpy(np.load(folder / f"{split}.npy", mmap_mode="c"))
+def _open_split(folder, split, side, device, *, mapped):
+    images, labels = map(torch.from_numpy, _arrays(folder, split, side))
     images = MemmapImages(images, device) if mapped else images.to(device)
-    labels = torch.from_numpy(np.load(folder / f"{split}_labels.npy")).to(device)
+    labels = labels.clone().to(device)
     return Split(images, labels, labels)
+
+
+def _arrays(folder, split, side):
+    """(images, labels) of a cache, memory-mapped; ValueError where they have another form."""
+    # copy-on-write: tensors want writable memory, and nothing written may reach the file
+    images, labels = (
+        np.lib.format.open_memmap(folder / f"{split}{part}.npy", "c") for part in ("", "_labels")
+    )
+    form = images.shape, images.dtype, images.flags.c_contiguous, labels.shape, labels.dtype
+    if form != ((len(labels), 3, side, side), np.uint8, True, (len(labels),), np.int64):
+        raise ValueError(f"{split} has another shape or type")
+    return images, labels
+
+
+def _read_meta(folder):
+    """What meta.json says; ValueError where it is not what `_decode` has written."""
+    with image_files.open_regular(folder / "meta.json", LARGEST_META) as file:
+        meta = json.load(file)
+    if not isinstance(meta, dict) or meta.pop("sha256") != _mark(meta):
+        raise ValueError("meta.json was changed")
+    return meta
+
+
+def _mark(meta):
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _check_content(folder, side, meta):
+    """ValueError where the files of a cache are not those that it was made of.
+
+    Sizes are always compared. The content of a cache that is too large to be read at every start is
+    compared only where a file is newer than meta.json, which is written last.
+    """
+    states = {name: os.stat(folder / name) for name in CACHED}
+    for name, state in states.items():
+        image_files.require_regular(folder / name, state, meta["sizes"][name])
+        if state.st_size < meta["sizes"][name]:
+            raise ValueError(f"{name} is too short")
+    date = os.stat(folder / "meta.json").st_mtime_ns
+    newer = any(state.st_mtime_ns > date for state in states.values())
+    if sum(meta["sizes"].values()) > ALWAYS_CHECKED and not newer:
+        return
+    for split in ("train", "test"):
+        if _fingerprint(*_arrays(folder, split, side)) != meta["fingerprint"][split]:
+            raise ValueError(f"{split} has other images or labels")
+    if newer:  # a copied cache: it need not be read again
+        with suppress(OSError):
+            os.utime(folder / "meta.json")
+
+
+def _fingerprint(images, labels):
+    content = hashlib.sha256(images)
+    content.update(labels)
+    return content.hexdigest()
 
 
 def _decode(splits, side, folder):
@@ -177,17 +248,16 @@ def _decode(splits, side, folder):
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
-        meta = {"fingerprint": {}}
+        meta = {"fingerprint": {}, "classes": len(splits["train"].classes)}
         for split in ("train", "test"):
             source_images, labels = splits[split].read()
             images = _store(unfinished / f"{split}.npy", source_images, side)
             np.save(unfinished / f"{split}_labels.npy", labels)
-            content = hashlib.sha256(images)
-            content.update(labels)
-            meta["fingerprint"][split] = content.hexdigest()
+            meta["fingerprint"][split] = _fingerprint(images, labels)
             if split == "train":
-                meta |= {"classes": int(labels.max()) + 1} | _statistics(images)
-        files.write_json(unfinished / "meta.json", meta)
+                meta |= _statistics(images)
+        meta["sizes"] = {name: (unfinished / name).stat().st_size for name in CACHED}
+        files.write_json(unfinished / "meta.json", meta | {"sha256": _mark(meta)})
         if not folder.is_dir():  # another run may have been quicker
             unfinished.rename(folder)
     finally:

@@ -2,11 +2,16 @@
 
 import concurrent.futures
 import csv
+import functools
 import hashlib
+import io
 import multiprocessing
 import os
+import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +19,34 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.errors import ConfigError, MissingError
+from utils.data import images as image_files
+from utils.data.images import shown
+from utils.errors import ConfigError, MissingError, UserError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 SIDES = {"digits": 32, "cifar10": 32, "cifar100": 32, "gtsrb": 32, "tiny": 64}
 NAMES = [*SIDES, "folder"]
 CHUNK = 500  # images per task of the decoding pool
+LARGEST_LIST = 64 << 20  # bytes of a text file that lists images
+SHOWN = 3  # examples in a message
+
+# what other programs leave among images, in lower case; so is every name that begins with a dot
+SYSTEM = {
+    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "__macosx",
+    "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
+
+DIGITS = tuple("0123456789")
+CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR100 = tuple(
+    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
+    crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
+    lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +54,34 @@ class Source:
     """One split before it is decoded.
 
     `fingerprint` changes when any file does. `read()` gives (images, labels): images are a list of
-    paths or one uint8 array N,H,W,3; labels are int64 N.
+    paths or one uint8 array N,H,W,3; labels are int64 N. `classes` are the names of the classes.
     """
 
     fingerprint: str
     read: Callable
+    classes: tuple = ()
+
+
+@dataclass
+class Skipped:
+    """What is not read among the images: hidden and system entries, other files by extension."""
+
+    hidden: list = field(default_factory=list)
+    others: Counter = field(default_factory=Counter)
+
+    def add(self, other):
+        self.hidden += other.hidden
+        self.others += other.others
+
+    def __str__(self):
+        parts = []
+        if self.hidden:
+            parts.append(f"hidden or system entries: {len(self.hidden)} ({_some(self.hidden)})")
+        if self.others:
+            kinds = [f"{count} {shown(kind)[:20]}" for kind, count in self.others.most_common(10)]
+            kinds += ["..."] * (len(self.others) > len(kinds))
+            parts.append(f"files of other formats: {self.others.total()} ({', '.join(kinds)})")
+        return "; ".join(parts)
 
 
 def check(name):
@@ -48,11 +98,11 @@ def find(name, root, *, download=False):
     check(name)
     if name == "digits":
         return {
-            split: Source("scikit-learn digits, 32 pixels, 1", partial(_digits, split))
+            split: Source("scikit-learn digits, 32 pixels, 1", partial(_digits, split), DIGITS)
             for split in ("train", "test")
         }
     place = Path(root) if name == "folder" else Path(root) / name
-    if (place / "train").is_dir():
+    if os.path.isdir(place / "train"):
         return _folders(place)
     native = _native(name, place)
     if not native and download and name != "folder":
@@ -92,6 +142,10 @@ def _map(function, chunks):
                 [pool.submit(function, chunk) for chunk in chunks]
             ):
                 yield task.result()
+        except concurrent.futures.BrokenExecutor as error:
+            raise UserError(
+                "a process that decodes images has died: too little memory, or a damaged image"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -104,73 +158,213 @@ def _decode_chunk(side, chunk):
 
 def _decode_one(source, side):
     """A path or an array H,W,3 as uint8 side,side,3."""
-    try:
-        image = Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
-        image = image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise MissingError(f"the image {source} is too large to decode") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise MissingError(f"the image {source} is damaged or empty: mend or delete it") from error
+    stored = isinstance(source, np.ndarray)
+    image = Image.fromarray(source) if stored else image_files.read_rgb(source)
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 
 def _folders(place):
-    """train/<class>/* and test/ or val/<class>/*; classes are the sorted folder names of train/."""
-    test = next((place / name for name in ("test", "val") if (place / name).is_dir()), None)
+    """train/<class>/* and test/ or val/<class>/*; classes are the folder names of train/."""
+    train = place / "train"
+    test = next((place / name for name in ("test", "val") if os.path.isdir(place / name)), None)
     if test is None:
         raise MissingError(
             f"{place} has train/ but neither test/ nor val/: put the test images there, a folder "
             "per class"
         )
-    classes = sorted(entry.name for entry in os.scandir(place / "train") if entry.is_dir())
+    skipped = Skipped()
+    classes = _class_folders(train, skipped)
     if len(classes) < 2:
-        raise MissingError(
-            f"{place / 'train'} needs at least two class folders; it has {len(classes)}"
-        )
+        raise MissingError(f"{train} needs at least two class folders; it has {len(classes)}")
     if (place / "val" / "val_annotations.txt").is_file():  # Tiny-ImageNet as it is published
-        rows = [
-            line.split("\t")[:2]
-            for line in (place / "val" / "val_annotations.txt").read_text().splitlines()
-        ]
-        pairs = [(place / "val" / "images" / name, classes.index(label)) for name, label in rows]
-        return {"train": _listed(_scan(place / "train", classes)), "test": _listed(pairs)}
-    extra = sorted({entry.name for entry in os.scandir(test) if entry.is_dir()} - set(classes))
+        train_pairs, test_pairs = _scan(train, classes, skipped), _annotated(place / "val", classes)
+        return _splits(train_pairs, test_pairs, place / "val", classes)
+    extra = [name for name in _class_folders(test, skipped) if name not in set(classes)]
     if extra:
-        raise MissingError(f"{test} has a class that {place / 'train'} lacks: {extra[0]}")
-    return {
-        "train": _listed(_scan(place / "train", classes)),
-        "test": _listed(_scan(test, classes)),
-    }
+        raise MissingError(f"{test} has a class that {train} lacks: {_some(extra)}")
+    pairs = _scan(train, classes, skipped)
+    found = _splits(pairs, _scan(test, classes, skipped, partly=True), test, classes)
+    if str(skipped):
+        _say(f"note: passed over below {shown(place)}: {skipped}")
+    return found
 
 
-def _scan(folder, classes):
-    """(path, label) of every image below folder/<class>, sorted."""
-    pairs = []
+def _splits(train_pairs, test_pairs, test, classes):
+    """The two sources of (path, label) pairs; what the folder `test` lacks is said or refused."""
+    present = {label for _, label in test_pairs}
+    if len(present) < 2:
+        raise MissingError(
+            f"the test images in {test} are all of class {_some([classes[min(present)]])}: attack "
+            "and defense are measured on at least two classes"
+        )
+    if absent := [name for label, name in enumerate(classes) if label not in present]:
+        _say(
+            f"warning: {shown(test)} has no image of {len(absent)} of {len(classes)} classes "
+            f"({_some(absent)}): nothing is measured on these"
+        )
+    names = tuple(map(_class_name, classes))
+    return {"train": _listed(train_pairs, names), "test": _listed(test_pairs, names)}
+
+
+@functools.cache  # once, however often a run opens the set
+def _say(text):
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
+        print(text, file=sys.stderr)
+
+
+def _some(names):
+    return ", ".join([shown(name) for name in names[:SHOWN]] + ["..."] * (len(names) > SHOWN))
+
+
+def _class_name(name):
+    """A folder's name as text that is the same on every machine."""
+    return unicodedata.normalize("NFC", shown(name))
+
+
+def _class_folders(folder, skipped):
+    """The names of the folders in `folder`, sorted; by value where all of them are numbers."""
+    entries = _entries(folder, skipped)
+    names = [entry.name for entry in entries if _is_folder(entry)]
+    skipped.others.update(_ending(entry.name) for entry in entries if not _is_folder(entry))
+    if all(name.isascii() and name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return names
+
+
+def _entries(folder, skipped):
+    """The entries of `folder`, sorted, without those that hide or that a system leaves behind."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise MissingError(f"cannot read the folder {shown(folder)}: {error.strerror}") from error
+    hidden = [entry.name for entry in entries if _hides(entry.name)]
+    skipped.hidden += hidden
+    return [entry for entry in entries if not _hides(entry.name)] if hidden else entries
+
+
+def _hides(name):
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _ending(name):
+    return os.path.splitext(name)[1].lower() or "without extension"
+
+
+def _scan(folder, classes, skipped, *, partly=False):
+    """(path, label) of every image below folder/<class>, sorted.
+
+    Raises MissingError where there is none, or none of some class, unless it is `partly` so.
+    """
+    pairs, empty = [], []
     for label, name in enumerate(classes):
-        for directory, _, files in os.walk(folder / name):
-            chosen = (file for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS)
-            pairs += [(os.path.join(directory, file), label) for file in chosen]
+        passed = Skipped()
+        place = os.path.join(folder, name)
+        files = _files(place, passed) if os.path.isdir(place) else []
+        pairs += [(path, label) for path in files]
+        skipped.add(passed)
+        if not files:
+            empty.append((name, passed))
     if not pairs:
-        raise MissingError(f"no images below {folder}: expected {folder}/<class>/*.png, .jpg ...")
-    return sorted(pairs)
+        raise MissingError(
+            f"no images below {folder}: expected {folder}/<class>/*.png, .jpg ..."
+            + (f"; passed over: {skipped}" if str(skipped) else "")
+        )
+    if empty and not partly:
+        name, passed = empty[0]
+        raise MissingError(
+            f"class {shown(name)} in {folder} has no image: put images there or delete the folder"
+            + (f"; passed over in it: {passed}" if str(passed) else "")
+            + (f"; {len(empty) - 1} more classes are empty" if len(empty) > 1 else "")
+        )
+    return sorted(pairs, key=lambda pair: os.fsencode(pair[0]))
 
 
-def _listed(pairs):
+def _files(folder, skipped):
+    """Paths of the image files below `folder`.
+
+    Links are followed, but no folder is read twice, and none that `folder` itself lies in.
+    """
+    waiting, found = [folder], []
+    above = [*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents]
+    seen = set(map(_identity, above))
+    endings = image_files.extensions()
+    while waiting:
+        directory = waiting.pop()
+        if (identity := _identity(directory)) in seen:
+            continue
+        seen.add(identity)
+        for entry in _entries(directory, skipped):
+            if _is_folder(entry):
+                waiting.append(entry.path)
+            elif (ending := _ending(entry.name)) in endings:
+                found.append(entry.path)
+            else:
+                skipped.others[ending] += 1
+    return found
+
+
+def _identity(folder):
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise MissingError(f"cannot read the folder {shown(folder)}: {error.strerror}") from error
+    return status.st_dev, status.st_ino
+
+
+def _annotated(folder, classes):
+    """(path, label) pairs of Tiny-ImageNet's validation images, from their list."""
+    path, number = folder / "val_annotations.txt", {name: n for n, name in enumerate(classes)}
+    pairs = []
+    for line in _text(path).splitlines():
+        name, _, rest = line.partition("\t")
+        label = number.get(rest.partition("\t")[0])
+        if label is None:
+            raise MissingError(
+                f"{path} is damaged: the line {shown(line[:60])!r} names no class of train/"
+            )
+        pairs.append((folder / "images" / name, label))
+    return pairs or _no_list(path)
+
+
+def _no_list(path):
+    raise MissingError(f"{path} is damaged: it lists no image")
+
+
+def _text(path):
+    """The content of a text file that lists images."""
+    with image_files.open_regular(path, LARGEST_LIST) as file:
+        return file.read().decode("utf-8-sig", errors="surrogateescape")
+
+
+def _listed(pairs, classes):
     """A Source of (path, label) pairs; its fingerprint covers paths, labels, sizes and dates."""
     mark = hashlib.sha256()
     for path, label in pairs:
         try:
             status = os.stat(path)
-        except OSError as error:
-            raise MissingError(f"the image {path} is missing") from error
-        mark.update(f"{path}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        except FileNotFoundError as error:
+            why = "links to a file that is not there" if os.path.islink(path) else "is missing"
+            raise MissingError(f"the image {shown(path)} {why}") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+            raise MissingError(f"the image {shown(path)} cannot be read: {error}") from error
+        image_files.require_regular(path, status)
+        mark.update(os.fsencode(path))
+        mark.update(f"\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     paths, labels = (
         [str(path) for path, _ in pairs],
         np.array([label for _, label in pairs], np.int64),
     )
-    return Source(mark.hexdigest(), lambda: (paths, labels))
+    return Source(mark.hexdigest(), lambda: (paths, labels), classes)
 
 
 def _native(name, place):
@@ -181,12 +375,9 @@ def _native(name, place):
     if name in {"cifar10", "cifar100"}:
         folder = place / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
         if folder.is_dir():
-            mark = "".join(
-                f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}"
-                for file in sorted(folder.iterdir())
-            )
+            mark, names = _mark(folder), {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
             return {
-                split: Source(mark, partial(_cifar, name, place, split))
+                split: Source(mark, partial(_cifar, name, place, split), names)
                 for split in ("train", "test")
             }
     if name == "gtsrb" and (place / "gtsrb" / "GT-final_test.csv").is_file():
@@ -194,6 +385,18 @@ def _native(name, place):
     if name == "tiny" and (place / "tiny-imagenet-200" / "train").is_dir():
         return _folders(place / "tiny-imagenet-200")
     return None
+
+
+def _mark(folder):
+    """The names, sizes and dates of the files in `folder`, as one text."""
+    mark = ""
+    for entry in _entries(folder, Skipped()):
+        if _is_folder(entry):
+            continue
+        status = os.stat(entry.path)
+        image_files.require_regular(entry.path, status)
+        mark += f"{shown(entry.name)}{status.st_size}{status.st_mtime_ns}"
+    return mark
 
 
 def _cifar(name, place, split):
@@ -220,13 +423,25 @@ def _gtsrb(place):
         raise MissingError(
             f"{images} has neither Final_Training/Images/ nor Training/: run with --download true"
         )
-    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
-    with open(place / "GT-final_test.csv", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=";"))
-    test = [
-        (images / "Final_Test" / "Images" / row["Filename"], int(row["ClassId"])) for row in rows
-    ]
-    return {"train": _listed(_scan(train, classes)), "test": _listed(test)}
+    skipped = Skipped()
+    classes = _class_folders(train, skipped)
+    pairs = _scan(train, classes, skipped)
+    test = images / "Final_Test" / "Images"
+    return _splits(pairs, _gtsrb_test(place / "GT-final_test.csv", test, classes), test, classes)
+
+
+def _gtsrb_test(path, folder, classes):
+    """(path, label) pairs of GTSRB's test images, from their list."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=";"))
+        pairs = [(folder / row["Filename"], int(row["ClassId"])) for row in rows]
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise MissingError(
+            f"{path} is damaged: it needs the columns Filename and ClassId, divided by semicolons"
+        ) from error
+    if not all(0 <= label < len(classes) for _, label in pairs):
+        raise MissingError(f"{path} names a class beyond the {len(classes)} of the training set")
+    return pairs or _no_list(path)
 
 
 def _digits(split):

@@ -39,8 +39,9 @@ def blur(images, sigma, radius):
 
     `sigma` is in pixels, one number or one for each image; the kernel has 2 `radius` + 1 pixels.
     """
-    sigma = torch.as_tensor(sigma, dtype=images.dtype, device=images.device)
-    sigma = sigma.reshape(-1, 1).expand(len(images), 1)
+    if not torch.is_tensor(sigma):  # filled on the device: a copy there would wait at every step
+        sigma = torch.full((1,), sigma, dtype=images.dtype, device=images.device)
+    sigma = sigma.to(images).reshape(-1, 1).expand(len(images), 1)
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)

@@ -12,14 +12,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from utils import seeds
+from utils.data import images as image_files
 from utils.data.dataset import Split
 from utils.data.memmap import replaced
 from utils.errors import ConfigError, MissingError
 
 CHUNK = 2**20  # pixels that get a trigger at once: keeps the float copies small
+LARGEST_ARRAY = 2**28  # bytes of a .npy pattern
 
 
 class Cover(NamedTuple):
@@ -67,12 +68,60 @@ def choose(truth, ratio, seed, *, among=None, purpose="poison"):
     """Sorted positions of round(ratio * N) of N images, drawn uniformly; fewer if there are fewer.
 
     `among` is a mask of the images that may be drawn, by default all. `truth` is int64 N; the
-    result lies on its device. Another `purpose` draws other images.
+    result lies on its device. Another `purpose` draws other images. ConfigError (exit 2) where a
+    ratio above 0 comes to no image.
     """
     candidates = torch.arange(len(truth)) if among is None else among.cpu().nonzero().flatten()
     count = min(round(ratio * len(truth)), len(candidates))
+    if ratio > 0 and not count:
+        raise ConfigError(_no_image(ratio, len(truth), len(candidates), purpose))
     order = torch.randperm(len(candidates), generator=seeds.generator(purpose, seed))
     return candidates[order[:count]].sort().values.to(truth.device)
+
+
+def _no_image(ratio, total, candidates, purpose):
+    """Why `choose` finds no image, and what to do."""
+    share = {
+        "poison": "pratio",
+        "cover": "the share of images that are changed and keep their label",
+    }
+    name = share.get(purpose, f"the share of {purpose}")
+    if not candidates:
+        return (
+            f"{name} must be 0 here, not {ratio:g}: none of the {total} training images may be "
+            "chosen for it"
+        )
+    return (
+        f"{name} must be 0 or at least {smallest_share(total)} for {total} training images: "
+        f"{ratio:g} of them is less than half an image"
+    )
+
+
+def smallest_share(total):
+    """As a decimal number, the smallest share of `total` images that rounds to an image.
+
+    It is just above half an image: half an image rounds to none.
+    """
+    digits = len(str(2 * total)) + 1
+    return f"{(10**digits // (2 * total) + 1) / 10**digits:.{digits}f}"
+
+
+class Portions:
+    """Cuts batches so that a share of all images so far is taken, to within half an image.
+
+    `take(size)` is the number to take of the next batch of `size` images; no random number is
+    drawn. With `at_most`, the places that are left in the batch, what does not fit comes later.
+    """
+
+    def __init__(self, share):
+        self.share, self.seen, self.taken = share, 0, 0
+
+    def take(self, size, at_most=None):
+        self.seen += size
+        due = round(self.share * self.seen) - self.taken
+        count = min(due, size if at_most is None else at_most)
+        self.taken += count
+        return count
 
 
 def apply_trigger(images, trigger, index):
@@ -109,9 +158,12 @@ def triggered_split(split, trigger, relabel, *, own=False):
 def resized_pattern(path, size, *, signed=False, mode="bilinear"):
     """An image or .npy file as float 3,size,size in [0, 1], or in [-1, 1] if `signed`.
 
-    A pattern of another size is resized.
+    A pattern of another size is resized. An alpha channel lays it over black, which is no change
+    for a pattern that is added.
     """
-    pattern = read_pattern(path, lowest=-1 if signed else 0)[None, :3]
+    pattern = read_pattern(path, lowest=-1 if signed else 0)[None]
+    if pattern.shape[1] == 4:
+        pattern = pattern[:, :3] * pattern[:, 3:].clamp(min=0)
     if pattern.shape[-2:] != (size, size):
         antialias = {"antialias": True} if mode == "bilinear" else {}
         pattern = F.interpolate(pattern, (size, size), mode=mode, **antialias)
@@ -126,36 +178,54 @@ def resized_mask(path, size):
 def read_pattern(path, *, lowest=0):
     """An image or .npy file as float C,H,W in [lowest, 1]; C is 4 with an alpha channel, else 3.
 
-    Arrays are H,W or H,W,C or C,H,W: uint8 0..255, or float lowest..1. MissingError (exit 3) where
-    there is no such file, ConfigError (exit 2) where it is not a pattern.
+    Images are read as those of a data set are: upright, and 16 bits keep their range. Arrays are
+    H,W or H,W,C or C,H,W: uint8 0..255, or float lowest..1. MissingError (exit 3) where there is no
+    such file, ConfigError (exit 2) where it is not a pattern.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise MissingError(f"there is no pattern file {path}")
-    try:
-        array = _read_array(path)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ConfigError(
-            f"cannot read the pattern {path}: it must be an image or a .npy array of numbers"
-        ) from error
+    array = _read_array(path) if _is_array(path) else _read_image(path)
     array = array[..., None].repeat(3, -1) if array.ndim == 2 else array
     if array.ndim == 3 and array.shape[-1] not in (3, 4) and array.shape[0] in (3, 4):
         array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[-1] not in (3, 4):
+    if array.ndim != 3 or array.shape[-1] not in (3, 4) or not array.size:
         raise ConfigError(
             f"the pattern {path} has shape {array.shape}: expected H,W or H,W,3 or H,W,4 or 3,H,W"
         )
     unit = torch.from_numpy(array.astype(np.float32)) / (255 if array.dtype == np.uint8 else 1)
     if not (unit.isfinite().all() and unit.min() >= lowest and unit.max() <= 1):
         raise ConfigError(
-            f"the pattern {path} holds values outside 0..255 (uint8) or {lowest}..1 (float)"
+            f"the pattern {path} holds {array.dtype} values outside {lowest}..1: save it as uint8 "
+            f"(0..255) or as float ({lowest}..1)"
         )
     return unit.permute(2, 0, 1).contiguous()
 
 
+def _is_array(path):
+    return Path(path).suffix.lower() == ".npy"
+
+
 def _read_array(path):
-    """The numbers of an image, H,W,3 or H,W,4 with transparency, or of a .npy file."""
-    if str(path).endswith(".npy"):
-        return np.load(path, allow_pickle=False)
-    image = Image.open(path)
-    transparent = "A" in image.getbands() or "transparency" in image.info
-    return np.asarray(image.convert("RGBA" if transparent else "RGB"))
+    """The numbers of a .npy file."""
+    try:
+        # only a file is opened, and only one that is as long as it says
+        with image_files.open_regular(path, LARGEST_ARRAY):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(array.dtype)
+    except MissingError as error:
+        raise ConfigError(f"this is no pattern: {error}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot read the pattern {path}: it must be an image or a .npy array of numbers"
+        ) from error
+    return np.array(array)
+
+
+def _read_image(path):
+    """The numbers of an image, H,W,3 or H,W,4 with transparency."""
+    try:
+        image = image_files.open_image(path)
+    except MissingError as error:
+        raise ConfigError(f"this is no pattern: {error}") from error
+    return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))

@@ -1,22 +1,23 @@
 """The tensors of a record: what a finished run saves, and what a defense loads."""
 
-import sys
+import csv
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import yaml
 from torch import nn
 
 import models
 from utils import checkpoint, distributed
 from utils.charts import preview
-from utils.data import dataset
+from utils.data import dataset, sources
 from utils.data.dataset import Dataset, Spec, Split
 from utils.data.memmap import replaced
-from utils.errors import RefusedError
+from utils.errors import MissingError, RefusedError
 from utils.evaluation import TestSets
 from utils.record import folder as layout
-from utils.record import results
+from utils.record import results, schema
 
 POISON, COVER = 1, 2  # kinds of changed training images: poisoned; changed, but with the true label
 PREVIEWED = 8  # images in preview.png
@@ -123,41 +124,101 @@ def save_repair(folder, repair, device):
     layout.finish(folder, contents, facts, kind="defense")
 
 
-def load(folder, config, device):
-    """The `Loaded` content of an attack's record; `config` are the options of a defense.
+def open_record(folder):
+    """What record.json of an attack's record says, after everything in the record was verified.
 
-    Raises RefusedError (exit 4) where the record is damaged or was made on another data set.
+    Raises RefusedError (exit 4).
     """
     info = layout.verify(folder, "attack")
-    made = layout.read_options(folder)
     try:
+        schema.check_facts(info)
+    except ValueError as error:
+        raise RefusedError(f"the record {folder} is damaged: {layout.RECORD}: {error}") from error
+    return info
+
+
+def load(folder, config, device, info=None):
+    """The `Loaded` content of an attack's record; `config` are the options of a defense.
+
+    `info` is what `open_record` has returned. Every file is compared with its checksum as it is
+    read, so that what was verified is what is loaded. Raises RefusedError (exit 4) where the record
+    is damaged or was made on another data set.
+    """
+    info = info or open_record(folder)
+    made = read_options(folder, info)
+    _require_own_data_path(folder, config, info, made)
+    try:
+        _require_same_counts(folder, config, info["data"], made)
         data = dataset.load(config, device, victim=made)
-        _require_same_data(folder, info["data"], data)
-        saved = checkpoint.read_tensors(folder / layout.POISONED)
+        _require_same_data(folder, info["data"], data, config)
+        saved = _read_tensors(folder, layout.POISONED, info)
+        schema.check_poisoned(saved, data, layout.POISONED)
         saved = {name: value.to(device) for name, value in saved.items()}
         train = _poisoned_split(data.train, saved)
         target = _split(saved, "target") if "target_images" in saved else None
         test_sets = TestSets(data.test, _split(saved, "test"), target)
-        model = load_model(folder, data.spec).to(device)
-    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        model = load_model(folder, data.spec, info).to(device)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RefusedError(
             f"the record {folder} is damaged: {' '.join(str(error).split())[:200]}"
         ) from error
     return Loaded(model, train, data.train, test_sets, data.spec)
 
 
-def architecture(folder):
-    """(name, width) of a verified record's network, as models.build takes them."""
-    made = layout.read_options(folder)
+def read_options(folder, info):
+    """The options of an attack in a verified record; RefusedError (exit 4) where one is wrong."""
+    try:
+        made = yaml.safe_load(_read(folder, layout.OPTIONS, info))
+        schema.check_options(made)
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError, ValueError) as error:
+        raise RefusedError(
+            f"the record {folder} is damaged: {layout.OPTIONS}: {schema.short(error)}"
+        ) from error
+    return made
+
+
+def read_measures(folder, info):
+    """(the row of results.csv, {acc, asr, ra, asr_all}) of a verified record's victim."""
+    try:
+        row, last = (
+            schema.read_rows(_read(folder, name, info))[-1] for name in (layout.RESULTS, layout.LOG)
+        )
+        schema.check_results(row)
+        measures = results.measures_of(row)
+        asr_all = last.get("asr_all") or None
+        return row, {**measures, "asr_all": asr_all if asr_all is None else float(asr_all)}
+    except (KeyError, IndexError, ValueError, csv.Error) as error:
+        raise RefusedError(
+            f"the record {folder} is damaged: {layout.RESULTS} or {layout.LOG}: "
+            f"{schema.short(error)}"
+        ) from error
+
+
+def architecture(made):
+    """(name, width) of a record's network, as models.build takes them; `made` are its options."""
     return made["model"], made["width"]
 
 
-def load_model(folder, spec):
+def load_model(folder, spec, info):
     """The network of a verified record; RuntimeError or KeyError where its weights do not fit."""
-    name, width = architecture(folder)
+    name, width = architecture(read_options(folder, info))
     model = models.build(name, spec, width)
-    model.load_state_dict(checkpoint.read_tensors(folder / layout.WEIGHTS))
+    weights = _read_tensors(folder, layout.WEIGHTS, info)
+    schema.check_finite(weights, layout.WEIGHTS)
+    model.load_state_dict(weights)
     return model
+
+
+def _read(folder, name, info):
+    """The bytes of a file; what was verified before is compared again, as it is read."""
+    try:
+        return layout.read_checked(folder, name, info)
+    except RefusedError as error:
+        raise RefusedError(f"the record {folder} is damaged: {error}") from error
+
+
+def _read_tensors(folder, name, info):
+    return checkpoint.from_bytes(_read(folder, name, info), folder / name)
 
 
 def facts_of(data):
@@ -167,6 +228,7 @@ def facts_of(data):
         "test": len(data.test),
         "classes": data.spec.classes,
         "size": data.spec.size,
+        "class_names": list(data.spec.class_names),
         "fingerprint": data.spec.fingerprint,
     }
 
@@ -205,8 +267,6 @@ def _preview(test, poisoning):
 def _poisoned_split(clean, saved):
     """The training set as it was trained on; its truth is what its labels claim."""
     labels, index = clean.labels.clone(), saved["train_index"]
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(clean):
-        raise IndexError(f"{layout.POISONED} names images that the training set does not have")
     images = replaced(clean.images, index, saved["train_images"])
     labels[index] = saved["train_labels"]
     return Split(images, labels, labels)
@@ -216,16 +276,50 @@ def _split(saved, part):
     return Split(*(saved[f"{part}_{what}"] for what in ("images", "labels", "truth")))
 
 
-def _require_same_data(folder, made, data):
-    for name, count in facts_of(data).items():
-        if name != "fingerprint" and made[name] != count:
-            raise RefusedError(
-                f"the record {folder} was made on a {data.spec.name} whose {name} is {made[name]}, "
-                f"but here it is {count}; --dataset_path names the set it was made on"
-            )
-    if made["fingerprint"] != data.spec.fingerprint:
-        print(
-            f"warning: {data.spec.name} here has other pixels than the one the record {folder} "
-            "was made on",
-            file=sys.stderr,
+def _require_own_data_path(folder, config, info, made):
+    """The data set's place in a record from others is not followed unless the user names it."""
+    theirs = made["dataset"] != "digits" and info.get("origin") != layout.origin(config)
+    if config.dataset_path is None and theirs:
+        raise MissingError(
+            f"the record {folder} was not made with the cache folder {config.cache_path}: name the "
+            f"place of its data set with --dataset_path (it says {made['dataset_path']!r})"
         )
+
+
+def _require_same_counts(folder, config, made, options):
+    """Compare what a look at the files tells, before any image is decoded."""
+    name, root = options["dataset"], config.dataset_path or options["dataset_path"]
+    if dataset.side_of(name, options["image_size"]) != made["size"]:
+        raise ValueError(f"image_size is not that of {layout.RECORD}, {made['size']}")
+    found = sources.find(name, root, download=config.download)
+    for split in ("train", "test"):
+        count = len(found[split].read()[1])
+        if count != made[split]:
+            _refuse_count(folder, name, split, made[split], count)
+
+
+def _require_same_data(folder, made, data, config):
+    facts = facts_of(data)
+    for name in ("train", "test", "classes", "size"):
+        if made[name] != facts[name]:
+            _refuse_count(folder, data.spec.name, name, made[name], facts[name])
+    names = made.get("class_names") or facts["class_names"]
+    if names != facts["class_names"]:
+        pairs = zip(names, facts["class_names"], strict=False)
+        here, there = next((here, there) for there, here in pairs if here != there)
+        raise RefusedError(
+            f"the record {folder} was made on a {data.spec.name} with a class {there!r}, which is "
+            f"{here!r} here; --dataset_path names the set it was made on"
+        )
+    if made["fingerprint"] != facts["fingerprint"] and not config.allow_other_data:
+        raise RefusedError(
+            f"{data.spec.name} here has other pixels or labels than the one the record {folder} "
+            "was made on: --dataset_path names that one, --allow_other_data true goes on"
+        )
+
+
+def _refuse_count(folder, name, what, there, here):
+    raise RefusedError(
+        f"the record {folder} was made on a {name} whose {what} is {there}, but here it is {here}; "
+        "--dataset_path names the set it was made on"
+    )

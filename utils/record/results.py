@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 import models
 from utils import VERSION, distributed, evaluation, files
@@ -28,7 +29,7 @@ def of_attack(name, config, measured, test_sets, n_poison, n_train, seconds):
     """The row of a victim; `measured` is {acc, asr, ra}."""
     identity = config.identity(seeds=False)
     return {
-        "dataset": config.dataset,
+        "dataset": dataset_name(config),
         "model": models.label(config.model, config.width),
         "attack": name,
         "label_mode": config.label_mode,
@@ -51,6 +52,13 @@ def of_attack(name, config, measured, test_sets, n_poison, n_train, seconds):
         "lr": config.lr,
         "config_hash": options.digest({"attack": name, **identity}),
     }
+
+
+def dataset_name(config):
+    """The name of a data set in results: its own, or that of its folder."""
+    if config.dataset_name or config.dataset != "folder":
+        return config.dataset_name or config.dataset
+    return Path(config.dataset_path).resolve().name or config.dataset
 
 
 def of_defense(name, config, victim, measured, budget, seconds):

@@ -1,12 +1,12 @@
 """The curves of a run, from its log.csv."""
 
-import csv
 import io
 import math
 
 from utils.errors import RefusedError
 from utils.record import folder
-from utils.report.runs import METRICS, load, printable
+from utils.report.content import MOST_EPOCHS, load, printable, read_rows
+from utils.report.runs import METRICS
 
 
 def curve(run, points):
@@ -43,7 +43,7 @@ def curve(run, points):
 
 def parse_log(text):
     """[(stage, epoch, loss, ACC, ASR, RA)] of the epochs in a log.csv."""
-    rows = [row for row in csv.DictReader(io.StringIO(text)) if row.get("epoch")]
+    rows = [row for row in read_rows(io.StringIO(text), MOST_EPOCHS) if row.get("epoch")]
     return [
         (
             printable(row.get("stage")),

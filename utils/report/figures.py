@@ -13,7 +13,7 @@ from utils.report import palette
 from utils.report.curves import curve
 from utils.report.formats import about, footnotes, title
 from utils.report.runs import METRICS, NONE
-from utils.report.tables import FOOTNOTES, ORACLE, WEAK, spread, victims
+from utils.report.tables import FOOTNOTES, ORACLE, UNCREDITED, spread, victims
 
 FORMS = ("png", "pdf", "svg")
 PRINT_DPI = 200
@@ -216,7 +216,7 @@ def trade_offs(table, attacked, heading, Figure):
     notes = ["a point is a mean over seeds; upper left is best"]
     notes += [HOLLOW] if any("markerfacecolor" in style for style in styles.values()) else []
     notes += [f"{len(cut)} more attacks are not drawn"] if cut else []
-    around(figure, heading, [*notes, *(note for note in footnotes(table) if note[0] == WEAK)])
+    around(figure, heading, [*notes, *(note for note in footnotes(table) if note[0] in UNCREDITED)])
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from utils.report import published
 from utils.report.runs import METRICS, TABLE
-from utils.report.tables import FOOTNOTES, IN_TRAINING, ORACLE, spread
+from utils.report.tables import FOOTNOTES, IN_TRAINING, ORACLE, UNTRAINED, spread
 
 LATEX = str.maketrans(
     {
@@ -20,6 +20,7 @@ LATEX = str.maketrans(
         ">": "$>$",
         "±": r"$\pm$",
         "–": "--",
+        UNTRAINED: r"$^\S$",
         IN_TRAINING: r"$^\dagger$",
         ORACLE: r"$^\ddagger$",
     }
@@ -32,6 +33,7 @@ CSV_PUBLISHED = [
     *(f"{name}_{part}" for name in METRICS for part in ("published", "difference")),
     "usable", "source", "note",
 ]  # fmt: skip
+FORMULA = tuple("=+-@\t\r＝＋－＠")  # what makes a spreadsheet run a cell
 TEXT_WIDTH = 120  # characters; further columns go into a further block
 
 
@@ -183,8 +185,24 @@ def csv_text(header, rows):
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(header)
     for row in rows:
-        writer.writerow([round(cell, 6) if isinstance(cell, float) else cell for cell in row])
+        writer.writerow([csv_cell(cell) for cell in row])
     return lines.getvalue()
+
+
+def csv_cell(cell):
+    """A cell that no spreadsheet takes for a formula: an apostrophe stands before such a text."""
+    if isinstance(cell, float):
+        return round(cell, 6)
+    return f"'{cell}" if isinstance(cell, str) and is_formula(cell) else cell
+
+
+def is_formula(text):
+    """Whether a text, which is no number, begins like a formula."""
+    try:
+        float(text)
+    except ValueError:
+        return text.startswith(FORMULA)
+    return False
 
 
 # ---------- layouts ----------
@@ -250,14 +268,16 @@ def markdown(sheet):
 
 def grid_markdown(grid):
     """A GitHub table."""
-
-    def escape(words):
-        return re.sub(r"([\\`*|<])", r"\\\1", words)
-
     lines = [grid.header, ["---", *["---:"] * (len(grid.header) - 1)], *grid.rows]
-    table = "\n".join(f"| {' | '.join(map(escape, line))} |" for line in lines)
-    parts = [f"### {escape(grid.title)}", escape(grid.about), table, *map(escape, grid.footnotes)]
-    return "\n\n".join(parts) + "\n"
+    table = "\n".join(f"| {' | '.join(map(as_markdown, line))} |" for line in lines)
+    words = [f"### {as_markdown(grid.title)}", as_markdown(grid.about)]
+    return "\n\n".join([*words, table, *map(as_markdown, grid.footnotes)]) + "\n"
+
+
+def as_markdown(text):
+    """A text in which nothing is Markdown: no link, no image, no HTML."""
+    text = re.sub(r"([\\`*|<])", r"\\\1", text).replace("![", r"\!\[")
+    return re.sub(r"\]([(\[:])", r"\]\\\1", text)
 
 
 def latex(sheet):
@@ -281,7 +301,9 @@ def grid_latex(grid):
 
 
 def latex_line(*words):
-    return " & ".join(words) + r" \\"
+    line = " & ".join(words) + r" \\"
+    # [ and * would be read as options of the rule or the line before
+    return "{}" + line if line.startswith(("[", "*")) else line
 
 
 def latex_float(table, columns, header, rows):

@@ -9,7 +9,7 @@ import zlib
 from utils.config import Training
 from utils.errors import RefusedError, UserError
 from utils.record import folder
-from utils.report.runs import printable
+from utils.report.content import printable
 from utils.report.tables import name_all
 
 LARGEST_FILE, LARGEST_IMAGE = 2**24, 2**23  # bytes, pixels

@@ -264,12 +264,13 @@ function detailsRow(cell, width) {
     box.append(el("div", { class: "panels small" }, ...kinds.map((kind) => curveChart(cell, kind, el("span", { class: "key" }, ...curveKey(kind))))));
   }
   box.append(el("div", { class: "runs" }, ...cell.runs.map((run) => {
-    const copy = el("button", { type: "button" }, "Copy");
-    copy.addEventListener("click", () => copyText(run.command, copy));
+    const copy = run.command && el("button", { type: "button" }, "Copy");
+    copy?.addEventListener("click", () => copyText(run.command, copy));
+    const command = copy ? [el("code", {}, run.command), copy] : [soft("No command: there is no script of this name.")];
     const list = Object.entries({ folder: run.path, ...run.facts, seconds: seconds(run.seconds) });
     const head = METRICS.map((name) => `${name.toUpperCase()} ${percent(run[name])}`).join("  ");
     return el("article", {}, el("div", {}, `${head}  `, el("span", { class: "soft" }, `seeds: ${run.seeds}`)),
-      el("div", { class: "command" }, el("code", {}, run.command), copy),
+      el("div", { class: "command" }, ...command),
       el("dl", {}, ...list.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
   })));
   return el("tr", { class: "details" }, el("td", { class: "details", colspan: width }, box));
@@ -289,7 +290,7 @@ function footnotes(cells) {
 /* ---------- copying ---------- */
 
 function asMarkdown(shown, cells) {
-  const escape = (text) => text.replace(/[\\`*|<]/g, "\\$&");
+  const escape = (text) => text.replace(/[\\`*|<]/g, "\\$&").replace(/!\[/g, "\\!\\[").replace(/\](?=[([:])/g, "\\]\\");
   const lines = [shown.map((column) => column.title), shown.map((column) => (column.number ? "---:" : "---")),
     ...cells.map((cell) => shown.map((column) => escape(column.text(cell))))];
   return [lines.map((line) => `| ${line.join(" | ")} |`).join("\n"), ...footnotes(cells).map(escape)].join("\n\n") + "\n";
@@ -297,9 +298,9 @@ function asMarkdown(shown, cells) {
 
 function asLatex(shown, cells) {
   const signs = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "±": "$\\pm$",
-    "–": "--", "−": "$-$", "†": "$^\\dagger$", "‡": "$^\\ddagger$" };
-  const escape = (text) => text.replace(/[\\~^<>±–−†‡&%$#_{}]/g, (sign) => signs[sign] ?? `\\${sign}`);
-  const line = (words) => `${words.map(escape).join(" & ")} \\\\`;
+    "–": "--", "−": "$-$", "§": "$^\\S$", "†": "$^\\dagger$", "‡": "$^\\ddagger$" };
+  const escape = (text) => text.replace(/[\\~^<>±–−§†‡&%$#_{}]/g, (sign) => signs[sign] ?? `\\${sign}`);
+  const line = (words) => `${words.map(escape).join(" & ").replace(/^[[*]/, "{}$&")} \\\\`; // else an option of the line before
   return ["\\begin{table}", "\\centering", `\\begin{tabular}{${shown.map((column) => (column.number ? "r" : "l")).join("")}}`, "\\toprule",
     line(shown.map((column) => column.title)), "\\midrule", ...cells.map((cell) => line(shown.map((column) => column.text(cell)))), "\\bottomrule",
     "\\end{tabular}", ...footnotes(cells).map((note) => `\\par\\footnotesize ${escape(note)}`), "\\end{table}"].join("\n") + "\n";

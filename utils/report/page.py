@@ -14,10 +14,11 @@ from utils import config as options
 from utils.errors import UserError
 from utils.record import folder
 from utils.report import palette, published
+from utils.report.content import printable
 from utils.report.curves import curve, finite
 from utils.report.images import Album
-from utils.report.runs import METRICS, NONE, TABLE, printable
-from utils.report.tables import FOOTNOTES, ORACLE, WEAK, missing, spread
+from utils.report.runs import METRICS, NONE, TABLE
+from utils.report.tables import FOOTNOTES, ORACLE, UNCREDITED, missing, spread
 
 HERE = Path(__file__).parent
 POINTS, ALL_POINTS = 200, 60_000  # of one run's curve, and of all
@@ -148,7 +149,7 @@ def as_cell(table, number, key, reported, points):
         "defense": table.rows[row],
         "names": [column[0], row[0]],
         "marks": [table.marks[column], table.marks[row]],
-        "weak": table.marks[column] == WEAK,
+        "weak": any(mark in table.marks[column] for mark in UNCREDITED),
         "oracle": ORACLE in table.marks[row],
         "victim": row == NONE,
         **{name: [finite(value) for value in spread(runs, name)] for name in (*METRICS, "seconds")},
@@ -191,10 +192,11 @@ def command(run):
     """The command that makes the run again.
 
     The one in its record, if it is one of our scripts with options and nothing else. Otherwise the
-    script with the config.yaml of the run.
+    script with the config.yaml of the run. None where there is no script of its name.
     """
-    kind = "defense" if run.victim else "attack"
-    script, stated = options.script(kind, run.row[kind]), run.record.get("command")
+    script, stated = script_of(run), run.record.get("command")
+    if not script:
+        return None
     try:
         if (
             isinstance(stated, str)
@@ -205,3 +207,13 @@ def command(run):
     except ValueError:  # a quotation without end
         pass
     return printable(shlex.join(["python", script, "--yaml_path", str(run.path / folder.OPTIONS)]))
+
+
+def script_of(run):
+    """The script behind a run, None where attack/ or defense/ holds none of its name."""
+    kind = "defense" if run.victim else "attack"
+    names = {path.stem for path in (options.ROOT / kind).glob("[a-z]*.py")}
+    own = run.row[kind]
+    if own in names or kind == "attack" and own.removeprefix("clean_") in names:
+        return options.script(kind, own)
+    return None

@@ -1,6 +1,6 @@
 """Finished runs: found in their folders, and read with every checksum compared."""
 
-import csv
+import hashlib
 import io
 import json
 import math
@@ -9,11 +9,20 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from utils.config import NOT_IDENTITY, SEEDS
 from utils.errors import RefusedError
 from utils.record import folder
+from utils.report.content import (
+    UNUSABLE,
+    load,
+    parse_config,
+    parse_record,
+    printable,
+    read_rows,
+    reason,
+    require_size,
+    short,
+)
 
 METRICS = ("acc", "asr", "ra")
 TABLE = ("dataset", "model", "recipe", "precision")
@@ -22,8 +31,15 @@ OF_ATTACK = ("label_mode", "n_test")
 OF_DEFENSE = ("stage", "selection", "prior", "clean_budget", "recipe")
 NEEDED = {*TABLE, *METRICS, *OF_ATTACK, *OF_DEFENSE, "attack", "defense", "variant", "seconds"}
 NONE = ("none", ())
+DATA_MARK = 12  # digits
+LOWEST = 64  # levels of folders that are searched
+TOO_LOW = f"more than {LOWEST} levels below the folder that was given: give it itself"
+LEADS_OUT = "a link out of the folders that were given: give the folder that it leads to as well"
 # options that change no result; the last two are of single defenses, which nothing here may import
-UNSHOWN = NOT_IDENTITY | {"score_batch", "together"}
+UNSHOWN = NOT_IDENTITY | {"score_batch", "together", "dataset_name"}
+OFF_BEFORE = {"allow_other_data"}  # switches that older records lack: off is the same as absent
+LARGEST_TABLE, MOST_ROWS = 2**26, 100_000  # bytes and rows of a table of results
+LONGEST_NAME = 500  # characters of a run in it
 
 
 @dataclass(frozen=True)
@@ -53,22 +69,52 @@ class Run:
     def weights(self):
         return self.record["files"].get(folder.WEIGHTS)
 
+    @property
+    def data(self):
+        """A mark of the victim's data set, which its pixels decide; empty where nothing says it."""
+        facts = self.attack.record.get("data")
+        prints = facts.get("fingerprint") if isinstance(facts, dict) else None
+        if not prints:
+            return (self.attack.row.get("data_fingerprint") or "")[:DATA_MARK]
+        text = json.dumps(prints, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:DATA_MARK]
+
 
 def find_runs(folders):
-    """Every folder at or below `folders` with a run, finished or not; each once, links followed."""
-    seen, runs = set(), []
+    """Every folder at or below `folders` with a run, finished or not, each once."""
+    return search(folders)[0]
+
+
+def search(folders):
+    """(the folders of find_runs, [(path, why it is not entered)]).
+
+    Links are followed where they lead to a place below `folders`.
+    """
+    folders = list(folders)
+    tops = [Path(os.path.realpath(top)) for top in folders]
+    seen, runs, left_out = set(), [], []
 
     def unreadable(error):
         runs.append(Path(error.filename))
+
+    def outside(path):
+        real = Path(os.path.realpath(path))
+        return os.path.islink(path) and not any(real.is_relative_to(top) for top in tops)
 
     for top in folders:
         for path, inside, files in os.walk(top, followlinks=True, onerror=unreadable):
             new = (real := os.path.realpath(path)) not in seen
             if new and (folder.STATE in inside or {folder.RESULTS, folder.RECORD} & set(files)):
                 runs.append(Path(path))
-            inside[:] = sorted(set(inside) - {folder.STATE}) if new else []
             seen.add(real)
-    return runs
+            below = sorted(set(inside) - {folder.STATE, folder.FINISHED}) if new else []
+            links = [name for name in below if outside(os.path.join(path, name))]
+            inside[:] = [name for name in below if name not in links]
+            left_out += [(Path(path, name), LEADS_OUT) for name in links]
+            if inside and len(Path(path).parts) - len(Path(top).parts) >= LOWEST:
+                left_out.append((Path(path, inside[0]), TOO_LOW))
+                inside.clear()
+    return runs, left_out
 
 
 def read_run(path, known):
@@ -76,12 +122,11 @@ def read_run(path, known):
 
     `known` holds the runs that were read before: {absolute path: run}.
     """
-    record = load(path, folder.RECORD, json.loads)
-    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
-        raise RefusedError(f"{folder.RECORD} lists no files")
+    record = load(path, folder.RECORD, parse_record)
     if record.get("format") != folder.FORMAT or record.get("kind") not in ("attack", "defense"):
         raise RefusedError(
-            f"{folder.RECORD} is of format {record.get('format')!r}, kind {record.get('kind')!r}"
+            f"{folder.RECORD} is of format {reason(repr(record.get('format')))}, kind "
+            f"{reason(repr(record.get('kind')))}"
         )
     config = load(path, folder.OPTIONS, parse_config, record)
     row, numbers = load(path, folder.RESULTS, parse_results, record)
@@ -103,29 +148,11 @@ def read_victim(path, weights, known):
     return attack
 
 
-def load(path, name, parse, record=None):
-    """parse(text) of the file `name`, whose sha256 must be the one in `record`."""
-    try:
-        return parse(folder.read_checked(path, name, record).decode())
-    except (ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
-        raise RefusedError(f"{name} is unusable: {printable(error)}") from error
-
-
-def parse_config(text):
-    """{option: value as text}."""
-    config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    if not isinstance(config, dict):
-        raise ValueError("it holds no options")
-    return {
-        printable(name): printable(value) for name, value in config.items() if value is not None
-    }
-
-
 def parse_results(text):
     """(column -> text, measure -> number or None) of the one row in a results.csv."""
-    rows = list(csv.DictReader(io.StringIO(text)))
-    if len(rows) != 1:
-        raise ValueError(f"{len(rows)} rows instead of 1")
+    rows = read_rows(io.StringIO(text), most=1)
+    if not rows:
+        raise ValueError("0 rows instead of 1")
     return parse_row(rows[0])
 
 
@@ -133,7 +160,7 @@ def parse_row(row):
     """The same of a row, column -> text; ValueError where it is not one that a run has written."""
     if missing := sorted(name for name in NEEDED if row.get(name) is None):
         raise ValueError(f"no value for {', '.join(missing)}")
-    row = {name: printable(value) for name, value in row.items()}
+    row = {name: short(value, name) for name, value in row.items()}
     numbers = {name: float(row[name]) if row[name] else None for name in (*METRICS, "seconds")}
     for name in ("pratio", "pratio_effective"):
         float(row.get(name) or 0)
@@ -152,11 +179,12 @@ def read_table(path):
     sweep.py --results writes one. Such runs have no folder: their options are those of the command
     in the row. RefusedError where it is another file.
     """
+    require_size(path, LARGEST_TABLE)
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise RefusedError(f"it is unusable: {printable(error)}") from error
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = read_rows(file, MOST_ROWS)
+    except (OSError, *UNUSABLE) as error:
+        raise RefusedError(f"it is unusable: {reason(error)}") from error
     if not rows or not {"run", "command", "defense"} <= set(rows[0]):
         raise RefusedError(
             "it is no table of results, which has columns run, command and defense; sweep.py "
@@ -164,7 +192,7 @@ def read_table(path):
         )
     victims, runs, left_out = {}, [], []
     for row in sorted(rows, key=lambda row: row["defense"] != "none"):
-        name = printable(row["run"])
+        name = printable(row["run"])[:LONGEST_NAME]
         try:
             values, numbers = parse_row(row)
             victim = None if row["defense"] == "none" else victims[name.split("/")[0]]
@@ -175,7 +203,7 @@ def read_table(path):
         except KeyError:
             left_out.append((path / name, "the table has no row of its victim"))
         except ValueError as error:
-            left_out.append((path / name, printable(error)))
+            left_out.append((path / name, reason(error)))
         else:
             runs.append(run)
             victims[name] = run
@@ -195,14 +223,6 @@ def options_of(row, victim):
     }
     own = {option: row[column] for option, column in columns.items() if row.get(column)}
     return options | own
-
-
-def printable(value):
-    """Text of one line and without control characters: records may come from strangers."""
-    text = str(value)
-    if not text.isprintable():
-        text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(text.split())
 
 
 def read_all(paths):
@@ -225,8 +245,11 @@ def read_all(paths):
 
 
 def keys(run):
-    """(table, column, row) that a run belongs to; a column or row is (name, settings)."""
-    table = tuple(run.attack.row[name] for name in TABLE)
+    """(table, column, row) that a run belongs to; a column or row is (name, settings).
+
+    A table is the values of TABLE and the mark of the data set.
+    """
+    table = *(run.attack.row[name] for name in TABLE), run.data
     column = run.attack.row["attack"], settings(run.attack, OF_ATTACK)
     if run.victim is None:
         return table, column, NONE
@@ -242,6 +265,10 @@ def settings(run, results):
     Empty ones are left out.
     """
     unshown = {*UNSHOWN, *SEEDS, *TABLE}
-    options = {name: value for name, value in run.config.items() if name not in unshown}
+    options = {
+        name: value
+        for name, value in run.config.items()
+        if name not in unshown and not (name in OFF_BEFORE and value == str(False))
+    }
     options |= {name: run.row[name] for name in results}
     return tuple(sorted((name, value) for name, value in options.items() if value))

@@ -14,7 +14,7 @@ from utils.report.formats import (
     title,
 )
 from utils.report.runs import METRICS, NONE, TABLE
-from utils.report.tables import WEAK, of_row, spread, victims
+from utils.report.tables import UNCREDITED, credited, of_row, spread, victims
 
 LARGEST_ASR, LARGEST_LOSS, SMALLEST_RA = (
     0.1,
@@ -101,8 +101,8 @@ def count_repaired(table, key):
     runs = [
         run
         for column in table.columns
-        if column not in table.clean and table.marks[column] != WEAK
         for run in table.cells.get((column, key), [])
+        if credited(table, column, run)
     ]
     return sum(map(repaired, runs)), len(runs)
 
@@ -167,7 +167,7 @@ def attacks(tables, form, reported):
 def attacks_grid(table, tables, reported):
     """The attacks of one table; a column in which nothing stands is left out."""
     header = ["attack", "poisoned", "ACC", "ASR", "RA", "training s", "trigger s", "n", "published"]
-    rows, notes = [], [note for note in footnotes(table) if note.startswith(WEAK)]
+    rows, notes = [], [note for note in footnotes(table) if note[0] in UNCREDITED]
     for column, label in table.columns.items():
         runs = victims(table, column)
         share = poisoned(runs[0])

@@ -1,19 +1,28 @@
 """Finished runs as tables: which runs share a cell, the labels, and the marks for footnotes."""
 
 import itertools
+import math
 import os
 import statistics
 from typing import NamedTuple
 
 from utils.report.runs import NONE, OF_ATTACK, OF_DEFENSE, TABLE, keys
 
-WEAK, IN_TRAINING, ORACLE = "*", "†", "‡"
+WEAK, UNTRAINED, IN_TRAINING, ORACLE = "*", "§", "†", "‡"
 FOOTNOTES = {
     WEAK: "weak attack (ASR below 80 % before defense): no defense is credited on it",
+    UNTRAINED: "untrained victim (ACC near chance or far below that of the clean model, or the "
+    "attacker's label for every image): no defense is credited on it",
     IN_TRAINING: "in-training: trains its own model on the poisoned set instead of repairing the "
     "victim",
     ORACLE: "chosen with test data: not comparable",
 }
+UNCREDITED = WEAK + UNTRAINED
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "gtsrb": 43, "tiny": 200}
+CHANCES = 3  # an ACC below so many times chance is near it
+SHARE_OF_CLEAN = 0.75  # an ACC below this share of the clean model's is far below it
+CONSTANT_ASR, CONSTANT_MORE = 0.95, 0.05  # of a victim that gives every image the same label
+SHORTEST = 6  # digits of a data set's mark in a title
 
 
 class Table(NamedTuple):
@@ -25,15 +34,39 @@ class Table(NamedTuple):
     marks: dict  # either key -> footnote marks
     cells: dict  # (column key, row key) -> runs
     clean: frozenset  # column keys of the victims that were trained without poison
+    untrained: frozenset  # folders of the victims that have not learned their task
 
 
 def group(runs):
     """The runs as sorted tables."""
-    tables = {}
+    runs, tables, marks = list(runs), {}, {}
     for run in runs:
-        table, *cell = keys(run)
-        tables.setdefault(table, {}).setdefault(tuple(cell), []).append(run)
-    return [to_table(dict(zip(TABLE, key, strict=True)), tables[key]) for key in sorted(tables)]
+        marks.setdefault(run.attack.row["dataset"], set()).add(run.data)
+    for name, known in marks.items():
+        if name in CLASSES and len(known) == 2:
+            known.discard("")  # a table of results names no pixels, and of these sets there is one
+    for run in runs:
+        (name, *rest, mark), *cell = keys(run)
+        mark = mark if mark in marks[name] else next(iter(marks[name]))
+        tables.setdefault((name, *rest, mark), {}).setdefault(tuple(cell), []).append(run)
+    return [to_table(describe(key, marks), tables[key]) for key in sorted(tables)]
+
+
+def describe(key, marks):
+    """The values of TABLE in words; `marks` are those of all data sets with the same name."""
+    *names, mark = key
+    about = dict(zip(TABLE, names, strict=True))
+    known = marks[about["dataset"]]
+    if mark and len(known) > 1:
+        about["dataset"] += f" #{shortest(mark, known)}"
+    return about
+
+
+def shortest(mark, known):
+    """As much of a mark as tells it from the others."""
+    lengths = range(SHORTEST, len(mark) + 1)
+    apart = (size for size in lengths if len({each[:size] for each in known}) == len(known))
+    return mark[: next(apart, len(mark))]
 
 
 def to_table(about, cells):
@@ -45,20 +78,93 @@ def to_table(about, cells):
     clean = frozenset(key for key in columns if attacks[key][0].clean)
     columns = dict(sorted(columns.items(), key=lambda item: (item[0] not in clean, item[1])))
     rows = dict(sorted(rows.items(), key=lambda item: (item[0] != NONE, item[1])))
+    bad = untrained(attacks, clean)
     marks = {}
     for key in columns:
         asr, _ = spread(distinct(attacks[key]), "asr")
         marks[key] = WEAK if asr is not None and asr < 0.8 and key not in clean else ""
+        marks[key] += UNTRAINED if any(place(run) in bad for run in attacks[key]) else ""
         columns[key] += reached(attacks[key][0].row)
     for key in rows:
         pairs = {("stage", "in-training"): IN_TRAINING, ("selection", "oracle"): ORACLE}
         marks[key] = "".join(mark for pair, mark in pairs.items() if pair in key[1])
-    return Table(about, columns, rows, marks, cells, clean)
+    return Table(about, columns, rows, marks, cells, clean, bad)
+
+
+# ---------- victims that have not learned their task ----------
+
+
+def untrained(attacks, clean):
+    """The folders of such victims; `attacks` is {column key: runs}."""
+    victims = distinct(run for runs in attacks.values() for run in runs)
+    bad = {place(run) for run in victims if near_chance(run) or constant(run)}
+    benign = [run for key in clean for run in distinct(attacks[key]) if place(run) not in bad]
+    highest, _ = spread(benign, "acc")
+    limit = SHARE_OF_CLEAN * (highest or 0)
+    return frozenset(bad | {place(run) for run in victims if below(run.numbers["acc"], limit)})
+
+
+def near_chance(run):
+    """Whether the ACC is below CHANCES times chance; with few classes, below half way from chance
+    to 1."""
+    count = classes(run)
+    limit = min(CHANCES / count, (1 + 1 / count) / 2) if count else 0
+    return below(run.numbers["acc"], limit)
+
+
+def classes(run):
+    """The number of classes of a victim's data set, None where nothing says it."""
+    facts = run.record.get("data")
+    count = facts.get("classes") if isinstance(facts, dict) else None
+    if isinstance(count, int) and count > 1:
+        return count
+    return CLASSES.get(run.row["dataset"])
+
+
+def constant(run):
+    """Whether a victim gives (almost) every image the attacker's label.
+
+    Its ACC is then the share of this class among the test images.
+    """
+    acc, asr = run.numbers["acc"], run.numbers["asr"]
+    total, triggered = (count_in(run.row, name) for name in ("n_test", "n_backdoor"))
+    if run.clean or run.row["label_mode"] != "all2one" or not 0 < triggered < total:
+        return False
+    share = 1 - triggered / total
+    most = share + CONSTANT_MORE * (1 - share)
+    return asr is not None and asr >= CONSTANT_ASR and below(acc, most)
+
+
+def count_in(row, name):
+    """A number of images in a row of results, 0 where there is none."""
+    try:
+        number = float(row.get(name) or 0)
+    except ValueError:
+        return 0
+    return number if math.isfinite(number) else 0
+
+
+def below(value, limit):
+    return value is not None and value < limit
+
+
+# ---------- runs in a table ----------
+
+
+def place(run):
+    """What tells a run from all others."""
+    return os.path.abspath(run.path)
+
+
+def credited(table, column, run):
+    """Whether a defense on this victim can count as a success."""
+    strong = column not in table.clean and WEAK not in table.marks[column]
+    return strong and place(run.attack) not in table.untrained
 
 
 def distinct(runs):
     """The runs, each folder once."""
-    return list({os.path.abspath(run.path): run for run in runs}.values())
+    return list({place(run): run for run in runs}.values())
 
 
 def victims(table, column):
@@ -116,7 +222,8 @@ def telling(namesakes):
 
 def spread(runs, name):
     """(mean, sample standard deviation) of a measure; None where there are too few values."""
-    values = [run.numbers[name] for run in runs if run.numbers[name] is not None]
+    values = [run.numbers[name] for run in runs]
+    values = [value for value in values if value is not None and math.isfinite(value)]
     mean = statistics.fmean(values) if values else None
     return mean, statistics.stdev(values) if len(values) > 1 else None
 

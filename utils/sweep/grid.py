@@ -1,9 +1,11 @@
 """The runs of a grid, attacks x defenses x data sets x seeds, each a command that you can type."""
 
+import dataclasses
 import hashlib
 import importlib
 import itertools
 import json
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -14,17 +16,24 @@ import yaml
 import models
 from utils import config
 from utils.data import sources
-from utils.errors import ConfigError, MissingError
+from utils.errors import ConfigError, MissingError, UserError
 from utils.record import folder
 from utils.record.folder import DONE, NEW, PARTIAL
+from utils.sweep.launchers import INTERRUPTED, last_exit_code
 
 AXES = ("dataset", "model", "pratio", "seed", "attack", "defense")
 OPTIONS = ("attack_options", "defense_options")
 FAILED, OTHER, RECORDED = "failed", "other", "recorded"  # states beside those of a run's folder
 STATES = (NEW, PARTIAL, FAILED, OTHER, RECORDED, DONE)
-INTERRUPTED = (130, 143)  # exit codes of runs that go on with the same command
 LONGEST = 120  # characters of a folder's name
 LOGS = ".sweep"  # folder of the logs, below that of the records
+CHOSEN = {  # options that a sweep gives to its runs itself
+    "record_path": "is the sweep's own: give it to sweep.py, before --",
+    "save_folder_name": "is the sweep's own: it names the folder of a run after its options",
+    "result_file": "is the sweep's own: a defense repairs the victims of the grid",
+}
+# facts about a victim, beside its seeds, that change no default of a defense
+ONLY_VICTIMS = {"pratio", "attack_target", "label_mode"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def read(path):
         grid = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError as error:
         raise MissingError(f"there is no grid {path}: config/sweep holds some") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"the grid {path} cannot be read: {why}") from error
     _check_keys(grid, path, {*AXES, *OPTIONS, "include", "exclude"})
@@ -110,23 +119,29 @@ def cells(grid, extra=None):
             raise ConfigError(f"exclude {entry} fits no run of the grid: correct or delete it")
     if not runs:
         raise ConfigError("the grid has no run: name at least one attack")
-    return sorted(runs.values(), key=lambda cell: (cell.victim or cell).options["random_seed"])
+    return sorted(runs.values(), key=_seed_of)
+
+
+def _seed_of(cell):
+    """The seed that a run belongs to; what is no number comes last, and `check` refuses it."""
+    seed = _number((cell.victim or cell).options["random_seed"])
+    return seed if isinstance(seed, float) else math.inf
 
 
 def check(runs, record_path):
     """ConfigError if a script, or an option of one, does not exist or is out of range.
 
     It comes before anything runs. Only those runs are looked at that have a value of an option
-    that no run of the same script before had.
+    that no run of the same script before had; seeds are looked at unless they are plain numbers.
     """
     seen = set()
     for cell in runs:
         facts = {
             (cell.kind, cell.script, key, repr(value))
             for key, value in cell.options.items()
-            if key not in config.SEEDS
+            if not (key in config.SEEDS and type(value) is int and value >= 0)
         }
-        facts.add((cell.kind, cell.script))
+        facts |= {(cell.kind, cell.script, key) for key in ("", *cell.options)}
         if not facts <= seen:
             _check_cell(cell, record_path)
             seen |= facts
@@ -137,7 +152,10 @@ def _check_cell(cell, record_path):
     names = sorted(path.stem for path in (config.ROOT / cell.kind).glob("[a-z]*.py"))
     if cell.script not in names:
         raise ConfigError(f"unknown {cell.kind} {cell.script!r}; there are {', '.join(names)}")
-    Config = importlib.import_module(f"{cell.kind}.{cell.script}").Config
+    for name, why in CHOSEN.items():
+        if name in cell.options:
+            raise ConfigError(f"the option {name} {why}")
+    Config = _config_of(cell)
     try:
         options = config.parse(Config, cell.words(record_path)[1:])
         if cell.kind == "attack":
@@ -145,6 +163,11 @@ def _check_cell(cell, record_path):
             sources.check(options.dataset)
     except ConfigError as error:
         raise ConfigError(f"{error} (in {cell.command(record_path)})") from error
+
+
+def _config_of(cell):
+    """The class of a script's options."""
+    return importlib.import_module(f"{cell.kind}.{cell.script}").Config
 
 
 def _check_keys(part, where, known):
@@ -229,7 +252,11 @@ def _entries(grid, axis):
 def _variants(options):
     """Every choice of one value for each option: a list offers several."""
     options = options or {}
-    for values in itertools.product(*map(_as_list, options.values())):
+    for name in options:
+        if not isinstance(name, str):
+            raise ConfigError(f"the name of an option must be text, and this is {name!r}: quote it")
+    choices = [[None] if value is None else _as_list(value) for value in options.values()]
+    for values in itertools.product(*choices):
         yield dict(zip(options, values, strict=True))
 
 
@@ -250,7 +277,18 @@ def _fits(cell, entry):
     if cell.victim:
         facts |= {key: value for key, value in cell.options.items() if key not in config.SEEDS}
         facts["defense"] = cell.script
-    return all(key in facts and facts[key] in _as_list(value) for key, value in entry.items())
+    return all(
+        key in facts and _number(facts[key]) in map(_number, _as_list(value))
+        for key, value in entry.items()
+    )
+
+
+def _number(value):
+    """The number that a value of YAML is or spells (1e-2 is text there), else the value."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 # ---------- the name of a run ----------
@@ -282,38 +320,89 @@ def _ratio(options):
 # ---------- the state of a run ----------
 
 
-def state(cell, record_path):
-    """One of STATES but RECORDED, which only a table of results can say."""
-    place = record_path / cell.path
-    of_folder = folder.state(place)
+def states(runs, record_path):
+    """{path of a run: its state}, one of STATES but RECORDED, which only a table can say."""
+    reader = _Reader(record_path)
+    return {cell.path: _state(cell, reader) for cell in runs}
+
+
+def _state(cell, reader):
+    of_folder = folder.state(reader.record_path / cell.path)
     if of_folder == DONE:
-        return DONE if _is_this(cell, place, record_path) else OTHER
-    code = last_exit_code(record_path / cell.log)
+        return DONE if _is_this(cell, reader) else OTHER
+    code = last_exit_code(reader.record_path / cell.log)
     return FAILED if code not in (None, 0, *INTERRUPTED) else of_folder
 
 
-def last_exit_code(log):
-    """The exit code that the last run in a log ended with; None if it did not end by itself."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    ending = re.fullmatch(r"# exit (-?\d+) .*", lines[-1]) if lines else None
-    return int(ending[1]) if ending else None
-
-
-def _is_this(cell, place, record_path):
-    """Whether the complete run in `place` has the options of the cell.
+def _is_this(cell, reader):
+    """Whether the complete run in a cell's folder is the one that its command makes.
 
     A defense must also have repaired the victim that is there now.
     """
+    place = reader.record_path / cell.path
     try:
-        saved = yaml.safe_load((place / folder.OPTIONS).read_text())
-        compared = [key for key in cell.options if key in saved and key not in config.NOT_IDENTITY]
-        same = all(str(saved[key]) == str(cell.options[key]) for key in compared)
+        if not _same(reader.saved(place), reader.parsed(cell), _config_of(cell)):
+            return False
         if cell.victim is None:
-            return same
+            return True
         repair, victim = (
             json.loads((each / folder.RECORD).read_text())
-            for each in (place, record_path / cell.victim.path)
+            for each in (place, reader.record_path / cell.victim.path)
         )
-        return same and repair["victim_sha256"] == victim["files"][folder.WEIGHTS]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return repair["victim_sha256"] == victim["files"][folder.WEIGHTS]
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return False  # the script says what is wrong with it
+
+
+def _same(saved, parsed, Config):
+    """Whether the options in a config.yaml are, in all that makes up the experiment, those parsed.
+
+    An option that did not exist yet when it was written has its default. A run has decided what
+    the precision auto is.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    there, here = (Config.identity_of(options) for options in ({**defaults, **saved}, parsed))
+    if here["precision"] == "auto":
+        there["precision"] = "auto"
+    return there == here
+
+
+class _Reader:
+    """The options of runs: each config.yaml is read once, each set of options is parsed once."""
+
+    def __init__(self, record_path):
+        self.record_path = record_path
+        self._saved, self._parsed = {}, {}
+
+    def saved(self, place):
+        """The options in the config.yaml of a run."""
+        if place not in self._saved:
+            self._saved[place] = folder.read_options(place)
+        return self._saved[place]
+
+    def parsed(self, cell):
+        """All options of a cell's command, those of the grid and the defaults.
+
+        Seeds change no default: they are put in afterwards, and runs that differ in nothing else
+        are parsed once. The defaults of a defense depend on how its victim was trained.
+        """
+        seeds = {
+            key: value
+            for key, value in cell.options.items()
+            if key in config.SEEDS and type(value) is int
+        }
+        others = {key: value for key, value in cell.options.items() if key not in seeds}
+        key = (cell.kind, cell.script, repr(sorted(others.items())), self._training_of(cell.victim))
+        if key not in self._parsed:
+            words = dataclasses.replace(cell, options=others).words(self.record_path)
+            self._parsed[key] = config.parse(_config_of(cell), words[1:]).plain()
+        return {**self._parsed[key], **seeds}
+
+    def _training_of(self, victim):
+        """The options of a victim, as text, on which defaults of its defenses may depend."""
+        if victim is None:
+            return ""
+        saved = self.saved(self.record_path / victim.path)
+        names = {field.name for field in dataclasses.fields(config.Attack)}
+        names -= {*config.NOT_IDENTITY, *config.SEEDS, *ONLY_VICTIMS}
+        return repr({name: saved.get(name) for name in sorted(names)})

@@ -15,10 +15,13 @@ from pathlib import Path
 from utils import files
 from utils.config import ROOT
 from utils.errors import ConfigError, UserError
-from utils.record.folder import written
+from utils.record import folder
 
 RETRIES = 10  # times that a run is started again after the machine it ran on has died
 LEAVE = 30  # seconds that cancelled runs have to leave their checkpoints
+PAUSE = 1  # seconds between two looks at what other processes do
+INTERRUPTED = (130, 143)  # exit codes of runs that go on with the same command
+HELD = "a run is under way in"  # what a script says when another process owns its folder
 
 
 class TimeIsUp(UserError):
@@ -30,12 +33,17 @@ class TimeIsUp(UserError):
         super().__init__("time is up; the same command goes on after the last finished epoch")
 
 
+class UnderWay(Exception):
+    """Another process is at work on the same run."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A command (`words` after `python`) that makes the complete run in `folder`.
 
     It starts in the working directory `place` when the job called `after` is done.
-    `written_before` is what `written` said of the folder when the job was made.
+    `written_before` is what `written` said of the folder when the job was made, `log_before` the
+    size of the log.
     """
 
     name: str
@@ -45,33 +53,94 @@ class Job:
     place: Path
     after: str | None = None
     written_before: int | None = None
+    log_before: int = 0
 
 
 def execute(job, before=0, threads=None, until=None):
     """Run a job's command, with its output in its log; returns the exit code.
 
     `before` is the exit code of the job that this one waits for: unless that is 0, nothing is run
-    and the result is None. What was completed in the meantime is not run again. The lock lives as
-    long as the command: a second try, from wherever, waits for one that its own machine has given
-    up. After the moment `until` (of time.monotonic) the command gets SIGTERM, leaves a checkpoint,
-    and TimeIsUp is raised.
+    and the result is None. While another process runs the job this one waits. After the moment
+    `until` (of time.monotonic) the command gets SIGTERM, leaves a checkpoint, and TimeIsUp is
+    raised.
     """
     if before != 0:
         return None
-    with files.locked(job.log.with_suffix(".lock")) as lock, open(job.log, "a") as log:
-        if written(job.folder) not in (None, job.written_before):
-            return 0
-        begin = time.monotonic()
-        now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
-        print(f"# {now} on {host}: python {' '.join(job.words)}", file=log, flush=True)
-        code = _run(job, lock, log, threads, until)
-        print(f"# exit {code} after {time.monotonic() - begin:.0f} s", file=log)
-        return code
+    while True:
+        try:
+            return attempt(job, threads=threads, until=until)
+        except UnderWay:
+            _check_time(until)
+            time.sleep(PAUSE)
 
 
-def _run(job, lock, log, threads, until):
-    """The exit code of a job's command, which inherits the `lock`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def attempt(job, *, threads=None, until=None, say=lambda line: None):
+    """The exit code of a job that is run now; raises UnderWay where another process runs it.
+
+    What another sweep has ended since the job was made is not run again. `say` gets a line when the
+    command starts.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.owned(job.log.with_suffix(".lock")))
+        except BlockingIOError:
+            raise UnderWay from None
+        log = stack.enter_context(open(job.log, "a"))
+        if (code := _ended_elsewhere(job, log.tell())) is not None:
+            return code
+        _require_free(job.folder)
+        say(started(job))
+        return _logged(job, log, threads, until)
+
+
+def started(job):
+    """A line for the user on a job that runs now."""
+    return f"started {job.name}: its output goes to {os.path.relpath(job.log)}"
+
+
+def _ended_elsewhere(job, log_now):
+    """The exit code of a job that another sweep has run since it was made here, else None.
+
+    `log_now` is the size of its log. An interrupted run has not ended.
+    """
+    if folder.written(job.folder) not in (None, job.written_before):
+        return 0
+    code = last_exit_code(job.log) if log_now > job.log_before else None
+    return None if code in (0, *INTERRUPTED) else code
+
+
+def _require_free(place):
+    """Raise UnderWay where a process owns the folder `place`."""
+    try:
+        with folder.owned(place):
+            pass
+    except ConfigError:
+        raise UnderWay from None
+
+
+def _logged(job, log, threads, until):
+    """The exit code of a job's command, which the log states too."""
+    begin, place = time.monotonic(), log.tell()
+    now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
+    print(f"# {now} on {host}: python {' '.join(job.words)}", file=log, flush=True)
+    code = _run(job, log, threads, until)
+    if code == ConfigError.code and HELD in job.log.read_bytes()[place:].decode(errors="replace"):
+        print("# its end is waited for", file=log)
+        raise UnderWay
+    print(f"# exit {code} after {time.monotonic() - begin:.0f} s", file=log)
+    return code
+
+
+def last_exit_code(log):
+    """The exit code that the last run in a log ended with; None if it did not end by itself."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    ending = re.fullmatch(r"# exit (-?\d+) .*", lines[-1]) if lines else None
+    return int(ending[1]) if ending else None
+
+
+def _run(job, log, threads, until):
+    """The exit code of a job's command."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     with subprocess.Popen(
@@ -81,7 +150,6 @@ def _run(job, lock, log, threads, until):
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        pass_fds=[lock.fileno()],
         preexec_fn=_end_with_parent(),
     ) as command:
         try:
@@ -112,21 +180,47 @@ def _end_with_parent():
     return lambda: prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def in_order(jobs, *, until=None, **_):
-    """Yield (job, exit code) of one job after the other; TimeIsUp after the moment `until`."""
-    codes = {}
-    for job in jobs:
+def in_order(jobs, *, until=None, say=lambda line: None, **_):
+    """Yield (job, exit code) of one job after the other; TimeIsUp after the moment `until`.
+
+    What another process is at work on is left for later. `say` gets a line when a job starts.
+    """
+    codes, left = {}, {job.name: job for job in jobs}
+    while left:
         _check_time(until)
-        codes[job.name] = execute(job, codes.get(job.after, 0), until=until)
+        job, codes[job.name] = _first_free(left, codes, until, say)
+        del left[job.name]
         yield job, codes[job.name]
 
 
-def with_ray(jobs, *, until=None, address=None, cpus=1, gpus=None):
+def _first_free(left, codes, until, say):
+    """(job, exit code) of the first job in `left` that no other process is at work on.
+
+    `codes` are those of the jobs that have ended. Where all are under way, one is waited for.
+    """
+    waits = False
+    while True:
+        for job in left.values():
+            if job.after in left:
+                continue
+            if codes.get(job.after, 0) != 0:
+                return job, None
+            with contextlib.suppress(UnderWay):
+                return job, attempt(job, until=until, say=say)
+        if not waits:
+            say("waiting: other processes are at work on what is left")
+            waits = True
+        _check_time(until)
+        time.sleep(PAUSE)
+
+
+def with_ray(jobs, *, until=None, say=lambda line: None, address=None, cpus=1, gpus=None):
     """Yield (job, exit code) as jobs end, many at once; TimeIsUp after the moment `until`.
 
     Each takes `cpus` cores and `gpus` GPUs (a fraction shares one). Without an `address` Ray is
     started here, for as long as this takes; with one the jobs go to a running cluster, whose
-    machines see the same folders. A job whose machine dies is started again on another one.
+    machines see the same folders. A job whose machine dies is started again on another one. `say`
+    gets a line when a job starts.
     """
     try:
         import ray
@@ -144,9 +238,10 @@ def with_ray(jobs, *, until=None, address=None, cpus=1, gpus=None):
             _check_time(until)
             results[job.name] = task.remote(job, results.get(job.after, 0), max(1, int(cpus)))
             waiting[results[job.name]] = job
+        silent = dict(waiting)  # the jobs whose start was not told yet
         try:
             while waiting:
-                ended = _next(ray, waiting, until)
+                ended = _next(ray, waiting, silent, until, say)
                 yield waiting.pop(ended), _outcome(ray, ended)
         except BaseException:
             for result in waiting:
@@ -165,13 +260,25 @@ def _check_resources(ray, **asked):
             )
 
 
-def _next(ray, waiting, until):
-    """The result that is ready next; TimeIsUp if none is before the moment `until`."""
-    left = None if until is None else max(0, until - time.monotonic())
-    ready, _ = ray.wait(list(waiting), timeout=left)
-    if not ready:
-        raise TimeIsUp
-    return ready[0]
+def _next(ray, waiting, silent, until, say):
+    """The result that is ready next; TimeIsUp if none is before the moment `until`.
+
+    Meanwhile a line is said for each job that has started, and it leaves `silent`.
+    """
+    while True:
+        left = PAUSE if until is None else min(PAUSE, max(0, until - time.monotonic()))
+        ready, _ = ray.wait(list(waiting), timeout=left)
+        for result, job in list(silent.items()):
+            if log_size(job.log) > job.log_before:
+                say(started(silent.pop(result)))
+        if ready:
+            return ready[0]
+        _check_time(until)
+
+
+def log_size(log):
+    """Bytes of a log, 0 where there is none."""
+    return log.stat().st_size if log.exists() else 0
 
 
 @contextlib.contextmanager

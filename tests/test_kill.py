@@ -1,0 +1,83 @@
+"""kill -9 at every file operation of an attack and of a defense.
+
+The same command then ends with the same weights, and nothing is left over.
+"""
+
+import os
+import shutil
+
+import pytest
+
+from tests import start
+from tests.helpers import ROOT, image_folders
+from utils import files
+
+OPERATIONS = ("replace", "rename", "unlink", "mkdir", "rmdir", "link")
+KILLED = 137
+
+
+def killed_at(number, words, place):
+    """The exit code of a script that kills itself before its file operation `number` in `place`."""
+    process = start.SERVER.Process(target=_run, args=(number, words, str(place)))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _run(number, words, place):
+    left = [number]
+
+    def counted(operation):
+        def function(path, *args, **options):
+            inside = options.get("dir_fd") is not None or place in str(path)
+            if inside:
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(KILLED)
+            return operation(path, *args, **options)
+
+        return function
+
+    for name in OPERATIONS:
+        setattr(os, name, counted(getattr(os, name)))
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    start.run_script(words, str(ROOT), {})
+
+
+def contents(folder):
+    """{path: checksum} of the files in a folder that must not depend on interruptions."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        stable = path.suffix in (".safetensors", ".png", ".yaml")
+        found[str(path.relative_to(folder))] = files.sha256(path) if stable else path.is_file()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["attack", "defense"])
+def test_killed_at_every_file_operation(kind, run, tmp_path):
+    record, data = tmp_path / "record", image_folders(tmp_path / "data")
+    common = ["--record_path", str(record), "--cache_path", str(tmp_path / "cache")]
+    words = ["attack/badnet.py", *common, "--dataset", "folder", "--dataset_path", str(data)]
+    words += ["--image_size", "16", "--model", "resnet9", "--width", "4", "--epochs", "1"]
+    words += ["--pratio", "0.25", "--batch_size", "8", "--save_folder_name", "run"]
+    folder = record / "run"
+    if kind == "defense":
+        run(*words)
+        words = ["defense/clp.py", *common, "--result_file", "run"]
+        folder = record / "run" / "defense" / "clp"
+    run(*words)
+    wanted, around = contents(folder), {path.name for path in folder.parent.iterdir()}
+    number = 0
+    while True:
+        shutil.rmtree(folder)
+        code = killed_at(number, words, record)
+        if code == 0:
+            break
+        assert code == KILLED, f"exit {code} at operation {number}"
+        run(*words)
+        assert contents(folder) == wanted, f"killed at file operation {number}"
+        assert {path.name for path in folder.parent.iterdir()} == around, "something is left over"
+        number += 1
+    assert number > 10, "too few file operations were counted"
