@@ -626,7 +626,7 @@ def whole(places, run, tmp_path_factory):
     [
         (["ft", "--epochs", "40"], 6),
         (["trap_and_replace", "--epochs", "4", "--head_epochs", "40"], 12),
-        (["awm", "--epochs", "14"], 8),
+        (["awm", "--epochs", "6"], 4),
     ],
     ids=["ft", "trap_and_replace", "awm"],
 )
