@@ -29,9 +29,9 @@ from pathlib import Path
 from utils.errors import MissingError, RefusedError, UserError
 from utils.files import write
 from utils.report import formats, page, published, summaries
-from utils.report.content import printable
 from utils.report.runs import read_all, read_table, search
 from utils.report.tables import group
+from utils.text import one_line
 
 TABLES = {"cells": formats.cells, "overview": summaries.overview, "attacks": summaries.attacks}
 
@@ -85,7 +85,7 @@ def read(places):
 
 def list_left_out(left_out, form, stream):
     """Say which runs are not in the table, and why."""
-    bullet, shown = "", printable
+    bullet, shown = "", one_line
     if form == "markdown":
         bullet, shown = "- ", as_list_item
     head = f"{len(left_out)} run{'s' * (len(left_out) > 1)} left out:"
@@ -95,7 +95,7 @@ def list_left_out(left_out, form, stream):
 
 def as_list_item(text):
     """A line of Markdown in which names of folders are text; plain names stay as they are."""
-    return formats.as_markdown(printable(text))
+    return formats.as_markdown(one_line(text))
 
 
 def say(text, stream=None, end="\n"):
@@ -151,7 +151,7 @@ def main(argv=None):
     try:
         compare(parser.parse_args(argv))
     except UserError as error:
-        say(f"error: {printable(error)}", sys.stderr)
+        say(f"error: {one_line(error)}", sys.stderr)
         return error.code
     return 0
 

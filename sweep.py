@@ -32,7 +32,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils import config, files
+from utils import files, parsing
 from utils.errors import ConfigError, UserError
 from utils.launch import guard
 from utils.record import folder
@@ -223,7 +223,7 @@ def _without_places(command):
     """A command without the options that say where files lie on this machine."""
     words = shlex.split(command)
     kept = {name: value for name, value in _pairs(words[2:]).items() if name not in PLACES}
-    return shlex.join([*words[:2], *config.words(kept)])
+    return shlex.join([*words[:2], *parsing.words(kept)])
 
 
 def _jobs(cells, states, options):

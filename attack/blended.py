@@ -40,7 +40,7 @@ def prepare(config, attacker):
     size = attacker.spec.size
     if config.trigger_path:
         return Prepared({"pattern": poison.resized_pattern(config.trigger_path, size)})
-    return Prepared({"pattern": patterns.picture(size, config.poison_seed)})
+    return Prepared({"pattern": patterns.seeded_image(size, config.poison_seed)})
 
 
 def make_trigger(config, spec, stage, parts):

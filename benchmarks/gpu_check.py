@@ -7,7 +7,7 @@ Each method runs for one epoch of every stage, in float32 without TF32, on a nar
 defenses repair one BadNets victim, which is trained on the CPU first. Random numbers are drawn on
 the CPU for both, so that both do the same work and differ by rounding only. ACC, ASR and RA may
 differ by TOLERANCE, and `weights`, the distance of the two networks' weights as a share of their
-length, by WEIGHTS for an attack. That of a defense is reported and not judged, because choices by
+length, by WEIGHTS for an attack. That of a defense is reported and not compared, because choices by
 rank magnify what rounding does. Rows that differ more or that failed make the exit code 1.
 
 The rows go to benchmarks/results/gpu_check.csv, in place of older ones of the same device. Without
@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from utils import config, files
+from utils import files, parsing
 from utils.errors import ConfigError, UserError
 from utils.launch import guard
 from utils.record import folder as layout
@@ -168,7 +168,7 @@ def call(script, words):
     """What a script does with these options; what it prints is not shown."""
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        script.main(config.parse(script.Config, words))
+        script.main(parsing.parse(script.Config, words))
 
 
 def few(kind, Config, device, base):

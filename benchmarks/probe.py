@@ -23,7 +23,7 @@ STEPS = 20
 def main(part, words):
     begin = time.perf_counter()  # torch is imported, and nothing else
     from attack import badnet
-    from utils import config, train
+    from utils import parsing, train
 
     def first_batch(network, batches, *_):
         next(batches)
@@ -37,7 +37,7 @@ def main(part, words):
         return train_epoch(network, batches, rates[:STEPS], weights[:STEPS], *rest)
 
     train.train_epoch = {"start": first_batch, "memory": few_steps}[part]
-    badnet.main(config.parse(badnet.Config, words))
+    badnet.main(parsing.parse(badnet.Config, words))
     allocated = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
     print("peaks", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, allocated)
 

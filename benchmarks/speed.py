@@ -55,9 +55,10 @@ from benchmarks import plain
 from benchmarks.plain import SPEC, random_images
 from utils import device as devices
 from utils import evaluation, files, optimizers, train
-from utils.config import Attack, words
+from utils.config import Attack
 from utils.data import dataset
 from utils.data.loader import EVALUATION_BATCH, augmentation, batches
+from utils.parsing import words
 from utils.poisoning import poison
 from utils.poisoning.attacker import Attacker
 

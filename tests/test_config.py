@@ -11,14 +11,14 @@ import yaml
 from attack.badnet import Config as BadNet
 from defense.fmp import Config as FMP
 from tests.helpers import ROOT, names
-from utils import config
+from utils import config, parsing
 from utils.errors import ConfigError
 from utils.record import results
 from utils.repair.options import RetrainingOptions
 
 
 def parse(*argv, of=BadNet):
-    return config.parse(of, [str(word) for word in argv])
+    return parsing.parse(of, [str(word) for word in argv])
 
 
 def test_flags_win_over_yaml_over_data_set_over_defaults(tmp_path):
@@ -221,7 +221,7 @@ def test_the_command_makes_the_same_options_again(words):
             if word != "--trigger_path"
         )
     )
-    python, script, *again = shlex.split(config.command("attack/badnet.py", first))
+    python, script, *again = shlex.split(parsing.command("attack/badnet.py", first))
     assert (python, script) == ("python", "attack/badnet.py") and parse(*again) == first
     assert bool(again) == bool(words), "what the recipe and the data set say is not repeated"
 
@@ -238,7 +238,7 @@ def test_the_command_of_a_defense_makes_the_same_options_again(name, tmp_path):
         ["--clean_count", 7, "--device", "cpu", "--data_seed", 3],
     ):
         first = parse(*places, *words, of=Config)
-        assert parse(*shlex.split(config.command("x.py", first))[2:], of=Config) == first
+        assert parse(*shlex.split(parsing.command("x.py", first))[2:], of=Config) == first
 
 
 def test_identity_ignores_places_and_keeps_the_rest():
@@ -320,7 +320,7 @@ def test_every_option_is_documented(capsys):
     for folder in ("attack", "defense"):
         for name in names(folder):
             Config = __import__(f"{folder}.{name}", fromlist=["Config"]).Config
-            text = config._parser(Config, "", "x").format_help()
+            text = parsing._parser(Config, "", "x").format_help()
             for field in dataclasses.fields(Config):
                 described = re.search(
                     rf"--{field.name}\b[^\n]*?(  |\n)\s*(?P<text>.+?)\((type|default|required)",

@@ -61,7 +61,7 @@ def test_image_folders_keep_every_pixel(tmp_path, split):
         np.testing.assert_array_equal(found.images.permute(0, 2, 3, 1), np.stack(expected))
 
 
-def test_pictures_of_any_size_and_mode_are_resized(tmp_path):
+def test_images_of_any_size_and_mode_are_resized(tmp_path):
     folders(tmp_path / "set", size=(40, 25))
     Image.new("L", (9, 70), 128).save(tmp_path / "set/train/ant/grey.jpg")
     Image.new("RGBA", (9, 7), (255, 0, 0, 255)).save(tmp_path / "set/train/bee/alpha.png")
@@ -222,7 +222,7 @@ def test_a_large_cache_is_read_again_only_where_a_file_is_newer(tmp_path, monkey
         load("folder", tmp_path / "set", tmp_path, image_size=16)
 
 
-def test_a_changed_picture_is_read_again(tmp_path):
+def test_a_changed_image_is_read_again(tmp_path):
     folders(tmp_path / "set")
     before = load("folder", tmp_path / "set", tmp_path, image_size=16)
     Image.new("RGB", (16, 16), "white").save(tmp_path / "set/train/ant/0.png")
@@ -233,7 +233,7 @@ def test_a_changed_picture_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\x89PNG\r\n\x1a\n rubbish", None], ids=["zero bytes", "rubbish", "truncated"]
 )
-def test_damaged_picture_is_named(tmp_path, content):
+def test_damaged_image_is_named(tmp_path, content):
     folders(tmp_path / "set")
     path = tmp_path / "set/train/bee/1.png"
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
@@ -242,7 +242,7 @@ def test_damaged_picture_is_named(tmp_path, content):
     assert not list((tmp_path / "cache").iterdir()), "nothing half-decoded is left"
 
 
-def test_damaged_picture_is_named_by_the_pool(tmp_path, monkeypatch):
+def test_damaged_image_is_named_by_the_pool(tmp_path, monkeypatch):
     folders(tmp_path / "set", count=8)
     (tmp_path / "set/train/bee/7.png").write_bytes(b"")
     monkeypatch.setattr(sources, "CHUNK", 4)

@@ -16,7 +16,7 @@ import models
 from defense import ac, spectral
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
-from utils import config, files, train
+from utils import config, files, parsing, train
 from utils.config import Defense
 from utils.data.dataset import Split
 from utils.errors import ConfigError, RefusedError
@@ -133,20 +133,20 @@ def test_the_recipe_is_the_victims_unless_options_say_otherwise(method, tmp_path
     }
     files.write_yaml(tmp_path / "config.yaml", victim)
     words = ["--result_file", str(tmp_path)]
-    options = config.parse(method.Config, words)
+    options = parsing.parse(method.Config, words)
     assert all(getattr(options, key) == victim[key] for key in config.RECIPE if key in victim)
     assert (options.precision, options.random_seed, options.compile) == (
         "auto",
         0,
         "none",
     ) and not hasattr(options, "pratio")
-    assert config.parse(method.Config, [*words, "--epochs", "9"]).epochs == 9
-    assert f"python defense/x.py --result_file {tmp_path}" == config.command(
+    assert parsing.parse(method.Config, [*words, "--epochs", "9"]).epochs == 9
+    assert f"python defense/x.py --result_file {tmp_path}" == parsing.command(
         "defense/x.py", options
     )
     files.write_yaml(tmp_path / "config.yaml", {**victim, "epochs": "seven"})
     with pytest.raises(RefusedError, match="wrong type"):
-        config.parse(method.Config, words)
+        parsing.parse(method.Config, words)
 
 
 def test_a_recipe_is_all_that_trains_an_attack():

@@ -19,7 +19,7 @@ import models
 from benchmarks import gpu_check
 from tests.fake_device import FakeDevice
 from tests.helpers import names
-from utils import config, seeds
+from utils import parsing, seeds
 from utils.data import dataset
 from utils.data.loader import augmentation, forward_all
 from utils.errors import ConfigError, UserError
@@ -94,7 +94,7 @@ def toy(tmp_path_factory):
     def run(kind, name, folder, **options):
         script = importlib.import_module(f"{kind}.{name}")
         words = few(script.Config, kind, name, base, options | {"save_folder_name": folder})
-        script.main(config.parse(script.Config, words))
+        script.main(parsing.parse(script.Config, words))
         record = base / "record"
         return record / folder if kind == "attack" else record / "victim" / "defense" / folder
 
@@ -243,7 +243,7 @@ def test_gpu_check_fails_where_something_differs(monkeypatch):
     assert raised.value.code == 1
 
 
-def test_gpu_check_judges_measures_and_weights():
+def test_gpu_check_compares_measures_and_weights():
     same = {"acc": "0.5", "asr": "", "ra": "0.1"}
     assert gpu_check.equal("defense", same, same, 1.0)
     assert gpu_check.equal("attack", same, {**same, "acc": "0.52"}, 1e-3)

@@ -21,7 +21,7 @@ from torch import nn
 
 from tests import distributed_training
 from tests.helpers import ROOT
-from utils import config, device, distributed
+from utils import device, distributed, parsing
 from utils.errors import ConfigError
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -77,7 +77,7 @@ def rows(folder):
 def start(script, *words):
     """Run a script in this process."""
     module = importlib.import_module(script)
-    module.main(config.parse(module.Config, [str(word) for word in words]))
+    module.main(parsing.parse(module.Config, [str(word) for word in words]))
 
 
 def test_two_processes_train_as_one(torchrun, run, tmp_path):

@@ -12,15 +12,17 @@ from tests.helpers import ROOT, names
 
 # a group of modules may import from the groups before it, and from itself without a circle
 FOUNDATION = {
-    "errors", "backdoorbench", "files", "seeds", "device", "distributed", "optimizers",
-    "checkpoint", "charts", "config", "launch", "record.folder",
+    "errors", "text", "backdoorbench", "files", "seeds", "device", "distributed", "optimizers",
+    "checkpoint", "charts", "config", "defaults", "parsing", "launch", "record.folder",
 }  # fmt: skip
 LEVELS = [FOUNDATION, {"data"}, {"train", "evaluation", "features"}, {"record"}, {"wings"}, {"run"}]
 WINGS = {"poisoning", "repair", "report", "sweep"}  # they never import each other
 TORCH_FREE = [
     "config",
+    "parsing",
     "launch",
     "record.folder",
+    "record.claim",
     "poisoning.options",
     "repair.options",
     "report.page",

@@ -17,14 +17,14 @@ from attack.wanet import Config as WaNet
 from defense.ft import Config as FT
 from defense.trap_and_replace import Config as TrapAndReplace
 from tests.helpers import ROOT, names
-from utils import backdoorbench, config
+from utils import backdoorbench, config, parsing
 from utils.config import Attack
 from utils.errors import ConfigError, RefusedError
 from utils.record import results
 
 
 def parse(*words, of=BadNet):
-    return config.parse(of, [str(word) for word in words])
+    return parsing.parse(of, [str(word) for word in words])
 
 
 def sentence(*words, of=BadNet, error=ConfigError):
@@ -236,7 +236,7 @@ def test_a_flag_without_effect_is_refused(words, other, value, tmp_path):
     said = sentence(*words)
     assert f"{words[0]} has no effect" in said and f"--{other}" in said
     parse(*words[:2], f"--{other}", value)
-    assert parse(*[*words[:1], config._default(BadNet, words[0][2:]), *words[2:]])  # says nothing
+    assert parse(*[*words[:1], config.default_of(BadNet, words[0][2:]), *words[2:]])  # says nothing
     # written in a file, as in every config.yaml, it makes no other run of it
     (tmp_path / "a.yaml").write_text(
         "\n".join(f"{name[2:]}: {text}" for name, text in zip(words[::2], words[1::2], strict=True))
@@ -249,7 +249,7 @@ def test_a_flag_without_effect_is_refused(words, other, value, tmp_path):
 
 def test_the_command_leaves_out_what_has_no_effect():
     given = dataclasses.replace(parse("--label_mode", "all2all"), attack_target=3)
-    assert config.command("attack/badnet.py", given) == (
+    assert parsing.command("attack/badnet.py", given) == (
         "python attack/badnet.py --label_mode all2all"
     )
 

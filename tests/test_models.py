@@ -518,6 +518,6 @@ def test_impossible_width_is_refused(call, name, width):
 
 
 @pytest.mark.parametrize("name", sorted(models.FROM_32_PIXELS))
-def test_too_small_pictures_are_refused(name):
+def test_too_small_images_are_refused(name):
     with pytest.raises(ConfigError, match="at least 32 pixels"):
         models.build(name, spec(24))

@@ -17,7 +17,7 @@ from torch import nn
 import models
 from defense import anp, fp, rnp
 from tests.test_fmp import SPEC, found_record
-from utils import config
+from utils import parsing
 from utils import run as protocol
 from utils.data import dataset
 from utils.errors import ConfigError
@@ -99,7 +99,7 @@ def test_only_a_marked_run_can_use_the_test_sets(selection, small, places, run, 
         [],
         shutil.copytree(small, tmp_path / "v", ignore=shutil.ignore_patterns("defense")),
     )
-    given = config.parse(
+    given = parsing.parse(
         fp.Config, [*places, "--result_file", str(folder), "--save_folder_name", "spy"]
     )
     object.__setattr__(given, "selection", selection)

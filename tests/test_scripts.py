@@ -24,7 +24,7 @@ import models
 from defense.ft import Config as FT
 from tests.conftest import QUICK
 from tests.helpers import ROOT, few, names
-from utils import config
+from utils import parsing
 from utils import run as protocol
 from utils.config import Attack
 from utils.data import dataset
@@ -56,7 +56,7 @@ def examine(folder, name, mode, truth):
     """What every attack leaves behind: files, one row, and a training set with the right images,
     kinds and labels."""
     script = importlib.import_module(f"attack.{name}")
-    options = config.parse(script.Config, ["--yaml_path", str(folder / "config.yaml")])
+    options = parsing.parse(script.Config, ["--yaml_path", str(folder / "config.yaml")])
     in_loop = "make_loss" in (ROOT / "attack" / f"{name}.py").read_text()
     assert {path.name for path in folder.iterdir()} == WRITTEN | (
         {"trigger.safetensors"} if hasattr(script, "prepare") else set()
@@ -73,7 +73,7 @@ def examine(folder, name, mode, truth):
     info = json.loads((folder / "record.json").read_text())
     assert info["training_set"] == ("none" if in_loop else "stored")
     python, file, *words = shlex.split(info["command"])
-    assert (python, file) == ("python", f"attack/{name}.py") and config.parse(
+    assert (python, file) == ("python", f"attack/{name}.py") and parsing.parse(
         script.Config, words
     ) == options
     poisoned, covers = (
@@ -117,9 +117,9 @@ def test_attack(name, mode, places, tmp_path, digits, capsys):
     )
     if mode == "all2all" and why:
         with pytest.raises(ConfigError, match=f"label_mode must be all2one here: {why}"):
-            config.parse(script.Config, words)
+            parsing.parse(script.Config, words)
         return
-    script.main(config.parse(script.Config, words))
+    script.main(parsing.parse(script.Config, words))
     shown = capsys.readouterr().out
     assert shown.startswith("ACC ") and "ASR " in shown and shown.count("\n") == 1
     examine(tmp_path / "a", name, mode, digits[1].truth)
@@ -301,7 +301,7 @@ def test_without_a_stored_training_set_nothing_is_trained_on_it(places, run, tmp
     class InTraining(FT):
         stage = "in-training"
 
-    options = config.parse(InTraining, [*places, "--result_file", str(tmp_path / "a")])
+    options = parsing.parse(InTraining, [*places, "--result_file", str(tmp_path / "a")])
     with pytest.raises(
         RefusedError, match="stores no poisoned training set, because blind poisons inside"
     ):
@@ -657,7 +657,7 @@ def test_a_killed_defense_resumes(words, rows, places, run, victim):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_pictures_that_stay_in_their_file_give_the_same_run(places, run, small, tmp_path):
+def test_images_that_stay_in_their_file_give_the_same_run(places, run, small, tmp_path):
     run(
         "attack/badnet.py",
         *places,
@@ -951,7 +951,7 @@ def test_a_disk_that_fills_up_damages_nothing(run, victim, places, tmp_path):
     )
 
 
-def test_your_own_pictures(run, places, tmp_path):
+def test_your_own_images(run, places, tmp_path):
     from tests.test_data import folders
 
     folders(tmp_path / "set", ("train", "val"), ("ant", "bee", "cat"), count=20, size=(50, 40))

@@ -12,8 +12,7 @@ import torch
 import models
 from attack import blind, inputaware, lc, lira
 from tests.helpers import ROOT, names
-from utils import config as configuration
-from utils import run, train
+from utils import parsing, run, train
 from utils.data import dataset
 from utils.data.dataset import Dataset, Spec, Split
 from utils.errors import ConfigError
@@ -325,7 +324,7 @@ def test_the_run_ends_where_a_share_is_no_image(name, tmp_path, monkeypatch):
     script = importlib.import_module(f"attack.{name}")
     words = ["--dry_run", "--record_path", tmp_path, "--pratio"]
     for share in ("0.0003", "0.00039"):
-        options = configuration.parse(script.Config, [*map(str, words), share])
+        options = parsing.parse(script.Config, [*map(str, words), share])
         if share == "0.0003":
             with pytest.raises(ConfigError, match="pratio must be 0 or at least 0.00039"):
                 script.main(options)

@@ -17,7 +17,7 @@ import models
 from defense import bnp, clp, ep
 from tests.helpers import few
 from tests.test_fmp import SPEC, found_record, network
-from utils import config
+from utils import parsing
 from utils.data import dataset
 from utils.errors import ConfigError, RefusedError
 from utils.repair import layers
@@ -38,7 +38,7 @@ def defend(name, folder, places, *words):
     script = importlib.import_module(f"defense.{name}")
     own = ["--result_file", str(folder), "--save_folder_name", "stats"]
     own += ["--overwrite", "--precision", "fp32"]
-    script.main(config.parse(script.Config, [*places, *own, *map(str, words)]))
+    script.main(parsing.parse(script.Config, [*places, *own, *map(str, words)]))
     with open(folder / "defense" / "stats" / "results.csv") as file:
         (row,) = csv.DictReader(file)
     return row, load_file(folder / "defense" / "stats" / "scores.safetensors")
@@ -159,7 +159,7 @@ def others(tmp_path_factory, places):
             *few(f"attack.{name}"),
             *words,
         ]
-        script.main(config.parse(script.Config, [*places, *own]))
+        script.main(parsing.parse(script.Config, [*places, *own]))
         folders.append(base / name)
     return folders
 
@@ -405,7 +405,7 @@ def test_ep_on_a_real_backdoor(places, victim):
 def test_without_a_stored_training_set_ep_is_refused(places, tmp_path):
     script = importlib.import_module("attack.blind")
     own = ["--record_path", str(tmp_path), "--save_folder_name", "a", *few("attack.blind")]
-    script.main(config.parse(script.Config, [*places, *own]))
+    script.main(parsing.parse(script.Config, [*places, *own]))
     with pytest.raises(
         RefusedError, match="stores no poisoned training set.*ep looks at such a set"
     ):

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from tests.helpers import ROOT, names
-from utils import config, files
+from utils import files, parsing
 from utils.errors import ConfigError, MissingError
-from utils.record import folder
+from utils.record import claim, folder
 from utils.sweep import grid, launchers
 
 QUICK = {"epochs": 1, "width": 8}
@@ -202,7 +202,7 @@ def test_numbers_are_excluded_however_they_are_written():
 def finished(cell, records, **changed):
     """Leave the folder of a cell's run as its script would, without running it."""
     Config = grid._config_of(cell)
-    options = config.parse(Config, cell.words(records)[1:]).plain()
+    options = parsing.parse(Config, cell.words(records)[1:]).plain()
     place = records / cell.path
     files.write_yaml(place / folder.OPTIONS, {**options, "precision": "fp32", **changed})
     victim = {"victim_sha256": "of weights"} if cell.victim else {}
@@ -258,8 +258,8 @@ def test_runs_that_differ_in_seeds_are_parsed_once(tmp_path, monkeypatch):
     cells = grid.cells(content)
     for cell in cells:
         finished(cell, tmp_path)
-    parsed, parse = [], config.parse
-    monkeypatch.setattr(config, "parse", lambda *words: parsed.append(words) or parse(*words))
+    parsed, parse = [], parsing.parse
+    monkeypatch.setattr(parsing, "parse", lambda *words: parsed.append(words) or parse(*words))
     assert states(content, tmp_path) == ["done"] * 9
     assert len(parsed) == 3
 
@@ -715,7 +715,7 @@ import pathlib, sys, time
 from utils.launch import guard
 from utils.record import folder
 def work():
-    with folder.owned(pathlib.Path("one")):
+    with claim.owned(pathlib.Path("one")):
         pathlib.Path("owns").touch()
         time.sleep({seconds})
 sys.exit(guard(work))
@@ -745,7 +745,7 @@ def test_a_script_that_finds_its_folder_owned_has_not_failed(tmp_path, monkeypat
     """It is owned in the moment between the look at it and the start of the script."""
     monkeypatch.setattr(launchers, "_require_free", lambda place: None)
     job = job_of(tmp_path, OWNING.format(seconds=0))
-    with folder.owned(tmp_path / "one"), pytest.raises(launchers.UnderWay):
+    with claim.owned(tmp_path / "one"), pytest.raises(launchers.UnderWay):
         launchers.attempt(job)
     assert launchers.last_exit_code(job.log) is None
     assert launchers.execute(job) == 0
@@ -758,7 +758,7 @@ def test_what_is_free_is_not_kept_waiting(tmp_path):
         job_of(tmp_path, "", "of_one", after="one"),
         job_of(tmp_path, "", "two"),
     ]
-    with folder.owned(jobs[0].folder):
+    with claim.owned(jobs[0].folder):
         ended = launchers.in_order(jobs)
         assert next(ended) == (jobs[2], 0)
     assert list(ended) == [(jobs[0], 0), (jobs[1], 0)]

@@ -262,7 +262,7 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch):
     )
 
 
-def test_stored_pictures_train_to_the_same_weights():
+def test_stored_images_train_to_the_same_weights():
     data, config = split(), options()
     kept = Split(MemmapImages(data.images, "cpu"), data.labels, data.truth)
     one, other = (
@@ -361,7 +361,7 @@ def test_the_rate_falls_along_a_cosine():
     )
 
 
-def test_stored_pictures_are_those_of_the_tensor():
+def test_stored_images_are_those_of_the_tensor():
     images = split(30).images
     stored, plain, generator = MemmapImages(images, "cpu"), images, torch.Generator().manual_seed(0)
     for count in (30, 20, 7):  # views of views, with images replaced in between

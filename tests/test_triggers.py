@@ -266,7 +266,7 @@ def test_badnet_from_a_file(tmp_path):
 def test_blended_formula(stage, opacity):
     trigger = trigger_of("blended", stage, train_opacity=0.1, test_opacity=0.4, poison_seed=5)
     images = random_images(2)
-    pattern = patterns.picture(32, 5).double().numpy()
+    pattern = patterns.seeded_image(32, 5).double().numpy()
     assert_formula(
         trigger,
         images,
@@ -280,10 +280,10 @@ def test_blended_formula(stage, opacity):
 
 def test_blended_pattern_is_like_the_usual_one():
     for seed in range(5):
-        pattern = patterns.picture(32, seed)
+        pattern = patterns.seeded_image(32, seed)
         assert 0 <= pattern.min() and pattern.max() <= 1
         assert 150 < pattern.mean() * 255 < 215 and 45 < pattern.std() * 255 < 100
-    assert not torch.equal(patterns.picture(32, 0), patterns.picture(32, 1))
+    assert not torch.equal(patterns.seeded_image(32, 0), patterns.seeded_image(32, 1))
 
 
 def test_blended_from_a_file(tmp_path):
@@ -595,7 +595,7 @@ def test_blind_balance_has_the_smallest_gradient():
 
 @pytest.mark.parametrize("stage", ["train", "test"])
 def test_adaptive_blend_formula(stage):
-    pattern = patterns.picture(32, 0).double().numpy()
+    pattern = patterns.seeded_image(32, 0).double().numpy()
     mask = adaptive_blend.masks(adaptive_blend.Config(), SPEC, torch.tensor([0]))[0, 0].numpy()
     tiles = mask.reshape(4, 8, 4, 8).sum((1, 3))
     assert mask.sum() == 8 * 64 and len(np.unique(tiles)) == 2, "eight tiles of 8x8 pixels"

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ try:
     import fcntl
 except ImportError:  # Windows has none: two runs at once are then the user's care
     fcntl = None
+
+MOST_COLUMNS = 1000  # of a CSV file
 
 
 def write(path, content):
@@ -107,6 +110,17 @@ def csv_text(rows, columns):
     table.writeheader()
     table.writerows(rows)
     return text.getvalue()
+
+
+def read_rows(file, most):
+    """The rows of an open CSV file, column -> text; ValueError where there are more than `most`."""
+    reader = csv.DictReader(file)
+    if len(reader.fieldnames or ()) > MOST_COLUMNS:
+        raise ValueError(f"it has more than {MOST_COLUMNS} columns")
+    rows = list(itertools.islice(reader, most + 1))
+    if len(rows) > most:
+        raise ValueError(f"it has more than {most} row{'s' * (most > 1)}")
+    return rows
 
 
 def read_csv(path):

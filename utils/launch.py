@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from utils import config
+from utils import config, parsing
 from utils.errors import ConfigError, UserError
 
 
@@ -32,7 +32,7 @@ def launch(Config):
                 f"{script} would run with the utils/ of another checkout, {config.ROOT}; "
                 f"start it from its own root with python -m {script.parent.name}.{script.stem}"
             )
-        options = config.parse(
+        options = parsing.parse(
             Config, sys.argv[1:], description, f"{script.parent.name}/{script.name}"
         )
         module = importlib.import_module(f"{script.parent.name}.{script.stem}")

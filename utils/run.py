@@ -26,7 +26,7 @@ from utils.poisoning import poison
 from utils.poisoning.attacker import Attacker, prepare_once
 from utils.poisoning.options import CleanModelOptions
 from utils.poisoning.poison import Cover
-from utils.record import contents, results
+from utils.record import claim, contents, results
 from utils.record import folder as layout
 from utils.repair.defender import Defender
 
@@ -82,12 +82,12 @@ def attack(script, config, make_trigger, *, prepare=None, cover=None, make_loss=
     folder = Path(config.record_path) / config.save_folder_name
     if config.dry_run:
         return None if workers.rank else _plan_attack(method, config, folder)
-    owner = contextlib.nullcontext() if workers.rank else layout.owned(folder)
+    owner = contextlib.nullcontext() if workers.rank else claim.owned(folder)
     with owner, distributed.process_group(workers, device):
         data = _load(config, device, workers)
         chosen = _select(config, data.train.truth, data.spec.classes, method.cover)
         facts = contents.facts_of(data)
-        begun = workers.rank > 0 or layout.begin(folder, config, kind="attack", data=facts)
+        begun = workers.rank > 0 or claim.begin(folder, config, kind="attack", data=facts)
         if not distributed.broadcast(begun, workers):
             return _already_done(folder)
         _attack(method, config, data, chosen, device, folder, workers)
@@ -180,10 +180,8 @@ def _poison(method, config, data, index, cover_index):
     shown = method.make_trigger(config, data.spec, "test")
     backdoor_index, backdoor = poison.triggered_split(data.test, shown, relabel)
     target_index, target = poison.triggered_split(data.test, shown, relabel, own=True)
-    loss, n_poison = (
-        partial(train.cross_entropy, label_smoothing=config.label_smoothing),
-        len(index),
-    )
+    loss = partial(train.cross_entropy, label_smoothing=config.label_smoothing)
+    n_poison = len(index)
     if method.make_loss:
         trigger = method.make_trigger(config, data.spec, "train")
         loss, index = method.make_loss(config, trigger, relabel), index[:0]
@@ -237,11 +235,11 @@ def defend(script, config, repair):
     if config.dry_run:
         return _plan_defense(name, config, folder, info)
     _require_train_set(name, config, info)
-    with layout.owned(folder):
+    with claim.owned(folder):
         # the data is compared first: other data is never "already done"
         loaded = contents.load(config.record, config, device, info)
         victim = info["files"][layout.WEIGHTS]
-        if not layout.begin(folder, config, kind="defense", victim=victim):
+        if not claim.begin(folder, config, kind="defense", victim=victim):
             return _already_done(folder)
         _defend(name, config, repair, loaded, folder, info, device)
 
@@ -304,15 +302,14 @@ def _defender(config, device, loaded, folder, info, evaluator):
     def report(stage, model, **values):
         evaluator.measure(stage, model, **values)  # and nothing is returned
 
-    name, width = contents.architecture(contents.read_options(config.record, info))
     shared = config.record / layout.DEFENSES / layout.SHARED / info["files"][layout.POISONED][:12]
     return Defender(
         spec,
         loaded.train,
         clean[index],
         index,
-        name,
-        width,
+        loaded.name,
+        loaded.width,
         state=folder / layout.STATE,
         shared=shared,
         report=report,
@@ -339,11 +336,8 @@ def clean_model(config, spec, device):
             f"the record {folder} is not of a clean model but of {info['name']}; attack/clean.py "
             "makes one"
         )
-    if (made["dataset"], data["classes"], data["size"]) != (
-        config.dataset,
-        spec.classes,
-        spec.size,
-    ):
+    there = made["dataset"], data["classes"], data["size"]
+    if there != (config.dataset, spec.classes, spec.size):
         raise RefusedError(
             f"the clean model {folder} was trained on another data set than {config.dataset} at "
             f"{spec.size} pixels"
@@ -359,7 +353,7 @@ def clean_model(config, spec, device):
             f"warning: the clean model {folder} has an ACC of only {100 * float(row['acc']):.0f} %",
             file=sys.stderr,
         )
-    model = contents.load_model(folder, spec, info).to(device).eval().requires_grad_(False)
+    model = contents.load_model(folder, spec, info, made).to(device).eval().requires_grad_(False)
     facts = {
         "record": str(folder),
         "sha256": info["files"][layout.WEIGHTS],
@@ -378,7 +372,7 @@ def _train_clean_model(config, spec):
     folder = Path(record_path) / label
     lock = files.locked(folder.with_suffix(".lock"))  # of two runs at once, one trains
     with lock, contextlib.redirect_stdout(sys.stderr):
-        if layout.state(folder) != layout.DONE:
+        if layout.state_of(folder) != layout.DONE:
             print(f"a clean model is trained first and kept in {folder}")
             made = dataclasses.replace(made, save_folder_name=label)
             attack(
@@ -416,7 +410,7 @@ def _plan_attack(method, config, folder):
         print(f"needs    a clean model: {where}")
     print(f"trains   {network} for {config.epochs} epochs of {steps} steps in {config.precision}")
     print(f"recipe   {results.recipe(config)}")
-    print(f"writes   {folder} ({layout.state(folder)})")
+    print(f"writes   {folder} ({layout.state_of(folder)})")
 
 
 def _plan_defense(name, config, folder, victim):
@@ -427,7 +421,7 @@ def _plan_defense(name, config, folder, victim):
     print(f"reads    {config.record}: {victim['name']} on {data['train']} training images")
     print(f"repairs  with {name} and {clean} in {config.precision}")
     print(f"trains   {_work(config)}")
-    print(f"writes   {folder} ({layout.state(folder)})")
+    print(f"writes   {folder} ({layout.state_of(folder)})")
 
 
 def _work(config):

@@ -94,11 +94,11 @@ def side_of(name, image_size):
     return side
 
 
-def load(config, device, workers=distributed.SINGLE, victim=None):
+def load(config, device, workers=distributed.SINGLE, victim=None, check_count=None):
     """The `Dataset` that the options of a script name, its images on `device`.
 
     For a defense, `victim` are the options of the attack, which name the data set. Several
-    `workers` on one machine share its memory. Raises as `open_dataset` does.
+    `workers` on one machine share its memory. `check_count` and errors are those of `open_dataset`.
     """
     named = victim or vars(config)
     return open_dataset(
@@ -110,6 +110,7 @@ def load(config, device, workers=distributed.SINGLE, victim=None):
         download=config.download,
         resident_gb=config.resident_gb,
         copies=1 if torch.device(device).type == "cuda" else workers.local_size,
+        check_count=check_count,
     )
 
 
@@ -123,19 +124,21 @@ def open_dataset(
     download=False,
     resident_gb=None,
     copies=1,
+    check_count=None,
 ):
     """A `Dataset`, its images on `device`.
 
     They are `MemmapImages` where they take more than `resident_gb`, by default a third of what is
-    free there, shared by `copies` processes. Raises MissingError (exit 3) where the set is not
-    below `root` or an image is damaged.
+    free there, shared by `copies` processes. Before anything is decoded, check_count(split, number
+    of images) may raise. Raises MissingError (exit 3) where the set is not below `root` or an image
+    is damaged.
     """
     side = side_of(name, image_size)
     found = sources.find(name, root, download=download)
     mark = f"{DECODING}|{side}|{found['train'].fingerprint}|{found['test'].fingerprint}"
     folder = Path(cache) / f"{name}-{side}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
     if not (folder / "meta.json").is_file():
-        _decode(found, side, folder)
+        _decode(found, side, folder, check_count)
     try:
         meta = _read_meta(folder)
         _check_content(folder, side, meta)
@@ -243,7 +246,7 @@ def _fingerprint(images, labels):
     return content.hexdigest()
 
 
-def _decode(splits, side, folder):
+def _decode(splits, side, folder, check_count=None):
     """Write the cache: a folder that gets its name only when it is complete."""
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -251,6 +254,8 @@ def _decode(splits, side, folder):
         meta = {"fingerprint": {}, "classes": len(splits["train"].classes)}
         for split in ("train", "test"):
             source_images, labels = splits[split].read()
+            if check_count:
+                check_count(split, len(labels))
             images = _store(unfinished / f"{split}.npy", source_images, side)
             np.save(unfinished / f"{split}_labels.npy", labels)
             meta["fingerprint"][split] = _fingerprint(images, labels)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, features
 
 from utils.errors import MissingError
+from utils.text import printable
 
 # Pillow recognises a file by its content, whatever its name is. These formats are decoded by Pillow
 # itself. Left out are those that start another program (EPS: Ghostscript), leave it to Windows
@@ -48,10 +49,7 @@ UNSOUND = (
 
 def shown(path):
     """A path or name as text for a message: of one line, whatever its bytes are."""
-    text = os.fsencode(path).decode(errors="replace")
-    return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
+    return printable(os.fsencode(path).decode(errors="replace"))
 
 
 @cache
@@ -106,7 +104,7 @@ def require_regular(path, status, largest=LARGEST_FILE):
 
 
 def open_image(path):
-    """The first picture in a file, upright, with 8 bits a channel, in any of such modes of Pillow.
+    """The first image in a file, upright, with 8 bits a channel, in any of such modes of Pillow.
 
     Whole numbers of more bits are scaled from the range that the file declares, else from all
     values of their type, to 0..255. Raises MissingError (exit 3) for a file that is damaged, too

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from utils import seeds
 
 
-def picture(size, seed):
+def seeded_image(size, seed):
     """A bright image 3,size,size in [0, 1]: soft clouds under twelve hard-edged discs and boxes.
 
     Each channel is scaled to a mean of 200 and a standard deviation of 80 grey levels before it is

@@ -2,22 +2,23 @@
 
 import csv
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import yaml
 from torch import nn
 
 import models
 from utils import checkpoint, distributed
 from utils.charts import preview
-from utils.data import dataset, sources
+from utils.data import dataset
 from utils.data.dataset import Dataset, Spec, Split
 from utils.data.memmap import replaced
 from utils.errors import MissingError, RefusedError
 from utils.evaluation import TestSets
+from utils.record import claim, results, schema
 from utils.record import folder as layout
-from utils.record import results, schema
+from utils.text import cut
 
 POISON, COVER = 1, 2  # kinds of changed training images: poisoned; changed, but with the true label
 PREVIEWED = 8  # images in preview.png
@@ -69,6 +70,8 @@ class Loaded(NamedTuple):
     """An attack's record, as a defense gets it."""
 
     model: nn.Module  # the victim
+    name: str  # of its architecture
+    width: int | None
     train: Split  # the training set as the victim saw it
     clean: Split  # the data set's own training set
     test_sets: TestSets
@@ -148,8 +151,9 @@ def load(folder, config, device, info=None):
     made = read_options(folder, info)
     _require_own_data_path(folder, config, info, made)
     try:
-        _require_same_counts(folder, config, info["data"], made)
-        data = dataset.load(config, device, victim=made)
+        _require_same_size(info["data"], made)
+        check_count = partial(_require_same_count, folder, info["data"], made["dataset"])
+        data = dataset.load(config, device, victim=made, check_count=check_count)
         _require_same_data(folder, info["data"], data, config)
         saved = _read_tensors(folder, layout.POISONED, info)
         schema.check_poisoned(saved, data, layout.POISONED)
@@ -157,22 +161,22 @@ def load(folder, config, device, info=None):
         train = _poisoned_split(data.train, saved)
         target = _split(saved, "target") if "target_images" in saved else None
         test_sets = TestSets(data.test, _split(saved, "test"), target)
-        model = load_model(folder, data.spec, info).to(device)
+        model = load_model(folder, data.spec, info, made).to(device)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RefusedError(
             f"the record {folder} is damaged: {' '.join(str(error).split())[:200]}"
         ) from error
-    return Loaded(model, train, data.train, test_sets, data.spec)
+    return Loaded(model, made["model"], made["width"], train, data.train, test_sets, data.spec)
 
 
 def read_options(folder, info):
     """The options of an attack in a verified record; RefusedError (exit 4) where one is wrong."""
     try:
-        made = yaml.safe_load(_read(folder, layout.OPTIONS, info))
+        made = layout.parse_options(_read(folder, layout.OPTIONS, info))
         schema.check_options(made)
-    except (UnicodeDecodeError, RecursionError, yaml.YAMLError, ValueError) as error:
+    except layout.UNUSABLE as error:
         raise RefusedError(
-            f"the record {folder} is damaged: {layout.OPTIONS}: {schema.short(error)}"
+            f"the record {folder} is damaged: {layout.OPTIONS}: {cut(error, schema.LONGEST)}"
         ) from error
     return made
 
@@ -190,19 +194,16 @@ def read_measures(folder, info):
     except (KeyError, IndexError, ValueError, csv.Error) as error:
         raise RefusedError(
             f"the record {folder} is damaged: {layout.RESULTS} or {layout.LOG}: "
-            f"{schema.short(error)}"
+            f"{cut(error, schema.LONGEST)}"
         ) from error
 
 
-def architecture(made):
-    """(name, width) of a record's network, as models.build takes them; `made` are its options."""
-    return made["model"], made["width"]
+def load_model(folder, spec, info, made):
+    """The network of a verified record, which has the options `made`.
 
-
-def load_model(folder, spec, info):
-    """The network of a verified record; RuntimeError or KeyError where its weights do not fit."""
-    name, width = architecture(read_options(folder, info))
-    model = models.build(name, spec, width)
+    RuntimeError or KeyError where its weights do not fit.
+    """
+    model = models.build(made["model"], spec, made["width"])
     weights = _read_tensors(folder, layout.WEIGHTS, info)
     schema.check_finite(weights, layout.WEIGHTS)
     model.load_state_dict(weights)
@@ -278,7 +279,7 @@ def _split(saved, part):
 
 def _require_own_data_path(folder, config, info, made):
     """The data set's place in a record from others is not followed unless the user names it."""
-    theirs = made["dataset"] != "digits" and info.get("origin") != layout.origin(config)
+    theirs = made["dataset"] != "digits" and info.get("origin") != claim.origin(config)
     if config.dataset_path is None and theirs:
         raise MissingError(
             f"the record {folder} was not made with the cache folder {config.cache_path}: name the "
@@ -286,23 +287,24 @@ def _require_own_data_path(folder, config, info, made):
         )
 
 
-def _require_same_counts(folder, config, made, options):
-    """Compare what a look at the files tells, before any image is decoded."""
-    name, root = options["dataset"], config.dataset_path or options["dataset_path"]
-    if dataset.side_of(name, options["image_size"]) != made["size"]:
-        raise ValueError(f"image_size is not that of {layout.RECORD}, {made['size']}")
-    found = sources.find(name, root, download=config.download)
-    for split in ("train", "test"):
-        count = len(found[split].read()[1])
-        if count != made[split]:
-            _refuse_count(folder, name, split, made[split], count)
+def _require_same_size(facts, made):
+    """Before any image is decoded: at a size that others chose, they could fill the disk."""
+    if dataset.side_of(made["dataset"], made["image_size"]) != facts["size"]:
+        raise ValueError(f"image_size is not that of {layout.RECORD}, {facts['size']}")
+
+
+def _require_same_count(folder, facts, name, what, here):
+    if facts[what] != here:
+        raise RefusedError(
+            f"the record {folder} was made on a {name} whose {what} is {facts[what]}, but here it "
+            f"is {here}; --dataset_path names the set it was made on"
+        )
 
 
 def _require_same_data(folder, made, data, config):
     facts = facts_of(data)
-    for name in ("train", "test", "classes", "size"):
-        if made[name] != facts[name]:
-            _refuse_count(folder, data.spec.name, name, made[name], facts[name])
+    for what in ("train", "test", "classes", "size"):
+        _require_same_count(folder, made, data.spec.name, what, facts[what])
     names = made.get("class_names") or facts["class_names"]
     if names != facts["class_names"]:
         pairs = zip(names, facts["class_names"], strict=False)
@@ -316,10 +318,3 @@ def _require_same_data(folder, made, data, config):
             f"{data.spec.name} here has other pixels or labels than the one the record {folder} "
             "was made on: --dataset_path names that one, --allow_other_data true goes on"
         )
-
-
-def _refuse_count(folder, name, what, there, here):
-    raise RefusedError(
-        f"the record {folder} was made on a {name} whose {what} is {there}, but here it is {here}; "
-        "--dataset_path names the set it was made on"
-    )

@@ -5,20 +5,17 @@ A run under way lives in `state/`. When it ends, its files are renamed into the 
 damaged nothing.
 """
 
-import contextlib
-import dataclasses
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import sys
 from pathlib import Path
 
 import yaml
 
 from utils import files
-from utils.errors import ConfigError, MissingError, RefusedError
+from utils.errors import MissingError, RefusedError
+from utils.text import cut
 
 FORMAT = 1
 RECORD = "record.json"
@@ -37,9 +34,12 @@ OWN = "kept"  # in it, the files that a defense adds to its record
 DEFENSES = "defense"  # folder of a victim's defenses
 SHARED = ".shared"  # in it, what several defenses on the same training set use
 NEEDED = {"attack": (OPTIONS, WEIGHTS, POISONED, RESULTS), "defense": (OPTIONS, WEIGHTS, RESULTS)}
-LARGEST, LARGEST_TEXT = 2**37, 2**26  # bytes of a file of tensors, and of any other file
+# bytes of a file; real ones of text have a few thousand
+LARGEST = {RECORD: 2**22, OPTIONS: 2**18, RESULTS: 2**20, LOG: 2**24}
+LARGEST_TENSORS, LARGEST_OTHER = 2**37, 2**26
+# what a file with wrong content can raise
+UNUSABLE = (ValueError, RecursionError, yaml.YAMLError)
 NEW, PARTIAL, DONE = "new", "partial", "done"  # states of a run
-COUNTS = ("train", "test", "classes", "size")  # facts about a data set that a message can name
 
 ATTACK_COLUMNS = [
     "dataset", "model", "attack", "label_mode", "target", "pratio", "pratio_effective", "n_poison",
@@ -89,7 +89,7 @@ def find(name, record_path):
     )
 
 
-def state(folder):
+def state_of(folder):
     """NEW, PARTIAL (a run was interrupted there and will go on) or DONE."""
     if (folder / RECORD).exists():
         return DONE
@@ -102,72 +102,6 @@ def written(folder):
     return record.stat().st_mtime_ns if record.exists() else None
 
 
-@contextlib.contextmanager
-def owned(folder):
-    """`folder` belongs to this process inside; a killed process owns nothing.
-
-    Raises ConfigError (exit 2) where another run is under way there.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(files.owned(folder.with_name(f".{folder.name}.lock")))
-        except BlockingIOError:
-            raise ConfigError(
-                f"a run is under way in {folder}: wait for its end, or choose another folder with "
-                "--save_folder_name"
-            ) from None
-        yield
-
-
-def begin(folder, config, *, kind, victim=None, data=None):
-    """Claim `folder` for a run of `config`: True where there is work to do, False where it is done.
-
-    `victim` is the checksum of the weights that a defense repairs, `data` what record.json says
-    about the data set of an attack. An interrupted run with the same options, victim and data is
-    resumed. Raises ConfigError (exit 2) where another run lies there, and RefusedError (exit 4)
-    where a damaged one does. With config.overwrite both are replaced, but only when the new run is
-    complete.
-    """
-    _refuse_links(folder, kind)
-    state, finished = folder / STATE, folder / FINISHED
-    shutil.rmtree(finished, ignore_errors=True)
-    if (state / RECORD).exists():  # cut off in its very last step
-        _commit(folder)
-    if (folder / RECORD).exists() and not (state / OPTIONS).exists():
-        shutil.rmtree(state, ignore_errors=True)  # left by a run that was killed when it was done
-    begun = {"victim": victim, "data": data}
-    resumable = _same(read_options(state), config) and _same_input(_begun(state), begun)
-    if not config.overwrite and (folder / RECORD).exists():
-        info = verify(folder, kind)
-        there = {"victim": info.get("victim_sha256"), "data": info.get("data")}
-        if _same(read_options(folder), config) and _same_input(there, begun):
-            _say_origin(folder, info.get("origin"), config, "the result there")
-            return False
-        if not resumable:
-            _refuse_other(read_options(folder), config, folder)
-            _refuse_other_data(there, begun, folder)
-            raise ConfigError(
-                f"{folder} repaired another victim than the one there now; --overwrite repairs "
-                "this one"
-            )
-    elif not config.overwrite and _has_progress(state):
-        _refuse_other(read_options(state), config, folder)
-        _refuse_other_data(_begun(state), begun, folder)
-    elif not config.overwrite and folder.is_dir() and _has_other_files(folder):
-        raise RefusedError(
-            f"{folder} holds files but no complete run; --overwrite starts again, "
-            "--save_folder_name chooses another folder"
-        )
-    if resumable and _has_progress(state):
-        _say_origin(folder, _begun(state).get("origin"), config, "the interrupted run there")
-    if not resumable:
-        shutil.rmtree(state, ignore_errors=True)
-    state.mkdir(parents=True, exist_ok=True)
-    files.write_json(state / BEGUN, {**begun, "origin": origin(config)})
-    files.write_yaml(state / OPTIONS, config.plain())
-    return True
-
-
 def finish(folder, contents, info, *, kind):
     """Put a complete run in place; `contents` is {file name: bytes or str}, `info` its facts.
 
@@ -177,9 +111,9 @@ def finish(folder, contents, info, *, kind):
     for name, content in contents.items():
         files.write(state / name, content)
     sums = {name: files.sha256(state / name) for name in [*contents, OPTIONS, LOG]}
-    info = {"format": FORMAT, "kind": kind, **info, "origin": _begun(state).get("origin")}
+    info = {"format": FORMAT, "kind": kind, **info, "origin": read_begun(state).get("origin")}
     files.write_json(state / RECORD, {**info, "files": sums})
-    _commit(folder)
+    commit(folder)
 
 
 def own_files(state):
@@ -242,9 +176,10 @@ def _refusal(path):
         return "is a link, and a record holds its own files"
     if not path.is_file():
         return "is no regular file"
-    limit = LARGEST if path.suffix == ".safetensors" else LARGEST_TEXT
+    other = LARGEST_TENSORS if path.suffix == ".safetensors" else LARGEST_OTHER
+    limit = LARGEST.get(path.name, other)
     if path.stat().st_size > limit:
-        return f"is larger than {limit >> 20} MiB"
+        return f"is larger than {limit >> 10} KB"
     return None
 
 
@@ -268,18 +203,40 @@ def read_checked(folder, name, info=None):
 
 
 def read_options(folder):
-    """The options in config.yaml, {} where there is no such file or it holds no mapping.
+    """The options in config.yaml, {} where there is no such file.
 
-    Raises RefusedError (exit 4) where it is not YAML.
+    Raises RefusedError (exit 4) where it is no file of options.
     """
     path = folder / OPTIONS
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(path):
         return {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RefusedError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    return content if isinstance(content, dict) else {}
+    if refusal := _refusal(path):
+        raise RefusedError(f"the file {path} {refusal}")
+    try:
+        return parse_options(path.read_bytes())
+    except UNUSABLE as error:
+        raise RefusedError(f"{path} is damaged: {cut(error, 200)}") from error
+
+
+def parse_options(content):
+    """{option: value} of a config.yaml, which is a mapping of single values; else one of UNUSABLE.
+
+    Lists, aliases and tags are refused before anything is constructed: what is loaded cannot be
+    nested deeply, and no part of it can be repeated.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    for event in yaml.parse(content, loader):
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise ValueError("it holds an alias or a tag, and options have none")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > 1:
+            raise ValueError("it holds a list or a mapping where an option has a single value")
+    options = yaml.load(content, loader)
+    if not isinstance(options, dict):
+        raise ValueError("it holds no options")
+    return options
 
 
 def read_results(folder):
@@ -287,7 +244,7 @@ def read_results(folder):
     return files.read_csv(folder / RESULTS)[0]
 
 
-def _commit(folder):
+def commit(folder):
     """Rename the files that state/record.json lists into the folder, in place of the run before.
 
     It may be cut off and called again.
@@ -313,93 +270,10 @@ def _listed(folder):
         return set()
 
 
-def _has_other_files(folder):
-    return any(path.name not in (DEFENSES, STATE, FINISHED) for path in folder.iterdir())
-
-
-def _has_progress(state):
-    """Whether an interrupted run has a checkpoint, which could be lost."""
-    return any(state.rglob("*.safetensors"))
-
-
-def _begun(state):
+def read_begun(state):
     """What an interrupted run works on; {} where nothing says it."""
     try:
         begun = json.loads((state / BEGUN).read_text())
     except (OSError, ValueError):
         return {}
     return begun if isinstance(begun, dict) else {}
-
-
-def _same_input(there, here):
-    """Whether two runs work on the same victim or the same data, as far as both say it."""
-    return there.get("victim") == here["victim"] and not _differences(there, here)
-
-
-def _differences(there, here):
-    """Words for what differs between the data of two runs."""
-    there, here = (run.get("data") or {} for run in (there, here))
-    keys = [key for key in here if key in there and there[key] != here[key]]
-    counts = [f"{key} {there[key]} there and {here[key]} here" for key in keys if key in COUNTS]
-    return counts or ["other images or labels"] * bool(keys)
-
-
-def _refuse_other_data(there, here, folder):
-    if difference := _differences(there, here):
-        raise ConfigError(
-            f"{folder} holds a run on other data ({', '.join(difference)}); --overwrite starts "
-            "again, --save_folder_name chooses another folder"
-        )
-
-
-def origin(config):
-    """A mark of those who share the cache folder: a digest of a random number kept there."""
-    path = Path(config.cache_path) / "origin"
-    if not path.exists():
-        files.write_once(path, secrets.token_hex(32))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _say_origin(folder, made_by, config, what):
-    if made_by != origin(config):
-        print(
-            f"warning: {what} was not made with the cache folder {config.cache_path}: if "
-            f"{folder} comes from others, --overwrite makes it again",
-            file=sys.stderr,
-        )
-
-
-def _refuse_links(folder, kind):
-    """Nothing is written through a link that lies in a record, which may come from others."""
-    inside = [folder / STATE, folder / FINISHED]
-    if kind == "defense":
-        inside += [folder, folder.parent, folder.parent / SHARED]
-    for path in inside:
-        if path.is_symlink():
-            raise RefusedError(f"{path} is a link, through which nothing is written: remove it")
-
-
-def _same(saved, config):
-    return _identity(saved, config) == config.identity()
-
-
-def _identity(saved, config):
-    """The options in a config.yaml that make up the experiment.
-
-    An option that did not exist yet when it was written has its default, or what it declares.
-    """
-    fields = dataclasses.fields(config) if saved else ()
-    absent = {field.name: field.metadata.get("absent", field.default) for field in fields}
-    return config.identity_of({**absent, **saved})
-
-
-def _refuse_other(saved, config, folder):
-    there, here = _identity(saved, config), config.identity()
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    if not keys:
-        return
-    difference = ", ".join(f"{key} {there.get(key)} there and {here.get(key)} here" for key in keys)
-    raise ConfigError(
-        f"{folder} holds another configuration ({difference}); --overwrite starts again, "
-        "--save_folder_name chooses another folder"
-    )

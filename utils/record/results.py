@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import models
-from utils import VERSION, distributed, evaluation, files
+from utils import VERSION, distributed, evaluation, files, parsing
 from utils import config as options
 from utils import device as devices
 from utils.record.folder import ATTACK_COLUMNS, RESULT_COLUMNS
@@ -104,7 +104,7 @@ def complete(row, config, device, workers=distributed.SINGLE):
     kind = "attack" if row["defense"] == "none" else "defense"
     facts = {
         "name": row[kind],
-        "command": options.command(options.script(kind, row[kind]), config),
+        "command": parsing.command(parsing.script(kind, row[kind]), config),
         "antidote": VERSION,
         "seeds": {key: value for key, value in config.plain().items() if key in options.SEEDS},
         **{key: row[key] for key in ("recipe", "device", "seconds", "peak_mb", "config_hash")},

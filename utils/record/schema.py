@@ -1,22 +1,22 @@
 """What the files of a record must hold: types, shapes and ranges. Records may come from others."""
 
-import csv
 import io
-import math
 
 import torch
 
 import models
+from utils import files
 from utils.data import sources
+from utils.record.folder import RESULT_COLUMNS
+from utils.text import cut
 
 LARGEST_SIDE = 4096  # pixels
+MOST_ROWS = 100_000  # of a log.csv
 LONGEST = 200  # characters of a value in a message
 
 
 def check_options(made):
     """Check the options in an attack's config.yaml; ValueError says which one is wrong."""
-    if not isinstance(made, dict):
-        raise ValueError("it must be a mapping of options")
     _require(made.get("dataset") in sources.NAMES, "dataset", f"one of {sources.NAMES}", made)
     _require(isinstance(made.get("dataset_path"), str), "dataset_path", "text", made)
     _require(made.get("model") in models.names(), "model", "the name of a network", made)
@@ -54,8 +54,8 @@ def check_results(row):
     for name in ("acc", "asr", "ra"):
         value = float(row[name]) if row[name] else 0.0
         _require(0 <= value <= 1, name, "a share from 0 to 1 or empty", row)
-    for name in ("dataset", "attack", "n_poison", "config_hash", "n_test", "n_backdoor"):
-        _require(isinstance(row[name], str), name, "a text", row)
+    if missing := set(RESULT_COLUMNS) - {"defense_seed", "lr"} - row.keys():
+        raise KeyError(f"no column {', '.join(sorted(missing))}")
 
 
 def check_poisoned(tensors, data, file):
@@ -88,16 +88,10 @@ def check_finite(tensors, file):
 
 def read_rows(content):
     """The rows of a CSV file, [{column: text}]; ValueError or csv.Error where it is none."""
-    rows = list(csv.DictReader(io.StringIO(content.decode())))
+    rows = files.read_rows(io.StringIO(content.decode()), MOST_ROWS)
     if any(None in row or None in row.values() for row in rows):
         raise ValueError("a row has another number of columns than the header")
     return rows
-
-
-def short(error):
-    """The text of an error in one line of limited length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _check_whole(file, name, tensor, count, low, high):
@@ -109,5 +103,5 @@ def _check_whole(file, name, tensor, count, low, high):
 
 
 def _require(right, name, what, values):
-    if not right or isinstance(values.get(name), float) and math.isnan(values[name]):
-        raise ValueError(f"{name} must be {what}, and is {short(repr(values.get(name)))}")
+    if not right:
+        raise ValueError(f"{name} must be {what}, and is {cut(repr(values.get(name)), LONGEST)}")

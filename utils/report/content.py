@@ -4,7 +4,6 @@ Sizes are compared before a file is read, depths before it is parsed.
 """
 
 import csv
-import itertools
 import json
 import os
 
@@ -12,10 +11,9 @@ import yaml
 
 from utils.errors import RefusedError
 from utils.record import folder
+from utils.text import one_line
 
-# bytes; real files have a few thousand
-LARGEST = {folder.RECORD: 2**22, folder.OPTIONS: 2**18, folder.RESULTS: 2**20, folder.LOG: 2**24}
-MOST_EPOCHS, MOST_COLUMNS = 100_000, 1000  # rows of a log.csv, columns of any CSV file
+MOST_EPOCHS = 100_000  # rows of a log.csv
 DEEPEST = 20  # levels of a record.json
 LONGEST, LONGEST_REASON = 4000, 300  # characters of a value, and of what is wrong with a file
 # what a file with wrong content can raise
@@ -27,7 +25,6 @@ UNUSABLE = (
 
 def load(path, name, parse, record=None):
     """parse(text) of the file `name`, whose sha256 must be the one in `record`."""
-    require_size(path / name, LARGEST[name])
     try:
         return parse(folder.read_checked(path, name, record).decode())
     except UNUSABLE as error:
@@ -46,7 +43,7 @@ def require_size(path, largest):
 
 def reason(error):
     """What is wrong, in a line of text."""
-    return printable(error)[:LONGEST_REASON]
+    return one_line(error)[:LONGEST_REASON]
 
 
 def parse_record(text):
@@ -69,57 +66,18 @@ def children(value):
     return value if isinstance(value, list) else ()
 
 
-def parse_config(text):
-    """{option: value as text} of a config.yaml, which is a mapping of scalars."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    require_flat(yaml.parse(text, loader))
-    config = yaml.load(text, loader)
-    if not isinstance(config, dict):
-        raise ValueError("it holds no options")
+def parse_config(content):
+    """{option: value as text} of a config.yaml."""
     return {
         short(name, "an option"): short(value, name)
-        for name, value in config.items()
+        for name, value in folder.parse_options(content).items()
         if value is not None
     }
 
 
-def require_flat(events):
-    """ValueError where YAML holds more than one level, an alias or a tag.
-
-    What is loaded afterwards cannot be nested deeply, and no part of it can be repeated.
-    """
-    depth = 0
-    for event in events:
-        if getattr(event, "anchor", None) or getattr(event, "tag", None):
-            raise ValueError("it holds an alias or a tag, and options have none")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > 1:
-            raise ValueError("it holds a list or a mapping where an option has a single value")
-
-
-def read_rows(file, most):
-    """The rows of a CSV file, column -> text; ValueError where there are more than `most`."""
-    reader = csv.DictReader(file)
-    if len(reader.fieldnames or ()) > MOST_COLUMNS:
-        raise ValueError(f"it has more than {MOST_COLUMNS} columns")
-    rows = list(itertools.islice(reader, most + 1))
-    if len(rows) > most:
-        raise ValueError(f"it has more than {most} row{'s' * (most > 1)}")
-    return rows
-
-
 def short(value, name):
     """A value as text of one line; ValueError where it is too long to be shown."""
-    text = printable(value)
+    text = one_line(value)
     if len(text) > LONGEST:
-        raise ValueError(f"{printable(name)[:LONGEST_REASON]} has more than {LONGEST} characters")
+        raise ValueError(f"{one_line(name)[:LONGEST_REASON]} has more than {LONGEST} characters")
     return text
-
-
-def printable(value):
-    """Text of one line and without control characters."""
-    text = str(value)
-    if not text.isprintable():
-        text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(text.split())

@@ -4,9 +4,11 @@ import io
 import math
 
 from utils.errors import RefusedError
+from utils.files import read_rows
 from utils.record import folder
-from utils.report.content import MOST_EPOCHS, load, printable, read_rows
+from utils.report.content import MOST_EPOCHS, load
 from utils.report.runs import METRICS
+from utils.text import one_line
 
 
 def curve(run, points):
@@ -46,7 +48,7 @@ def parse_log(text):
     rows = [row for row in read_rows(io.StringIO(text), MOST_EPOCHS) if row.get("epoch")]
     return [
         (
-            printable(row.get("stage")),
+            one_line(row.get("stage")),
             int(row["epoch"]),
             *(finite(row.get(name), 4) for name in ("loss", *METRICS)),
         )

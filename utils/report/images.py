@@ -9,8 +9,8 @@ import zlib
 from utils.config import Training
 from utils.errors import RefusedError, UserError
 from utils.record import folder
-from utils.report.content import printable
 from utils.report.tables import name_all
+from utils.text import one_line
 
 LARGEST_FILE, LARGEST_IMAGE = 2**24, 2**23  # bytes, pixels
 WIDEST, FEW = 1200, 24  # pixels on the page; half as many where there are more than a few images
@@ -51,7 +51,7 @@ class Album:
     def _first(self, name, runs, widest):
         for run in runs:
             try:
-                return {"path": printable(run.path), **encode(run, name, widest)}
+                return {"path": one_line(run.path), **encode(run, name, widest)}
             except RefusedError as error:
                 self.refused.append((run.path / name, error))
         return None
@@ -114,9 +114,7 @@ def encode(run, name, widest):
             raise RefusedError(f"{name} has {image.width} x {image.height} pixels: not shown")
         image = image.convert("RGB")
     except unsound as error:
-        raise RefusedError(
-            f"{name} is no sound PNG file: not shown ({printable(error)})"
-        ) from error
+        raise RefusedError(f"{name} is no sound PNG file: not shown ({one_line(error)})") from error
     image.thumbnail((widest, widest))
     file = io.BytesIO()
     image.save(file, "WEBP", quality=80, method=2)

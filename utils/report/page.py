@@ -11,14 +11,15 @@ import shlex
 from pathlib import Path
 
 from utils import config as options
+from utils import parsing
 from utils.errors import UserError
 from utils.record import folder
 from utils.report import palette, published
-from utils.report.content import printable
 from utils.report.curves import curve, finite
 from utils.report.images import Album
 from utils.report.runs import METRICS, NONE, TABLE
 from utils.report.tables import FOOTNOTES, ORACLE, UNCREDITED, missing, spread
+from utils.text import one_line
 
 HERE = Path(__file__).parent
 POINTS, ALL_POINTS = 200, 60_000  # of one run's curve, and of all
@@ -103,7 +104,7 @@ def everything(tables, left_out, reported):
         "triggers": album.triggers,
         "scores": album.scores,
         "unshown": album.unshown,
-        "left_out": [[printable(path), printable(why)] for path, why in refused],
+        "left_out": [[one_line(path), one_line(why)] for path, why in refused],
     }
 
 
@@ -166,12 +167,12 @@ def as_run(run, points):
     if isinstance(versions := run.record.get("versions"), dict):
         facts["versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
     return {
-        "path": printable(run.path),
+        "path": one_line(run.path),
         "seeds": seeds(run),
         "command": command(run),
         "curve": curve(run, points),
         "facts": {
-            label: printable(value)[:LONGEST] for label, value in facts.items() if value is not None
+            label: one_line(value)[:LONGEST] for label, value in facts.items() if value is not None
         },
         **{name: finite(number) for name, number in run.numbers.items()},
     }
@@ -201,12 +202,12 @@ def command(run):
         if (
             isinstance(stated, str)
             and stated.startswith(f"python {script} ")
-            and stated == printable(shlex.join(shlex.split(stated)))
+            and stated == one_line(shlex.join(shlex.split(stated)))
         ):
             return stated
     except ValueError:  # a quotation without end
         pass
-    return printable(shlex.join(["python", script, "--yaml_path", str(run.path / folder.OPTIONS)]))
+    return one_line(shlex.join(["python", script, "--yaml_path", str(run.path / folder.OPTIONS)]))
 
 
 def script_of(run):
@@ -215,5 +216,5 @@ def script_of(run):
     names = {path.stem for path in (options.ROOT / kind).glob("[a-z]*.py")}
     own = run.row[kind]
     if own in names or kind == "attack" and own.removeprefix("clean_") in names:
-        return options.script(kind, own)
+        return parsing.script(kind, own)
     return None

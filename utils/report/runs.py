@@ -11,18 +11,18 @@ from pathlib import Path
 
 from utils.config import NOT_IDENTITY, SEEDS
 from utils.errors import RefusedError
+from utils.files import read_rows
 from utils.record import folder
 from utils.report.content import (
     UNUSABLE,
     load,
     parse_config,
     parse_record,
-    printable,
-    read_rows,
     reason,
     require_size,
     short,
 )
+from utils.text import one_line
 
 METRICS = ("acc", "asr", "ra")
 TABLE = ("dataset", "model", "recipe", "precision")
@@ -192,7 +192,7 @@ def read_table(path):
         )
     victims, runs, left_out = {}, [], []
     for row in sorted(rows, key=lambda row: row["defense"] != "none"):
-        name = printable(row["run"])[:LONGEST_NAME]
+        name = one_line(row["run"])[:LONGEST_NAME]
         try:
             values, numbers = parse_row(row)
             victim = None if row["defense"] == "none" else victims[name.split("/")[0]]

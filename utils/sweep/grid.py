@@ -14,10 +14,10 @@ from pathlib import Path
 import yaml
 
 import models
-from utils import config
+from utils import config, parsing
 from utils.data import sources
 from utils.errors import ConfigError, MissingError, UserError
-from utils.record import folder
+from utils.record import claim, folder
 from utils.record.folder import DONE, NEW, PARTIAL
 from utils.sweep.launchers import INTERRUPTED, last_exit_code
 
@@ -70,7 +70,7 @@ class Cell:
             "save_folder_name": self.name,
             **({"result_file": self.victim.name} if self.victim else {}),
         }
-        return [f"{self.kind}/{self.script}.py", *config.words({**given, **places})]
+        return [f"{self.kind}/{self.script}.py", *parsing.words({**given, **places})]
 
     def command(self, record_path):
         """The command as you type it."""
@@ -157,7 +157,7 @@ def _check_cell(cell, record_path):
             raise ConfigError(f"the option {name} {why}")
     Config = _config_of(cell)
     try:
-        options = config.parse(Config, cell.words(record_path)[1:])
+        options = parsing.parse(Config, cell.words(record_path)[1:])
         if cell.kind == "attack":
             models.check(options.model, options.width)
             sources.check(options.dataset)
@@ -327,7 +327,7 @@ def states(runs, record_path):
 
 
 def _state(cell, reader):
-    of_folder = folder.state(reader.record_path / cell.path)
+    of_folder = folder.state_of(reader.record_path / cell.path)
     if of_folder == DONE:
         return DONE if _is_this(cell, reader) else OTHER
     code = last_exit_code(reader.record_path / cell.log)
@@ -357,11 +357,9 @@ def _is_this(cell, reader):
 def _same(saved, parsed, Config):
     """Whether the options in a config.yaml are, in all that makes up the experiment, those parsed.
 
-    An option that did not exist yet when it was written has its default. A run has decided what
-    the precision auto is.
+    A run has decided what the precision auto is.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    there, here = (Config.identity_of(options) for options in ({**defaults, **saved}, parsed))
+    there, here = claim.identity_in(saved, Config), Config.identity_of(parsed)
     if here["precision"] == "auto":
         there["precision"] = "auto"
     return there == here
@@ -395,7 +393,7 @@ class _Reader:
         key = (cell.kind, cell.script, repr(sorted(others.items())), self._training_of(cell.victim))
         if key not in self._parsed:
             words = dataclasses.replace(cell, options=others).words(self.record_path)
-            self._parsed[key] = config.parse(_config_of(cell), words[1:]).plain()
+            self._parsed[key] = parsing.parse(_config_of(cell), words[1:]).plain()
         return {**self._parsed[key], **seeds}
 
     def _training_of(self, victim):

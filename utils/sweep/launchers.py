@@ -15,7 +15,7 @@ from pathlib import Path
 from utils import files
 from utils.config import ROOT
 from utils.errors import ConfigError, UserError
-from utils.record import folder
+from utils.record import claim, folder
 
 RETRIES = 10  # times that a run is started again after the machine it ran on has died
 LEAVE = 30  # seconds that cancelled runs have to leave their checkpoints
@@ -112,7 +112,7 @@ def _ended_elsewhere(job, log_now):
 def _require_free(place):
     """Raise UnderWay where a process owns the folder `place`."""
     try:
-        with folder.owned(place):
+        with claim.owned(place):
             pass
     except ConfigError:
         raise UnderWay from None

@@ -1,0 +1,328 @@
+"""Options from the command line, YAML files and a victim's record: merged, checked, explained.
+
+Nothing here imports torch, so that `--help` and every mistake in the options answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple, get_args, get_type_hints
+
+import jsonargparse
+import yaml
+
+from utils import backdoorbench, config
+from utils.config import SWITCHES, Defense, declared, idle
+from utils.defaults import NULL, VICTIM, defaults_for, read_nodes, scalar, victim_options
+from utils.errors import ConfigError, RefusedError
+from utils.text import printable, quoted
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Word(NamedTuple):
+    """An option as it was written: its name, its text (None: null), and where that was."""
+
+    name: str
+    text: str | None
+    where: str  # the beginning of a message; empty for a flag
+
+
+def parse(Config, argv, description="", script=None):
+    """The merged options as a `Config`.
+
+    Later ones win: defaults, config/recipe/<recipe>.yaml, config/dataset/<dataset>.yaml, the files
+    of --yaml_path, flags. `script` is the path of the script, attack/badnet.py say. Raises
+    ConfigError (exit 2) for an unknown option or YAML key, for a value of the wrong type or out of
+    range, and for a flag without effect.
+    """
+    own = Path(script).stem if script else Config.__module__.rpartition(".")[2]
+    flags, rest = _flags(Config, own, argv)
+    paths = [
+        word.text
+        for word in flags
+        if backdoorbench.ALIASES.get(word.name, word.name) == "yaml_path"
+    ]
+    flags = [
+        word for word in flags if backdoorbench.ALIASES.get(word.name, word.name) != "yaml_path"
+    ]
+    written = [*(word for path in paths for word in _words_of(Path(path))), *flags]
+    found = [_translated(Config, own, word) for word in written]
+    ignored = [word for word, name in zip(written, found, strict=True) if name is None]
+    given = {word.name: word for word in found if word}
+    parser = _parser(Config, description, script)
+    defaults = defaults_for(Config, {name: word.text for name, word in given.items()}, own)
+    if {"-h", "--help"} & set(rest):
+        parser.set_defaults({name: value for name, (value, _) in defaults.items()})
+        parser.parse_args(["--help"])
+    _check_record(Config, given, ignored)
+    _warn(ignored)
+    words = {name: _word(name, *default) for name, default in defaults.items()} | given
+    # a later one wins, but an earlier one must be right too
+    all_words = [*words.values(), *filter(None, found)]
+    options = _converted(Config, parser, all_words, rest)
+    built = _built(Config, options, words)
+    _refuse_idle(Config, options, {word.name for word in found if word and not word.where})
+    without_effect = {name: config.default_of(Config, name) for name in idle(Config, options)}
+    return dataclasses.replace(built, **without_effect)
+
+
+def _built(Config, options, words):
+    """Config(**options); a victim's option that is out of range is its record's fault."""
+    try:
+        return Config(**options)
+    except ConfigError as error:
+        word = words.get(str(error).split()[0])
+        if word and word.where == VICTIM:
+            raise RefusedError(f"{VICTIM}{error}") from error
+        raise
+
+
+def script(kind, name):
+    """The script behind runs called `name`.
+
+    The runs of attack/clean.py are called after their trigger too, clean_badnet say.
+    """
+    own = name.startswith("clean_") and not (config.ROOT / kind / f"{name}.py").is_file()
+    return f"{kind}/{'clean' if own else name}.py"
+
+
+def command(script, config):
+    """The command line that gives `config`: its options other than the defaults for its recipe and
+    data set."""
+    given = config.plain()
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = defaults_for(type(config), given, Path(script).stem)
+    usual |= {name: value for name, (value, _) in defaults.items()}
+    changed = {name: value for name, value in given.items() if value != usual[name]}
+    changed = {name: changed[name] for name in changed if name not in idle(type(config), given)}
+    return shlex.join(["python", script, *words(changed)])
+
+
+def words(given):
+    """Options as the words of a command."""
+    written = []
+    for name, value in given.items():
+        text = _text(value)
+        written += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    return written
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the line breaks of a script's docstring."""
+
+
+def _parser(Config, description, script):
+    parser = jsonargparse.ArgumentParser(
+        prog=script,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_Help,
+        parser_mode="scalar",
+    )
+    parser.add_argument(
+        "--yaml_path", action="config", help="YAML file of options; a flag overrides what it says"
+    )
+    parser.add_class_arguments(Config, as_group=False, skip=set(SWITCHES))
+    for action in parser._actions:
+        if bounds := declared(Config, action.dest, "bounds"):
+            action.help = f"{action.help}; {bounds}" if action.help else str(bounds)
+    for name, text in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    return parser
+
+
+class _Words(argparse.ArgumentParser):
+    """Splits a command line into options and their texts."""
+
+    def error(self, message):
+        raise ConfigError(" ".join(message.split()))
+
+
+class _Collect(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        text = " ".join(values) if isinstance(values, list) else values
+        namespace.found.append(Word(option_string[2:], text, ""))
+
+
+def _flags(Config, own, argv):
+    """(the options of a command line in their order, the words for help and --print_config)"""
+    parser = _Words(add_help=False, allow_abbrev=False)
+    hints = get_type_hints(Config)
+    bare = {name for name, hint in hints.items() if hint is bool} | {"amp", "dithering"}
+    for name in dict.fromkeys([*_known(Config), *_foreign(Config, own)]):
+        count = "*" if name not in _known(Config) and _is_ignored(Config, own, name) else None
+        count = "?" if name in bare else count
+        parser.add_argument(f"--{name}", action=_Collect, nargs=count, const="true")
+    found, rest = parser.parse_known_args(argv, argparse.Namespace(found=[]))
+    for word in rest:
+        name = word.lstrip("-").split("=")[0]
+        if word in ("-h", "--help") or (name == "print_config" and word.startswith("--")):
+            continue
+        if not word.startswith("--"):
+            raise ConfigError(
+                f"{quoted(word)} is no option: options begin with --; --help lists all"
+            )
+        raise ConfigError(_unknown(Config, name))
+    return found.found, rest
+
+
+def _known(Config):
+    return [*(field.name for field in dataclasses.fields(Config)), "yaml_path"]
+
+
+def _foreign(Config, own):
+    """BackdoorBench's names for options of this script, and those that change nothing."""
+    return [
+        *_aliases(Config, own),
+        *backdoorbench.IGNORED,
+        *(backdoorbench.OF_THE_RECORD if issubclass(Config, Defense) else []),
+    ]
+
+
+def _aliases(Config, own):
+    aliases = {**backdoorbench.ALIASES, **backdoorbench.OWN_ALIASES.get(own, {})}
+    known = _known(Config)
+    return {name: here for name, here in aliases.items() if here in known and name not in known}
+
+
+def _is_ignored(Config, own, name):
+    of_record = issubclass(Config, Defense) and name in backdoorbench.OF_THE_RECORD
+    return (of_record or name in backdoorbench.IGNORED) and name not in _aliases(Config, own)
+
+
+def _translated(Config, own, word):
+    """The option with the name and the value that it has here; None where it changes nothing."""
+    name, text, where = word
+    if name not in _known(Config):
+        here = _aliases(Config, own).get(name)
+        if here is None and (_is_ignored(Config, own, name) or (name == "index" and not text)):
+            return None
+        if here is None:
+            raise ConfigError(f"{where}{_unknown(Config, name)}")
+        name, text = here, backdoorbench.VALUES.get(name, {}).get(text, text)
+    if name == "yaml_path":
+        raise ConfigError(f"{where}yaml_path is a flag: a file of options names no other file")
+    if "\0" in (text or ""):
+        raise ConfigError(f"{where}{name} must be text without the character NUL")
+    return Word(name, text, where)
+
+
+def _unknown(Config, name):
+    """A sentence for an unknown option, with the nearest known ones."""
+    if name in backdoorbench.OTHERWISE:
+        return f"{name} is an option of BackdoorBench: here {backdoorbench.OTHERWISE[name]}"
+    near = difflib.get_close_matches(name[:100], _known(Config), 3, 0.5)
+    hint = f"the nearest are {', '.join(near)}" if near else "--help lists all"
+    return f"unknown option {quoted(name)}; {hint}"
+
+
+def _check_record(Config, given, ignored):
+    """ConfigError where a defense is told of another data set or model than its record's."""
+    if not issubclass(Config, Defense):
+        return
+    made = victim_options({name: word.text for name, word in given.items()})
+    for word in ignored:
+        there = made.get(word.name)
+        if word.name in ("dataset", "model") and there and word.text not in (None, str(there)):
+            raise ConfigError(
+                f"{word.where}the {word.name} of the record is {quoted(there)}, not "
+                f"{quoted(word.text)}: leave {word.name} out"
+            )
+
+
+def _warn(ignored):
+    if ignored:
+        names = ", ".join(dict.fromkeys(word.name for word in ignored))
+        print(f"warning: ignored, because they change nothing here: {names}", file=sys.stderr)
+
+
+def _words_of(path):
+    """The options in a user's YAML file; ConfigError names the file and says what is wrong."""
+    return [
+        Word(name, None if node.tag.endswith(":null") else node.value, f"{printable(path)}: ")
+        for name, node in read_nodes(path).items()
+    ]
+
+
+jsonargparse.set_loader("scalar", scalar, (ValueError,))
+jsonargparse.set_dumper("scalar", lambda options: yaml.safe_dump(options, sort_keys=False))
+
+
+def _text(value):
+    """A value as a word of a command."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: NULL}[value]
+    return str(value)
+
+
+def _word(name, value, where):
+    if not isinstance(value, str | int | float | None):
+        raise _type_error(where)(f"{where}{name} must have one value, no list or mapping")
+    return Word(name, None if value is None else _text(value), where)
+
+
+def _type_error(where):
+    return RefusedError if where == VICTIM else ConfigError
+
+
+def _converted(Config, parser, words, rest):
+    """{option: value} with values of the declared types."""
+    hints = get_type_hints(Config)
+    switches = dict.fromkeys(SWITCHES, False)
+    written = []
+    for name, text, where in words:
+        if text is None and type(None) not in get_args(hints[name]):
+            raise _type_error(where)(f"{where}{name} must be {_kinds(hints[name])}")
+        if name not in SWITCHES:
+            written.append(f"--{name}={NULL if text is None else text}")
+        elif text.lower() not in ("true", "false"):
+            raise ConfigError(f"{where}{name} must be true or false")
+        else:
+            switches[name] = text.lower() == "true"
+    try:
+        options = parser.parse_args([*written, *rest])
+    except jsonargparse.ArgumentError as error:
+        found = re.search(r'Parser key "(\w+)"', str(error))
+        wrong = [word for word in words if found and word.name == found[1]]
+        if not wrong:
+            raise ConfigError(" ".join(str(error).split())[:300]) from error
+        shown = [word for word in wrong if f"value: {word.text}" in str(error)]
+        name, text, where = [*shown, wrong[-1]][0]
+        raise _type_error(where)(
+            f"{where}{name} must be {_kinds(hints[name])}, not {quoted(text)}"
+        ) from error
+    return {field.name: options[field.name] for field in dataclasses.fields(Config)} | switches
+
+
+def _kinds(hint):
+    """Words for the type of an option."""
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): NULL,
+    }
+    if hint in names:
+        return names[hint]
+    return " or ".join(part if isinstance(part, str) else _kinds(part) for part in get_args(hint))
+
+
+def _refuse_idle(Config, options, flags):
+    """ConfigError where a flag that is no default has no effect."""
+    for name, (other, value) in idle(Config, options).items():
+        if name not in flags or options[name] == config.default_of(Config, name):
+            continue
+        beside = f"with --{other} {options[other]}"
+        remedy = f"choose --{other} {value}"
+        if value is None:
+            beside, remedy = f"with --{other}", f"leave --{other} out"
+        elif value is True:
+            beside, remedy = f"without --{other}", f"give --{other} too"
+        raise ConfigError(f"--{name} has no effect {beside}: leave it out, or {remedy}")
