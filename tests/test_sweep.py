@@ -713,7 +713,7 @@ def test_a_failure_in_another_sweep_is_not_repeated(tmp_path):
 OWNING = """
 import pathlib, sys, time
 from utils.launch import guard
-from utils.record import folder
+from utils.record import claim
 def work():
     with claim.owned(pathlib.Path("one")):
         pathlib.Path("owns").touch()
