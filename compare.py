@@ -26,12 +26,12 @@ import os
 import sys
 from pathlib import Path
 
-from utils.errors import MissingError, RefusedError, UserError
-from utils.files import write
-from utils.report import formats, page, published, summaries
-from utils.report.runs import read_all, read_table, search
-from utils.report.tables import group
-from utils.text import one_line
+from antidote_bench.utils.errors import MissingError, RefusedError, UserError
+from antidote_bench.utils.files import write
+from antidote_bench.utils.report import formats, page, published, summaries
+from antidote_bench.utils.report.runs import read_all, read_table, search
+from antidote_bench.utils.report.tables import group
+from antidote_bench.utils.text import one_line
 
 TABLES = {"cells": formats.cells, "overview": summaries.overview, "attacks": summaries.attacks}
 
@@ -56,7 +56,7 @@ def compare(options):
         save(options.html, page.build(tables, left_out, reported))
         say(f"page written to {options.html}", stream)
     if options.figures:
-        from utils.report import figures  # heavy
+        from antidote_bench.utils.report import figures  # heavy
 
         say(figures.save_all(tables, options.figures, save), stream)
 

@@ -32,11 +32,11 @@ import sys
 import time
 from pathlib import Path
 
-from utils import files, parsing
-from utils.errors import ConfigError, UserError
-from utils.launch import guard
-from utils.record import folder
-from utils.sweep import grid, launchers
+from antidote_bench.utils import files, parsing
+from antidote_bench.utils.errors import ConfigError, UserError
+from antidote_bench.utils.launch import guard
+from antidote_bench.utils.record import folder
+from antidote_bench.utils.sweep import grid, launchers
 
 UNREADABLE = (  # what damaged results of a run raise
     UserError,

@@ -11,8 +11,8 @@ It deviates in the image that is blended in; see docs/attacks/adaptive_blend.md.
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option, require
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option, require
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,9 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch.nn.functional as F
-
-from utils import run, seeds
-from utils.poisoning import patterns, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.poisoning import patterns, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 
 def prepare(config, attacker):

@@ -12,8 +12,8 @@ It deviates in the patches, which are drawn here; see docs/attacks/adaptive_patc
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import Attack, option, require
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option, require
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-from utils import run, seeds
-from utils.poisoning import poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.poisoning import poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 OPACITY = 0.5, 0.2, 0.5, 0.3  # of the four patches in training
 # mean colour of each patch and how far its colours are spread: light blue, orange, grey, grey

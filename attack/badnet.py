@@ -11,8 +11,8 @@ The patch is a white square in the bottom right corner; for others see docs/atta
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import Attack, option
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,9 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-
-from utils import run
-from utils.errors import ConfigError
-from utils.poisoning import poison
+from antidote_bench.utils import run
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.poisoning import poison
 
 # read from the corner: white black white, black white black, white black black
 GRID = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])

@@ -10,8 +10,8 @@ It deviates in the image that is mixed in; see docs/attacks/blended.md.
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,9 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch
-
-from utils import run
-from utils.poisoning import patterns, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run
+from antidote_bench.utils.poisoning import patterns, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 
 def prepare(config, attacker):

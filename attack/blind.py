@@ -11,8 +11,8 @@ It deviates in the default weights of the two losses; see docs/attacks/blind.md.
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import Attack, option, require
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option, require
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run
+from antidote_bench.utils.poisoning import poison
 from torch import nn
-
-from utils import run
-from utils.poisoning import poison
 
 # 1 is white, 0 is black, -1 is the image
 PATCH = torch.tensor([[1, 0, 1], [-1, 1, -1], [-1, -1, 0], [-1, 1, -1], [1, 0, 1]])

@@ -12,8 +12,8 @@ the attacker poisons data only; see docs/attacks/bpp.md.
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option, require
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option, require
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,9 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch.nn.functional as F
-
-from utils import run, seeds
-from utils.poisoning import poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.poisoning import poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 OTHERS = 1000  # images whose rounding errors the negatives get
 # row, column from the left neighbour, share of the error

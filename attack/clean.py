@@ -11,8 +11,8 @@ See docs/attacks/clean.md.
 
 from dataclasses import dataclass
 
-from utils.config import Attack, require
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, require
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ import dataclasses
 import importlib
 from pathlib import Path
 
-from utils import run
-from utils.errors import ConfigError
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 
 def _prepare(config, attacker):
@@ -61,7 +61,7 @@ def _borrowed(config):
     names = sorted(path.stem for path in scripts if path.stem != "clean")
     if config.trigger not in names:
         raise ConfigError(f"unknown trigger {config.trigger!r}; there are {', '.join(names)}")
-    source = importlib.import_module(f"attack.{config.trigger}")
+    source = importlib.import_module(f"antidote_bench.attack.{config.trigger}")
     shared = [field.name for field in dataclasses.fields(Attack) if field.name != "pratio"]
     return source, source.Config(**{name: getattr(config, name) for name in shared})
 

@@ -11,8 +11,8 @@ It deviates in the victim, which learns with labels; see docs/attacks/ctrl.md.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import Attack, option
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class Config(Attack):
 if __name__ == "__main__":
     launch(Config)
 
-from utils import run
-from utils.poisoning import patterns, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run
+from antidote_bench.utils.poisoning import patterns, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 # V = 0.877 (R - Y), U = 0.492 (B - Y), with luma Y = 0.299 R + 0.587 G + 0.114 B
 RED, BLUE = 0.877, 0.492

@@ -10,8 +10,8 @@ The conversions are linear, so one image is added to every other; see docs/attac
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class Config(Attack):
 if __name__ == "__main__":
     launch(Config)
 
-from utils import run
-from utils.poisoning import patterns, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run
+from antidote_bench.utils.poisoning import patterns, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 # Cr = 0.713 (R - Y), Cb = 0.564 (B - Y), with luma Y = 0.299 R + 0.587 G + 0.114 B
 RED, BLUE = 0.713, 0.564

@@ -11,8 +11,8 @@ that the record holds what the victim saw; see docs/attacks/inputaware.md.
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option, require
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option, require
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,13 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data.loader import augmentation, batches, mixed_precision, to_unit
+from antidote_bench.utils.optimizers import OPTIMIZERS
+from antidote_bench.utils.poisoning import generator, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
+from antidote_bench.utils.train import build_model, trainable
 from tqdm import tqdm
-
-from utils import run, seeds
-from utils.data.loader import augmentation, batches, mixed_precision, to_unit
-from utils.optimizers import OPTIMIZERS
-from utils.poisoning import generator, poison
-from utils.poisoning.attacker import Prepared
-from utils.train import build_model, trainable
 
 WIDTHS = 32, 64, 128
 NORM, DIVERSITY = 100, 1  # weights in the loss

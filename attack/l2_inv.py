@@ -11,9 +11,9 @@ See docs/attacks/l2_inv.md.
 
 from dataclasses import dataclass
 
-from utils.config import option
-from utils.launch import launch
-from utils.poisoning.options import InvertedPatternOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.poisoning.options import InvertedPatternOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,9 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch
-
-from utils import run, seeds
-from utils.poisoning import inversion, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.poisoning import inversion, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 PEAK = 69 / 255  # the original's largest value
 

@@ -12,9 +12,9 @@ One clean model without adversarial training makes the perturbations: see docs/a
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import option, require
-from utils.launch import launch
-from utils.poisoning.options import CleanModelOptions
+from antidote_bench.utils.config import option, require
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.poisoning.options import CleanModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import mixed_precision, to_unit
+from antidote_bench.utils.poisoning import poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 from tqdm import tqdm
-
-from utils import run
-from utils.data.loader import mixed_precision, to_unit
-from utils.poisoning import poison
-from utils.poisoning.attacker import Prepared
 
 # the mark in a left corner: 1 makes a pixel brighter, -1 darker
 CORNER = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]])

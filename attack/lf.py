@@ -11,8 +11,8 @@ Gradient descent finds the pattern here, DeepFool in the paper: see docs/attacks
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.launch import launch
-from utils.poisoning.options import CleanModelOptions
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.poisoning.options import CleanModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Config(CleanModelOptions):
 if __name__ == "__main__":
     launch(Config)
 
-from utils import run
-from utils.poisoning import inversion, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run
+from antidote_bench.utils.poisoning import inversion, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 
 def prepare(config, attacker):

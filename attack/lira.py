@@ -11,8 +11,8 @@ The bound of the change is in pixels, not in normalised units: see docs/attacks/
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option, require
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option, require
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,13 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data.loader import augmentation, batches, mixed_precision
+from antidote_bench.utils.optimizers import OPTIMIZERS
+from antidote_bench.utils.poisoning import generator, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
+from antidote_bench.utils.train import build_model, trainable
 from tqdm import tqdm
-
-from utils import run, seeds
-from utils.data.loader import augmentation, batches, mixed_precision
-from utils.optimizers import OPTIMIZERS
-from utils.poisoning import generator, poison
-from utils.poisoning.attacker import Prepared
-from utils.train import build_model, trainable
 
 WIDTHS = 16, 32, 64, 128
 

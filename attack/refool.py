@@ -10,8 +10,8 @@ Reflections are drawn at random, and labels change by default: see docs/attacks/
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-from utils import run, seeds
-from utils.data import images as image_files
-from utils.data.loader import to_unit
-from utils.errors import MissingError
-from utils.poisoning import patterns, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data import images as image_files
+from antidote_bench.utils.data.loader import to_unit
+from antidote_bench.utils.errors import MissingError
+from antidote_bench.utils.poisoning import patterns, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 GAMMA = 2.2
 PAPER_SIZE = 560  # side in pixels of the paper's images, for which its offsets and blur are given

@@ -11,8 +11,8 @@ The default ratio leaves no clean image of the target in ten classes: see docs/a
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import Attack, option
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,8 @@ if __name__ == "__main__":
 import math
 
 import torch
-
-from utils import run
-from utils.poisoning import poison
+from antidote_bench.utils import run
+from antidote_bench.utils.poisoning import poison
 
 
 def make_trigger(config, spec, stage):

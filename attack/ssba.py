@@ -11,8 +11,8 @@ StegaStamp (CVPR 2020) and learns here from the training images, without their l
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data.loader import mixed_precision, to_unit
+from antidote_bench.utils.poisoning import generator, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 from torch import nn
 from tqdm import tqdm
-
-from utils import run, seeds
-from utils.data.loader import mixed_precision, to_unit
-from utils.poisoning import generator, poison
-from utils.poisoning.attacker import Prepared
 
 WIDTHS = 16, 32, 64
 BATCH = 32

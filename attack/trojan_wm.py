@@ -11,8 +11,8 @@ docs/attacks/trojan_wm.md.
 
 from dataclasses import dataclass
 
-from utils.launch import launch
-from utils.poisoning.options import InvertedPatternOptions
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.poisoning.options import InvertedPatternOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,9 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-
-from utils import run, seeds
-from utils.poisoning import inversion, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.poisoning import inversion, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 
 def prepare(config, attacker):

@@ -12,8 +12,8 @@ docs/attacks/trojannn.md.
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.launch import launch
-from utils.poisoning.options import CleanModelOptions
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.poisoning.options import CleanModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,9 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-
-from utils import run, seeds
-from utils.poisoning import inversion, poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.poisoning import inversion, poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 RADIUS = 0.3  # the published bound: the logo stays that close to a white one
 

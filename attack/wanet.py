@@ -10,8 +10,8 @@ The warped images are chosen and made once, not for every batch: see docs/attack
 
 from dataclasses import dataclass
 
-from utils.config import Attack, option, require
-from utils.launch import launch
+from antidote_bench.utils.config import Attack, option, require
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,9 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-
-from utils import run, seeds
-from utils.poisoning import poison
-from utils.poisoning.attacker import Prepared
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.poisoning import poison
+from antidote_bench.utils.poisoning.attacker import Prepared
 
 
 def prepare(config, attacker):

@@ -29,11 +29,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-
-from utils import files, parsing
-from utils.errors import ConfigError, UserError
-from utils.launch import guard
-from utils.record import folder as layout
+from antidote_bench.utils import files, parsing
+from antidote_bench.utils.errors import ConfigError, UserError
+from antidote_bench.utils.launch import guard
+from antidote_bench.utils.record import folder as layout
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_check.csv"
@@ -137,7 +136,7 @@ def near(one, other):
 
 def run(kind, name, device, base, label):
     """(the record's folder, seconds, peak memory in MB or "" on a CPU) of a run on `device`."""
-    script = importlib.import_module(f"{kind}.{name}")
+    script = importlib.import_module(f"antidote_bench.{kind}.{name}")
     folder = f"{name}-{label}"
     words = few(kind, script.Config, device, base) + ["--save_folder_name", folder]
     if device.type == "cuda":
@@ -155,7 +154,7 @@ def run(kind, name, device, base, label):
 
 def train_victim(base):
     """The record that every defense repairs."""
-    script = importlib.import_module("attack.badnet")
+    script = importlib.import_module("antidote_bench.attack.badnet")
     words = few("attack", script.Config, torch.device("cpu"), base)
     trained = {"epochs": VICTIM_EPOCHS, "batch_size": 32, "save_folder_name": "victim"}
     call(

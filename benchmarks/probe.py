@@ -22,8 +22,8 @@ STEPS = 20
 
 def main(part, words):
     begin = time.perf_counter()  # torch is imported, and nothing else
-    from attack import badnet
-    from utils import parsing, train
+    from antidote_bench.attack import badnet
+    from antidote_bench.utils import parsing, train
 
     def first_batch(network, batches, *_):
         next(batches)

@@ -48,19 +48,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import device as devices
+from antidote_bench.utils import evaluation, files, optimizers, train
+from antidote_bench.utils.config import Attack
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data.loader import EVALUATION_BATCH, augmentation, batches
+from antidote_bench.utils.parsing import words
+from antidote_bench.utils.poisoning import poison
+from antidote_bench.utils.poisoning.attacker import Attacker
 from torchvision.transforms.functional import to_pil_image
 
-import models
+from antidote_bench import models
 from benchmarks import plain
 from benchmarks.plain import SPEC, random_images
-from utils import device as devices
-from utils import evaluation, files, optimizers, train
-from utils.config import Attack
-from utils.data import dataset
-from utils.data.loader import EVALUATION_BATCH, augmentation, batches
-from utils.parsing import words
-from utils.poisoning import poison
-from utils.poisoning.attacker import Attacker
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
@@ -349,7 +349,7 @@ def closed_form(name, split):
 
     Its pattern comes from one step on an untrained network.
     """
-    script = importlib.import_module(f"attack.{name}")
+    script = importlib.import_module(f"antidote_bench.attack.{name}")
     known = set(script.Config.__dataclass_fields__)
     if name == "clean" or NETWORKS & known:
         return None
@@ -385,7 +385,7 @@ def baselines(options):
     for label in small_enough(options)[: 1 if options.at.type == "cpu" else None]:
         model, precision = network(label, options), options.precisions[-1]
         for name, (passes, settings) in PASSES.items():
-            script = importlib.import_module(f"defense.{name}")
+            script = importlib.import_module(f"antidote_bench.defense.{name}")
             config = script.Config(result_file="none", precision=precision, **settings)
             kind, split = ("clean", clean) if config.holds_clean else ("training", training)
             recipe = dataclasses.replace(options.config, precision=precision)

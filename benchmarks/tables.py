@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import files
+from antidote_bench.utils import files
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(

@@ -13,12 +13,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
-
-from utils.config import Defense
-from utils.data.loader import forward_all
-from utils.device import setup
-from utils.launch import guard
-from utils.record import contents
+from antidote_bench.utils.config import Defense
+from antidote_bench.utils.data.loader import forward_all
+from antidote_bench.utils.device import setup
+from antidote_bench.utils.launch import guard
+from antidote_bench.utils.record import contents
 
 
 def averaged(model, images):

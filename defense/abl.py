@@ -14,9 +14,9 @@ docs/defenses/abl.md.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import IsolationOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import IsolationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-
-from utils import run
-from utils.data.loader import to_unit
-from utils.repair.isolation import isolate
-from utils.repair.unlearning import EvaluationMode
-from utils.train import Recipe, augmentation_of, cross_entropy, fit
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import to_unit
+from antidote_bench.utils.repair.isolation import isolate
+from antidote_bench.utils.repair.unlearning import EvaluationMode
+from antidote_bench.utils.train import Recipe, augmentation_of, cross_entropy, fit
 
 
 def repair(model, record, config):

@@ -13,9 +13,9 @@ Deviates in what it leaves out: the paper's other ways to decide; see docs/defen
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import RetrainingOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import RetrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,14 @@ import warnings
 
 import numpy as np
 import torch
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.features import last_features
+from antidote_bench.utils.train import retrain
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA, FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 from tqdm import tqdm
-
-from utils import run, seeds
-from utils.features import last_features
-from utils.train import retrain
 
 RESTARTS = 10  # of k-means
 MIN_IMAGES = 4  # of a label: fewer are not clustered

@@ -13,9 +13,9 @@ Deviates in how the threshold is chosen: by held-out clean images; see docs/defe
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import SelectionOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import SelectionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-
-from utils import run
-from utils.data.loader import batch_sizes
-from utils.repair import masks, selection
-from utils.repair.layers import batch_norms
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import batch_sizes
+from antidote_bench.utils.repair import masks, selection
+from antidote_bench.utils.repair.layers import batch_norms
 
 
 def repair(model, record, config):

@@ -14,8 +14,8 @@ of tau at other image sizes: see docs/defenses/awm.md.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 USUAL = {"alpha": 0.9, "tau": 1000.0, "batch_size": 128}
 ONE_SHOT = {"alpha": 0.99, "tau": 100.0, "batch_size": 32}  # as published for CIFAR-10
@@ -82,18 +82,17 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.checkpoint import load, save
+from antidote_bench.utils.data.loader import evaluating, to_unit
+from antidote_bench.utils.device import exact
+from antidote_bench.utils.errors import ConfigError, UserError
+from antidote_bench.utils.optimizers import set_rate
+from antidote_bench.utils.repair.layers import convolutions
 from torch import nn
 from torch.func import functional_call
 from torchvision.transforms import v2
 from tqdm import tqdm
-
-from utils import run, seeds
-from utils.checkpoint import load, save
-from utils.data.loader import evaluating, to_unit
-from utils.device import exact
-from utils.errors import ConfigError, UserError
-from utils.optimizers import set_rate
-from utils.repair.layers import convolutions
 
 COPIES = 9  # of every image, in one-shot mode
 # rounds between two checkpoints: writing the mask of a large network takes longer than a round

@@ -14,8 +14,8 @@ Deviates in the batch norm's eps, which is added to both variances: see docs/def
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ if __name__ == "__main__":
 
 from collections import defaultdict
 
-from utils import run
-from utils.repair.layers import Moments, batch_norms, prune_outliers, watch_norms
+from antidote_bench.utils import run
+from antidote_bench.utils.repair.layers import Moments, batch_norms, prune_outliers, watch_norms
 
 
 def repair(model, record, config):

@@ -15,8 +15,8 @@ docs/defenses/clp.md.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,9 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch
-
-from utils import run
-from utils.errors import ConfigError
-from utils.repair.layers import paired_norms, prune_outliers
+from antidote_bench.utils import run
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair.layers import paired_norms, prune_outliers
 
 
 def repair(model, record, config):

@@ -13,9 +13,9 @@ Deviates in bounding what is unlearned, and in keeping the last epoch; see docs/
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import SensitivityOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import SensitivityOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.checkpoint import load, save
+from antidote_bench.utils.data.loader import augmentation, batch_sizes, batches
+from antidote_bench.utils.errors import UserError
+from antidote_bench.utils.optimizers import sgd
+from antidote_bench.utils.repair.sensitivity import CLEAN, POISONED, bounded, distinguish
+from antidote_bench.utils.train import Recipe, cross_entropy, train_epoch
 from tqdm import tqdm
-
-from utils import run, seeds
-from utils.checkpoint import load, save
-from utils.data.loader import augmentation, batch_sizes, batches
-from utils.errors import UserError
-from utils.optimizers import sgd
-from utils.repair.sensitivity import CLEAN, POISONED, bounded, distinguish
-from utils.train import Recipe, cross_entropy, train_epoch
 
 
 def repair(model, record, config):

@@ -13,9 +13,9 @@ Deviates in which pairs of images attract each other, and more; see docs/defense
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import option, require
-from utils.launch import launch
-from utils.repair.options import SensitivityOptions
+from antidote_bench.utils.config import option, require
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import SensitivityOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data.loader import augmentation
+from antidote_bench.utils.features import features_of, last_linear
+from antidote_bench.utils.repair.contrastive import pairs, views
+from antidote_bench.utils.repair.sensitivity import CLEAN, UNKNOWN, bounded, distinguish
+from antidote_bench.utils.repair.unlearning import linear_probe
+from antidote_bench.utils.train import Recipe, fit, victim_architecture
 from torch import nn
-
-from utils import run, seeds
-from utils.data.loader import augmentation
-from utils.features import features_of, last_linear
-from utils.repair.contrastive import pairs, views
-from utils.repair.sensitivity import CLEAN, UNKNOWN, bounded, distinguish
-from utils.repair.unlearning import linear_probe
-from utils.train import Recipe, fit, victim_architecture
 
 PROJECTED = 128  # dimensions in which views are compared
 DECAY = 1e-4  # L2 penalty on the weights of the extractor; the classifier has none

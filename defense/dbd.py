@@ -14,8 +14,8 @@ docs/defenses/dbd.md.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +77,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import augmentation, forward_all
+from antidote_bench.utils.features import features_of, last_linear
+from antidote_bench.utils.optimizers import adam
+from antidote_bench.utils.repair.contrastive import pairs, views
+from antidote_bench.utils.repair.unlearning import linear_probe
+from antidote_bench.utils.train import Recipe, fit, victim_architecture
 from torch import nn
-
-from utils import run
-from utils.data.loader import augmentation, forward_all
-from utils.features import features_of, last_linear
-from utils.optimizers import adam
-from utils.repair.contrastive import pairs, views
-from utils.repair.unlearning import linear_probe
-from utils.train import Recipe, fit, victim_architecture
 
 CODE = 128  # length of the code of a view
 # probability that the reverse cross-entropy gives to all labels but the given one: its logarithm

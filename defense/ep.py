@@ -14,8 +14,8 @@ Deviates in values beyond the histogram and in channels that never vary: see doc
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,8 @@ import math
 from collections import defaultdict
 
 import torch
-
-from utils import run
-from utils.repair.layers import Moments, prune_outliers, watch_norms
+from antidote_bench.utils import run
+from antidote_bench.utils.repair.layers import Moments, prune_outliers, watch_norms
 
 REACH = 10  # standard deviations that a histogram covers on either side
 STILL = 1e-5  # a standard deviation below this share of the mean is rounding

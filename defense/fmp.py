@@ -12,9 +12,9 @@ Follows the paper where the released code deviates (`--variant released`): see d
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import FineTuningOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import FineTuningOptions
 
 USUAL = {"alpha": 1 / 255, "epsilon": 1 / 255, "scored_images": 128}
 FMT = {"alpha": 0.02, "epsilon": 0.06, "scored_images": 1024}  # as published for CIFAR-10
@@ -96,18 +96,23 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.charts import score_chart
+from antidote_bench.utils.data.dataset import balanced_subset
+from antidote_bench.utils.data.loader import augmentation, evaluating, to_unit
+from antidote_bench.utils.device import exact
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair import fmp_released as released
+from antidote_bench.utils.repair.layers import (
+    convolutions,
+    feature_maps,
+    frozen,
+    make_pruner,
+    parameters_of,
+)
+from antidote_bench.utils.train import Recipe, fit
 from sklearn.cluster import KMeans
 from tqdm import tqdm
-
-from utils import run, seeds
-from utils.charts import score_chart
-from utils.data.dataset import balanced_subset
-from utils.data.loader import augmentation, evaluating, to_unit
-from utils.device import exact
-from utils.errors import ConfigError
-from utils.repair import fmp_released as released
-from utils.repair.layers import convolutions, feature_maps, frozen, make_pruner, parameters_of
-from utils.train import Recipe, fit
 
 
 def repair(model, record, config):

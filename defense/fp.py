@@ -14,8 +14,8 @@ Deviates in which units are ranked: those after the network's pooling; see docs/
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.launch import launch
-from utils.repair.options import FineTuningOptions, SelectionOptions
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import FineTuningOptions, SelectionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,11 @@ import sys
 from functools import partial
 
 import torch
-
-from utils import run
-from utils.data.loader import augmentation
-from utils.features import last_features, last_linear
-from utils.repair import selection
-from utils.train import Recipe, fit
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import augmentation
+from antidote_bench.utils.features import last_features, last_linear
+from antidote_bench.utils.repair import selection
+from antidote_bench.utils.train import Recipe, fit
 
 STEPS = 100  # of 1 % of the units each
 

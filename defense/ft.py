@@ -10,8 +10,8 @@ Deviates from no paper: the defaults are the common recipe of the field; see doc
 
 from dataclasses import dataclass
 
-from utils.launch import launch
-from utils.repair.options import FineTuningOptions
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import FineTuningOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ if __name__ == "__main__":
 
 from functools import partial
 
-from utils import run
-from utils.data.loader import augmentation
-from utils.train import Recipe, fit
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import augmentation
+from antidote_bench.utils.train import Recipe, fit
 
 
 def repair(model, record, config):

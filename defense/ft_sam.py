@@ -13,9 +13,9 @@ see docs/defenses/ft_sam.md.
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import option, require
-from utils.launch import launch
-from utils.repair.options import FineTuningOptions
+from antidote_bench.utils.config import option, require
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import FineTuningOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,10 @@ if __name__ == "__main__":
 from functools import partial
 
 import torch
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import augmentation
+from antidote_bench.utils.train import Recipe, cross_entropy, fit
 from torch.func import functional_call
-
-from utils import run
-from utils.data.loader import augmentation
-from utils.train import Recipe, cross_entropy, fit
 
 
 def repair(model, record, config):

@@ -14,8 +14,8 @@ from; see docs/defenses/i_bau.md.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,12 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data.loader import batch_sizes, evaluating, to_unit
+from antidote_bench.utils.device import exact
+from antidote_bench.utils.errors import UserError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-
-from utils import run, seeds
-from utils.data.loader import batch_sizes, evaluating, to_unit
-from utils.device import exact
-from utils.errors import UserError
 
 
 def repair(model, record, config):

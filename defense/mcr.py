@@ -14,9 +14,9 @@ position is chosen: see docs/defenses/mcr.md.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from utils.config import option, require
-from utils.launch import launch
-from utils.repair.options import FineTuningOptions, SelectionOptions
+from antidote_bench.utils.config import option, require
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import FineTuningOptions, SelectionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,18 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import (
+    EVALUATION_BATCH,
+    augmentation,
+    batches,
+    evaluating,
+    mixed_precision,
+)
+from antidote_bench.utils.repair import selection
+from antidote_bench.utils.train import Recipe, fit, trainable
 from torch import nn
 from torch.func import functional_call
-
-from utils import run
-from utils.data.loader import EVALUATION_BATCH, augmentation, batches, evaluating, mixed_precision
-from utils.repair import selection
-from utils.train import Recipe, fit, trainable
 
 # from weak to strong: by the distance from the nearer end; of two equally far the one nearer to the
 # copy is the stronger

@@ -14,9 +14,9 @@ docs/defenses/nab.md.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import IsolationOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import IsolationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,17 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.repair.isolation import highest, isolate, logits
+from antidote_bench.utils.train import (
+    Recipe,
+    augmentation_of,
+    cross_entropy,
+    fit,
+    victim_architecture,
+)
 from torch import nn
-
-from utils import run
-from utils.data.dataset import Split
-from utils.repair.isolation import highest, isolate, logits
-from utils.train import Recipe, augmentation_of, cross_entropy, fit, victim_architecture
 
 
 def repair(model, record, config):

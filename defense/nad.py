@@ -12,9 +12,9 @@ Deviates in the training recipe, and finds the stages of any network; see docs/d
 
 from dataclasses import dataclass
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import FineTuningOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import FineTuningOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import augmentation, evaluating, to_unit
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.train import Recipe, cross_entropy, fit
 from torch import nn
-
-from utils import run
-from utils.data.loader import augmentation, evaluating, to_unit
-from utils.errors import ConfigError
-from utils.train import Recipe, cross_entropy, fit
 
 STAGES = 3
 

@@ -13,9 +13,9 @@ Deviates in when the goal is checked and when a search ends: see docs/defenses/n
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import FineTuningOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import FineTuningOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +61,21 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import files, run, seeds
+from antidote_bench.utils.charts import trigger_chart
+from antidote_bench.utils.checkpoint import load, save
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.data.loader import (
+    augmentation,
+    batches,
+    evaluating,
+    mixed_precision,
+    to_unit,
+)
+from antidote_bench.utils.repair.layers import frozen
+from antidote_bench.utils.train import Recipe, fit
 from torch import nn
 from tqdm import tqdm
-
-from utils import files, run, seeds
-from utils.charts import trigger_chart
-from utils.checkpoint import load, save
-from utils.data.dataset import Split
-from utils.data.loader import augmentation, batches, evaluating, mixed_precision, to_unit
-from utils.repair.layers import frozen
-from utils.train import Recipe, fit
 
 PATIENCE = 5  # epochs in a row above the goal, or below it, after which lambda changes
 UP, DOWN = 2.0, 2.0**1.5  # factor and divisor of lambda

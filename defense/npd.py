@@ -14,8 +14,8 @@ docs/defenses/npd.md.
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data.loader import EVALUATION_BATCH, batches, evaluating, to_unit
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair.layers import Moments, convolutions, feature_maps, frozen
+from antidote_bench.utils.repair.unlearning import EvaluationMode, at_least_float32, unlikelihood
+from antidote_bench.utils.train import Recipe, fit
 from torch import nn
-
-from utils import run, seeds
-from utils.data.loader import EVALUATION_BATCH, batches, evaluating, to_unit
-from utils.errors import ConfigError
-from utils.repair.layers import Moments, convolutions, feature_maps, frozen
-from utils.repair.unlearning import EvaluationMode, at_least_float32, unlikelihood
-from utils.train import Recipe, fit
 
 
 def repair(model, record, config):

@@ -12,8 +12,8 @@ Deviates in batch size, weight decay and the form of two loss terms: see docs/de
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-
-from utils import run
-from utils.data.loader import evaluating
-from utils.optimizers import adam
-from utils.repair.unlearning import EvaluationMode, at_least_float32, unlikelihood
-from utils.train import Recipe, fit
+from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import evaluating
+from antidote_bench.utils.optimizers import adam
+from antidote_bench.utils.repair.unlearning import EvaluationMode, at_least_float32, unlikelihood
+from antidote_bench.utils.train import Recipe, fit
 
 
 def repair(model, record, config):

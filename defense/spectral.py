@@ -13,9 +13,9 @@ Deviates from a known port, which does not centre the features; see docs/defense
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from utils.config import option
-from utils.launch import launch
-from utils.repair.options import RetrainingOptions
+from antidote_bench.utils.config import option
+from antidote_bench.utils.launch import launch
+from antidote_bench.utils.repair.options import RetrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,11 @@ if __name__ == "__main__":
 import sys
 
 import torch
+from antidote_bench.utils import run
+from antidote_bench.utils.features import last_features
+from antidote_bench.utils.repair.isolation import highest
+from antidote_bench.utils.train import retrain
 from torch.nn.utils.rnn import pad_sequence
-
-from utils import run
-from utils.features import last_features
-from utils.repair.isolation import highest
-from utils.train import retrain
 
 TOGETHER = 16  # labels that are decomposed at once: bounds the memory
 

@@ -15,9 +15,10 @@ docs/defenses/trap_and_replace.md.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import models
-from utils.config import Defense, option, require
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option, require
+from antidote_bench.utils.launch import launch
+
+from antidote_bench import models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +96,17 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from antidote_bench.models.split import split
+from antidote_bench.utils import files, run
+from antidote_bench.utils.charts import preview
+from antidote_bench.utils.config import digest
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.data.loader import augmentation, evaluating, to_unit
+from antidote_bench.utils.optimizers import adam, sgd
+from antidote_bench.utils.repair.layers import frozen
+from antidote_bench.utils.repair.unlearning import EvaluationMode
+from antidote_bench.utils.train import Recipe, build_seeded_model, cross_entropy, fit
 from torch import nn
-
-from models.split import split
-from utils import files, run
-from utils.charts import preview
-from utils.config import digest
-from utils.data.dataset import Split
-from utils.data.loader import augmentation, evaluating, to_unit
-from utils.optimizers import adam, sgd
-from utils.repair.layers import frozen
-from utils.repair.unlearning import EvaluationMode
-from utils.train import Recipe, build_seeded_model, cross_entropy, fit
 
 PREVIEWED = 8  # images whose reconstruction is kept
 SMALL_HEAD = 100_000  # parameters

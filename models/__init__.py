@@ -14,12 +14,11 @@ import pkgutil
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from utils.errors import ConfigError
+from antidote_bench.utils.errors import ConfigError
 
 if TYPE_CHECKING:
+    from antidote_bench.models.normalize import Normalize
     from torch import nn
-
-    from models.normalize import Normalize
 
 __all__ = ["Normalize", "build", "check", "fit_to", "label", "names"]
 
@@ -43,7 +42,7 @@ DEFAULT_WIDTH = {"airbench": 64, "preactresnet18": 64, "resnet9": 64}
 
 def __getattr__(name):
     if name == "Normalize":  # on first use, because it loads torch
-        return importlib.import_module("models.normalize").Normalize
+        return importlib.import_module("antidote_bench.models.normalize").Normalize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -90,17 +89,20 @@ def build(name: str, spec, width: int | None = None) -> nn.Module:
             f"{name} needs images of at least 32 pixels, not {spec.size}: choose another model or "
             "size"
         )
+    from antidote_bench.models.normalize import Normalize
     from torch import nn
 
-    from models.normalize import Normalize
-
     if name in TORCHVISION:
-        from models import torchvision_nets  # only here: loading torchvision takes a while
+        from antidote_bench.models import (
+            torchvision_nets,
+        )  # only here: loading torchvision takes a while
 
         network = torchvision_nets.build(name, spec.classes, spec.size)
     else:
         options = {"width": width or DEFAULT_WIDTH[name]} if name in DEFAULT_WIDTH else {}
-        network = importlib.import_module(f"models.{name}").build(spec.classes, **options)
+        network = importlib.import_module(f"antidote_bench.models.{name}").build(
+            spec.classes, **options
+        )
     return nn.Sequential(OrderedDict(normalize=Normalize(spec.mean, spec.std), network=network))
 
 

@@ -10,9 +10,8 @@ paper's code.
 
 from collections import OrderedDict
 
+from antidote_bench.models.preactresnet18 import stage
 from torch import nn
-
-from models.preactresnet18 import stage
 
 
 def build(classes):

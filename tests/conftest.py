@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from antidote_bench.utils import files
 
 from tests.helpers import ROOT
 from tests.start import start
-from utils import files
 
 QUICK = ("--epochs", "1")
 

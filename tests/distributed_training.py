@@ -11,14 +11,14 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from antidote_bench.utils import distributed, train
+from antidote_bench.utils.data import loader
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.data.memmap import MemmapImages
+from antidote_bench.utils.errors import ConfigError
 from torch import nn
 
 from tests.test_train import SPEC, Double, model, options, split, weights
-from utils import distributed, train
-from utils.data import loader
-from utils.data.dataset import Split
-from utils.data.memmap import MemmapImages
-from utils.errors import ConfigError
 
 
 class Stopped(Exception):

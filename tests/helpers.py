@@ -16,7 +16,7 @@ def names(folder):
 
 def few(script):
     """The options that make a script's run short; `script` is a module's name."""
-    known = importlib.import_module(script).Config.__dataclass_fields__
+    known = importlib.import_module(f"antidote_bench.{script}").Config.__dataclass_fields__
     short = {name: 1 for name in known if name.endswith("epochs")}
     if "steps" in known:
         short["steps"] = 2

@@ -10,18 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.defense import abl
+from antidote_bench.utils import train
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.files import read_csv
+from antidote_bench.utils.repair import isolation
 from safetensors.torch import load_file
 
-import models
-from defense import abl
+from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 from tests.test_train import Double, model, options, split, weights
-from utils import train
-from utils.data.dataset import Split
-from utils.errors import ConfigError
-from utils.files import read_csv
-from utils.repair import isolation
 
 ALONE = {"precision": "fp32", "batch_size": 16, "lr": 0.02}
 

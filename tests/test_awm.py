@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.defense import awm
+from antidote_bench.utils import seeds
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair.layers import convolutions
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
-import models
-from defense import awm
+from antidote_bench import models
 from tests.test_fmp import found_record
-from utils import seeds
-from utils.errors import ConfigError
-from utils.repair.layers import convolutions
 
 
 def options(**changes):

@@ -16,13 +16,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from antidote_bench.utils import files
+from antidote_bench.utils.errors import UserError
+from antidote_bench.utils.report import formats, palette, runs, summaries, tables
 from PIL import Image
 
 import compare
 from tests.helpers import names
-from utils import files
-from utils.errors import UserError
-from utils.report import formats, palette, runs, summaries, tables
 
 ROOT = Path(compare.__file__).parent
 COLUMNS = (
@@ -1139,8 +1139,8 @@ def test_no_defense_is_credited_on_the_seed_that_learned_nothing(tmp_path, run):
 
 
 def test_figures_mark_a_victim_that_learned_nothing(tmp_path):
-    from utils import charts
-    from utils.report import figures
+    from antidote_bench.utils import charts
+    from antidote_bench.utils.report import figures
 
     defense(attack(tmp_path / "a", acc=0.11, asr=0.989, ra=0.01), acc=0.1)
     (table,) = tables.group(runs.read_all(runs.find_runs([tmp_path]))[0])
@@ -1278,7 +1278,7 @@ def test_figures_that_cannot_be_written(tmp_path, run, monkeypatch):
 
 
 def test_what_figures_show(tmp_path):
-    from utils.report import figures
+    from antidote_bench.utils.report import figures
 
     for seed in (0, 1):
         victim = attack(tmp_path / str(seed), acc=0.9 + 0.02 * seed, seed=seed)
@@ -1301,8 +1301,8 @@ def test_what_figures_show(tmp_path):
 
 
 def test_a_large_heat_map_says_what_is_cut(tmp_path, monkeypatch):
-    from utils import charts
-    from utils.report import figures
+    from antidote_bench.utils import charts
+    from antidote_bench.utils.report import figures
 
     for number in range(4):
         defense(attack(tmp_path / str(number), name=f"attack{number}"))
@@ -1322,9 +1322,8 @@ def test_a_large_heat_map_says_what_is_cut(tmp_path, monkeypatch):
 def test_charts_of_defenses(count, monkeypatch):
     """They are sound, and small enough for the page, however many layers or classes there are."""
     import torch
-
-    from utils import charts
-    from utils.report import images
+    from antidote_bench.utils import charts
+    from antidote_bench.utils.report import images
 
     scores = [value / 64 for value in range(64)]
     layers = {f"network.layer{number}.conv": (scores, [0, number]) for number in range(count)}

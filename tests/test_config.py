@@ -7,14 +7,14 @@ import shlex
 
 import pytest
 import yaml
+from antidote_bench.attack.badnet import Config as BadNet
+from antidote_bench.defense.fmp import Config as FMP
+from antidote_bench.utils import config, parsing
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.record import results
+from antidote_bench.utils.repair.options import RetrainingOptions
 
-from attack.badnet import Config as BadNet
-from defense.fmp import Config as FMP
 from tests.helpers import ROOT, names
-from utils import config, parsing
-from utils.errors import ConfigError
-from utils.record import results
-from utils.repair.options import RetrainingOptions
 
 
 def parse(*argv, of=BadNet):
@@ -230,7 +230,7 @@ def test_the_command_makes_the_same_options_again(words):
 def test_the_command_of_a_defense_makes_the_same_options_again(name, tmp_path):
     (tmp_path / "a victim").mkdir()
     (tmp_path / "a victim" / "config.yaml").write_text("dataset: digits\n")
-    Config = __import__(f"defense.{name}", fromlist=["Config"]).Config
+    Config = __import__(f"antidote_bench.defense.{name}", fromlist=["Config"]).Config
     places = ["--result_file", "a victim", "--record_path", tmp_path]
     for words in (
         [],
@@ -262,7 +262,7 @@ def test_a_defense_needs_a_record():
     [(folder, name) for folder in ("attack", "defense") for name in names(folder)],
 )
 def test_every_script_has_a_yaml_that_only_overrides(folder, name):
-    script = __import__(f"{folder}.{name}", fromlist=["Config"])
+    script = __import__(f"antidote_bench.{folder}.{name}", fromlist=["Config"])
     file = ROOT / "config" / folder / f"{name}.yaml"
     given = yaml.safe_load(file.read_text())
     parse(
@@ -285,7 +285,9 @@ def test_data_set_options_exist(path):
         folder: {
             f.name
             for name in names(folder)
-            for f in dataclasses.fields(__import__(f"{folder}.{name}", fromlist=["Config"]).Config)
+            for f in dataclasses.fields(
+                __import__(f"antidote_bench.{folder}.{name}", fromlist=["Config"]).Config
+            )
         }
         for folder in ("attack", "defense")
     }
@@ -296,7 +298,7 @@ def test_data_set_options_exist(path):
             fields = {
                 field.name: field
                 for field in dataclasses.fields(
-                    __import__(f"{section}.{name}", fromlist=["Config"]).Config
+                    __import__(f"antidote_bench.{section}.{name}", fromlist=["Config"]).Config
                 )
             }
             assert part and all(fields[key].default != value for key, value in part.items())
@@ -305,7 +307,8 @@ def test_data_set_options_exist(path):
 def test_a_data_set_has_options_for_one_method(tmp_path):
     (tmp_path / "config.yaml").write_text("dataset: gtsrb")
     sam, plain = (
-        __import__(f"defense.{name}", fromlist=["Config"]).Config for name in ("ft_sam", "ft")
+        __import__(f"antidote_bench.defense.{name}", fromlist=["Config"]).Config
+        for name in ("ft_sam", "ft")
     )
     made = parse("--result_file", tmp_path, of=sam)
     assert (made.rho, made.label_smoothing) == (8, 0) and parse(
@@ -319,7 +322,7 @@ def test_a_data_set_has_options_for_one_method(tmp_path):
 def test_every_option_is_documented(capsys):
     for folder in ("attack", "defense"):
         for name in names(folder):
-            Config = __import__(f"{folder}.{name}", fromlist=["Config"]).Config
+            Config = __import__(f"antidote_bench.{folder}.{name}", fromlist=["Config"]).Config
             text = parsing._parser(Config, "", "x").format_help()
             for field in dataclasses.fields(Config):
                 described = re.search(
@@ -354,7 +357,7 @@ def test_rates_of_fine_tuning_are_relative_to_the_victims(victim, scale, tmp_pat
     )
     assert parse("--result_file", tmp_path, "--lr", 0.5, of=FMP).lr == 0.5
     for name in names("defense"):
-        Config = importlib.import_module(f"defense.{name}").Config
+        Config = importlib.import_module(f"antidote_bench.defense.{name}").Config
         if issubclass(Config, RetrainingOptions):  # takes over the victim's own
             continue
         options, usual = (

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from antidote_bench.defense import dbd
+from antidote_bench.utils import features, files
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.errors import ConfigError
 from torch import nn
 
-import models
-from defense import dbd
+from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
-from utils import features, files
-from utils.data.dataset import Split
-from utils.errors import ConfigError
 
 
 def options(**changes):

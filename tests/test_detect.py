@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from antidote_bench.defense import ac, spectral
+from antidote_bench.utils import config, files, parsing, train
+from antidote_bench.utils.config import Defense
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.features import last_features
+from antidote_bench.utils.repair.options import RetrainingOptions
 from safetensors.torch import load_file
 from torch import nn
 
-import models
-from defense import ac, spectral
+from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
-from utils import config, files, parsing, train
-from utils.config import Defense
-from utils.data.dataset import Split
-from utils.errors import ConfigError, RefusedError
-from utils.features import last_features
-from utils.repair.options import RetrainingOptions
 
 BOTH = pytest.mark.parametrize("method", [ac, spectral], ids=["ac", "spectral"])
 

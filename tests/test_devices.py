@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import parsing, seeds
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data.loader import augmentation, forward_all
+from antidote_bench.utils.errors import ConfigError, UserError
 from PIL import Image
 
-import models
+from antidote_bench import models
 from benchmarks import gpu_check
 from tests.fake_device import FakeDevice
 from tests.helpers import names
-from utils import parsing, seeds
-from utils.data import dataset
-from utils.data.loader import augmentation, forward_all
-from utils.errors import ConfigError, UserError
 
 # a few steps of everything
 FEW = {
@@ -92,7 +92,7 @@ def toy(tmp_path_factory):
                 Image.fromarray(image.astype("uint8")).save(folder / f"{number:02}.png")
 
     def run(kind, name, folder, **options):
-        script = importlib.import_module(f"{kind}.{name}")
+        script = importlib.import_module(f"antidote_bench.{kind}.{name}")
         words = few(script.Config, kind, name, base, options | {"save_folder_name": folder})
         script.main(parsing.parse(script.Config, words))
         record = base / "record"

@@ -17,12 +17,12 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+from antidote_bench.utils import device, distributed, parsing
+from antidote_bench.utils.errors import ConfigError
 from torch import nn
 
 from tests import distributed_training
 from tests.helpers import ROOT
-from utils import device, distributed, parsing
-from utils.errors import ConfigError
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -76,7 +76,7 @@ def rows(folder):
 
 def start(script, *words):
     """Run a script in this process."""
-    module = importlib.import_module(script)
+    module = importlib.import_module(f"antidote_bench.{script}")
     module.main(parsing.parse(module.Config, [str(word) for word in words]))
 
 

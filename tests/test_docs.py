@@ -4,12 +4,12 @@ import re
 import shlex
 
 import pytest
+from antidote_bench.utils import files
+from antidote_bench.utils.sweep import grid
 
 from benchmarks import tables
 from compare import main
 from tests.helpers import ROOT
-from utils import files
-from utils.sweep import grid
 
 PAGE = (ROOT / "docs" / "strong_victims.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from antidote_bench.utils import evaluation
+from antidote_bench.utils.data import loader
+from antidote_bench.utils.data.dataset import Split
 from torch import nn
-
-from utils import evaluation
-from utils.data import loader
-from utils.data.dataset import Split
 
 
 class Reader(nn.Module):

@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 
+from antidote_bench.utils import files
+
 from tests.helpers import ROOT
-from utils import files
 
 SCRIPT = '''"""Shrink: scale down the weights of the last layer.
 
@@ -17,8 +18,8 @@ A toy baseline, which shows what a defense needs.
 
 from dataclasses import dataclass
 
-from utils.config import Defense, option
-from utils.launch import launch
+from antidote_bench.utils.config import Defense, option
+from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ if __name__ == "__main__":
 
 import torch
 
-from utils import run
-from utils.features import last_linear
+from antidote_bench.utils import run
+from antidote_bench.utils.features import last_linear
 
 
 @torch.no_grad()

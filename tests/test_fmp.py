@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.defense import fmp
+from antidote_bench.utils import seeds
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data.dataset import Spec
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair import fmp_released as released
+from antidote_bench.utils.repair import layers
+from antidote_bench.utils.repair.defender import Defender
 from safetensors.torch import load_file
 from torch import nn
 
-import models
-from defense import fmp
-from utils import seeds
-from utils.data import dataset
-from utils.data.dataset import Spec
-from utils.errors import ConfigError
-from utils.repair import fmp_released as released
-from utils.repair import layers
-from utils.repair.defender import Defender
+from antidote_bench import models
 
 SPEC = Spec("digits", 10, 32, (0.3, 0.3, 0.3), (0.35, 0.35, 0.35), False, {})
 

@@ -7,10 +7,10 @@ import os
 import shutil
 
 import pytest
+from antidote_bench.utils import files
 
 from tests import start
 from tests.helpers import ROOT, image_folders
-from utils import files
 
 OPERATIONS = ("replace", "rename", "unlink", "mkdir", "rmdir", "link")
 KILLED = 137

@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers import ROOT, names
 
+PACKAGE = "antidote_bench"
+SCRIPTS = {"attack", "defense", "compare", "sweep"}  # what starts runs, and is imported by no one
 # a group of modules may import from the groups before it, and from itself without a circle
 FOUNDATION = {
     "errors", "text", "backdoorbench", "files", "seeds", "device", "distributed", "optimizers",
@@ -74,9 +76,15 @@ def arrows(path):
     """The modules of utils/ that a file imports."""
     found = set()
     for name in imported(path):
-        parts = name.split(".")[1:] if name.startswith("utils.") else []
+        parts = name.split(".")[2:] if name.startswith(f"{PACKAGE}.utils.") else []
         found |= {".".join(parts[:end]) for end in (1, 2) if ".".join(parts[:end]) in MODULES}
     return found
+
+
+def folders(path):
+    """The folders of this project, and the scripts beside them, that a file imports from."""
+    found = {name.removeprefix(f"{PACKAGE}.").split(".")[0] for name in imported(path)}
+    return found & {entry.stem for entry in ROOT.iterdir()}
 
 
 def level(module):
@@ -94,8 +102,7 @@ def test_imports_go_down_only(module):
         assert level(other) <= level(module), f"{module} imports {other}"
         rooms = {module.split(".")[0], other.split(".")[0]} & WINGS
         assert len(rooms) < 2, f"{module} imports {other} of another wing"
-    tops = {name.split(".")[0] for name in imported(MODULES[module])}
-    assert not tops & {"attack", "defense", "compare", "sweep", "tests", "benchmarks"}
+    assert not folders(MODULES[module]) & {*SCRIPTS, "tests", "benchmarks"}
 
 
 def test_no_circle():
@@ -114,8 +121,7 @@ def test_models_know_errors_only():
 @pytest.mark.parametrize("folder", ["attack", "defense"])
 def test_scripts_do_not_import_scripts(folder):
     for name in names(folder):
-        tops = {module.split(".")[0] for module in imported(ROOT / folder / f"{name}.py")}
-        assert not tops & {"attack", "defense", "compare", "sweep"}, name
+        assert not folders(ROOT / folder / f"{name}.py") & SCRIPTS, name
 
 
 @pytest.mark.parametrize("name", names("defense"))
@@ -131,6 +137,14 @@ def test_nobody_touches_the_import_path_or_pickles():
             for word in ("sys.path", "torch.load(", "import pickle", ".cuda()", "torch.save("):
                 safe = re.sub(r"safetensors\.torch\.(save|load)\(", "", text)
                 assert word not in safe, f"{path}: {word}"
+
+
+def test_everything_is_imported_as_a_part_of_the_package():
+    """Under its bare name a module would be loaded twice, or be that of another project."""
+    ours = {"attack", "defense", "models", "utils"}
+    tops = [ROOT / name for name in (*ours, "benchmarks", "tests")]
+    for path in [file for top in tops for file in top.rglob("*.py")] + [*ROOT.glob("*.py")]:
+        assert not {name.split(".")[0] for name in imported(path)} & ours, path
 
 
 def test_only_one_module_knows_the_files_of_a_record():
@@ -151,15 +165,15 @@ def test_only_one_module_knows_the_files_of_a_record():
 
 
 def test_some_modules_need_no_torch():
-    lines = "\n".join(f"import utils.{module}" for module in TORCH_FREE)
+    lines = "\n".join(f"import antidote_bench.utils.{module}" for module in TORCH_FREE)
     code = f"{lines}\nimport sys\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-SCRIPTS = [f"{folder}/{name}.py" for folder in ("attack", "defense") for name in names(folder)]
+STARTED = [f"{folder}/{name}.py" for folder in ("attack", "defense") for name in names(folder)]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "compare.py"])
+@pytest.mark.parametrize("script", [*STARTED, "compare.py"])
 def test_help_answers_without_torch(script):
     begin = time.perf_counter()
     command = [sys.executable, "-X", "importtime", script, "--help"]

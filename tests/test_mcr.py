@@ -6,18 +6,18 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.defense import mcr
+from antidote_bench.utils import files, seeds, train
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair import selection
 from torch import nn
 
-import models
-from defense import mcr
+from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 from tests.test_train import Double, model, split, weights
 from tests.test_train import options as recipe
-from utils import files, seeds, train
-from utils.data.dataset import Split
-from utils.errors import ConfigError
-from utils.repair import selection
 
 
 def options(**changes):

@@ -11,16 +11,16 @@ import time
 
 import pytest
 import yaml
+from antidote_bench.attack.badnet import Config as BadNet
+from antidote_bench.attack.wanet import Config as WaNet
+from antidote_bench.defense.ft import Config as FT
+from antidote_bench.defense.trap_and_replace import Config as TrapAndReplace
+from antidote_bench.utils import backdoorbench, config, parsing
+from antidote_bench.utils.config import Attack
+from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.record import results
 
-from attack.badnet import Config as BadNet
-from attack.wanet import Config as WaNet
-from defense.ft import Config as FT
-from defense.trap_and_replace import Config as TrapAndReplace
 from tests.helpers import ROOT, names
-from utils import backdoorbench, config, parsing
-from utils.config import Attack
-from utils.errors import ConfigError, RefusedError
-from utils.record import results
 
 
 def parse(*words, of=BadNet):
@@ -175,7 +175,7 @@ def test_a_bad_file_of_a_data_set(content, tmp_path, monkeypatch):
 )
 def test_a_victims_recipe_is_not_trusted(text, expected, tmp_path):
     (tmp_path / "config.yaml").write_text(f"dataset: cifar10\n{text}\n")
-    Config = importlib.import_module("defense.spectral").Config
+    Config = importlib.import_module("antidote_bench.defense.spectral").Config
     words = ["--result_file", tmp_path]
     if expected is None:  # cannot be read: said when the record is opened
         assert parse(*words, of=Config).lr == 0.01
@@ -352,7 +352,7 @@ def test_options_of_backdoorbench_for_a_defense(tmp_path, capsys):
 
 def test_every_alias_is_of_an_option_that_exists():
     known = {
-        name: importlib.import_module(f"{folder}.{name}").Config.__dataclass_fields__
+        name: importlib.import_module(f"antidote_bench.{folder}.{name}").Config.__dataclass_fields__
         for folder in ("attack", "defense")
         for name in names(folder)
     }
@@ -368,7 +368,7 @@ def test_every_alias_is_of_an_option_that_exists():
 # ---------- readers that leave, and signals ----------
 
 BEGIN = f"import signal, sys, time, os; sys.path.insert(0, {str(ROOT)!r})\n"
-BEGIN += "from utils.launch import guard, obey_signals\n"
+BEGIN += "from antidote_bench.utils.launch import guard, obey_signals\n"
 
 
 def script(tmp_path, body):

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from antidote_bench.models.split import SPLITS, split
+from antidote_bench.utils.errors import ConfigError
 from torch import nn
 
-import models
-from models.split import SPLITS, split
-from utils.errors import ConfigError
+from antidote_bench import models
 
 CLASSES = 7
 SMALL_NETS = [
@@ -441,7 +441,7 @@ def test_resnet_stem_follows_the_image_size(name):
 
 
 def test_resize_enlarges_as_torch_does_and_antialiases_when_shrinking():
-    from models.torchvision_nets import Resize
+    from antidote_bench.models.torchvision_nets import Resize
 
     small = pixels(32)
     expected = nn.functional.interpolate(
@@ -470,8 +470,8 @@ def test_names_are_sorted_and_complete():
 
 
 def test_options_are_checked_before_torch_is_loaded():
-    code = "import sys, models; models.names(); models.label('resnet9', 16);"
-    code += "sys.exit('torch' in sys.modules)"
+    code = "import sys; from antidote_bench import models;"
+    code += "models.names(); models.label('resnet9', 16); sys.exit('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=models.__path__[0] + "/..").returncode == 0
     )

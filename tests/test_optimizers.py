@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from antidote_bench.utils import optimizers
 from torch import nn
-
-from utils import optimizers
 
 USUAL = {
     "lr": 0.1,

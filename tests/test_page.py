@@ -14,12 +14,12 @@ import sys
 import time
 
 import pytest
+from antidote_bench.utils.errors import RefusedError
+from antidote_bench.utils.report import curves, images, page, palette, published, runs, tables
 from PIL import Image
 
 import compare
 from tests.test_compare import ROOT, attack, defense, edit_record, sha256
-from utils.errors import RefusedError
-from utils.report import curves, images, page, palette, published, runs, tables
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='harmed'\"></script>"

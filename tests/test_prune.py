@@ -11,20 +11,20 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.defense import anp, fp, rnp
+from antidote_bench.utils import parsing
+from antidote_bench.utils import run as protocol
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.evaluation import Evaluator, TestSets, predict
+from antidote_bench.utils.features import last_features, last_linear
+from antidote_bench.utils.repair import masks, selection
+from antidote_bench.utils.repair.layers import batch_norms
 from safetensors.torch import load_file
 from torch import nn
 
-import models
-from defense import anp, fp, rnp
+from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
-from utils import parsing
-from utils import run as protocol
-from utils.data import dataset
-from utils.errors import ConfigError
-from utils.evaluation import Evaluator, TestSets, predict
-from utils.features import last_features, last_linear
-from utils.repair import masks, selection
-from utils.repair.layers import batch_norms
 
 SCRIPTS = [fp, anp, rnp]
 

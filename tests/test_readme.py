@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import yaml
+from antidote_bench.utils import files
 from PIL import Image
 
 from benchmarks import speed
 from tests.helpers import ROOT, few, names
-from utils import files
 
 README = (ROOT / "README.md").read_text()
 DOCS = [path.read_text() for path in sorted((ROOT / "docs").glob("**/*.md"))]
@@ -173,7 +173,7 @@ def test_the_list_of_attacks_says_what_the_scripts_do():
         r"^\| \[`(\w+)`\]\(attack/.*?\) \|.*?\| (.*?) \| (.*?) \|", README, re.M
     ):
         text = (ROOT / "attack" / f"{name}.py").read_text()
-        Config = __import__(f"attack.{name}", fromlist=["Config"]).Config
+        Config = __import__(f"antidote_bench.attack.{name}", fromlist=["Config"]).Config
         assert labels == (
             "clean label"
             if Config.clean_label

@@ -12,16 +12,16 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from antidote_bench.attack.badnet import Config as BadNet
+from antidote_bench.defense.ft import Config
+from antidote_bench.utils import checkpoint, evaluation, files
+from antidote_bench.utils.data.memmap import MemmapImages
+from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError
+from antidote_bench.utils.record import claim, contents
+from antidote_bench.utils.record import folder as layout
+from antidote_bench.utils.repair.defender import Defender
 
-from attack.badnet import Config as BadNet
-from defense.ft import Config
 from tests.helpers import image_folders
-from utils import checkpoint, evaluation, files
-from utils.data.memmap import MemmapImages
-from utils.errors import ConfigError, MissingError, RefusedError
-from utils.record import claim, contents
-from utils.record import folder as layout
-from utils.repair.defender import Defender
 
 CPU = torch.device("cpu")
 
@@ -321,7 +321,7 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_is_complete(copy):
     folder, _ = copy
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     made = yaml.safe_load((folder / "config.yaml").read_text())
-    from attack.badnet import Config as BadNet
+    from antidote_bench.attack.badnet import Config as BadNet
 
     assert claim.begin(folder, BadNet(**made | {"overwrite": True, "epochs": 2}), kind="attack")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
@@ -658,7 +658,7 @@ def test_a_folder_has_one_owner(tmp_path):
 
 
 def test_a_record_from_before_an_option_was_published_has_the_older_form(tmp_path):
-    from defense.ft_sam import Config as FTSAM
+    from antidote_bench.defense.ft_sam import Config as FTSAM
 
     folder = tmp_path / "run"
     older = FTSAM(result_file="x", cache_path=str(tmp_path / "cache"), smoothing="all")

@@ -32,15 +32,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.defense import fmp, ft
+from antidote_bench.defense import trap_and_replace as tar
+from antidote_bench.utils import seeds
+from antidote_bench.utils.data.dataset import Spec, Split, balanced_subset
 from torch import nn
 
-import models
-from defense import fmp, ft
-from defense import trap_and_replace as tar
+from antidote_bench import models
 from tests.test_fmp import found_record
 from tests.test_train import weights
-from utils import seeds
-from utils.data.dataset import Spec, Split, balanced_subset
 
 SIDE = 8
 # of test_preactresnet18_on_numbers_of_a_formula

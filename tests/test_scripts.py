@@ -19,17 +19,17 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from antidote_bench.defense.ft import Config as FT
+from antidote_bench.utils import parsing
+from antidote_bench.utils import run as protocol
+from antidote_bench.utils.config import Attack
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.poisoning import attacker
 
-import models
-from defense.ft import Config as FT
+from antidote_bench import models
 from tests.conftest import QUICK
 from tests.helpers import ROOT, few, names
-from utils import parsing
-from utils import run as protocol
-from utils.config import Attack
-from utils.data import dataset
-from utils.errors import ConfigError, RefusedError
-from utils.poisoning import attacker
 
 WRITTEN = {
     "config.yaml",
@@ -55,7 +55,7 @@ def digits(places):
 def examine(folder, name, mode, truth):
     """What every attack leaves behind: files, one row, and a training set with the right images,
     kinds and labels."""
-    script = importlib.import_module(f"attack.{name}")
+    script = importlib.import_module(f"antidote_bench.attack.{name}")
     options = parsing.parse(script.Config, ["--yaml_path", str(folder / "config.yaml")])
     in_loop = "make_loss" in (ROOT / "attack" / f"{name}.py").read_text()
     assert {path.name for path in folder.iterdir()} == WRITTEN | (
@@ -99,7 +99,7 @@ def examine(folder, name, mode, truth):
 def test_attack(name, mode, places, tmp_path, digits, capsys):
     """Every attack, in this process for the sake of time; those that have no all2all form say
     why."""
-    script = importlib.import_module(f"attack.{name}")
+    script = importlib.import_module(f"antidote_bench.attack.{name}")
     words = [
         *places,
         *few(f"attack.{name}"),
@@ -335,7 +335,7 @@ def test_defense(name, places, run, small, digits):
         json.loads((folder / "record.json").read_text())["files"]
     ) == written - {"record.json"}
     row, made = results(folder), results(small)
-    Config = importlib.import_module(f"defense.{name}").Config
+    Config = importlib.import_module(f"antidote_bench.defense.{name}").Config
     for added in written - WRITTEN:
         assert any(fnmatch(added, pattern) for pattern in Config.adds), f"{added} is not in `adds`"
     held = "64" if Config.holds_clean else "0"
@@ -359,7 +359,7 @@ def test_defense(name, places, run, small, digits):
     options = yaml.safe_load((folder / "config.yaml").read_text())
     network = models.build(options.get("model") or "resnet9", digits[0], options.get("width") or 8)
     rebuild = getattr(
-        importlib.import_module(f"defense.{name}"),
+        importlib.import_module(f"antidote_bench.defense.{name}"),
         "rebuild",
         lambda network, weights: network.load_state_dict(weights),
     )
@@ -489,7 +489,9 @@ def test_a_clean_record_is_one_like_any_other(places, run, tmp_path):
 
 
 def test_a_clean_model_does_not_start_from_a_victim(monkeypatch):
-    clean, lira = (importlib.import_module(f"attack.{name}") for name in ("clean", "lira"))
+    clean, lira = (
+        importlib.import_module(f"antidote_bench.attack.{name}") for name in ("clean", "lira")
+    )
     monkeypatch.setattr(
         lira,
         "prepare",

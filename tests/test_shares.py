@@ -8,16 +8,16 @@ import importlib
 import pytest
 import safetensors.torch
 import torch
+from antidote_bench.attack import blind, inputaware, lc, lira
+from antidote_bench.utils import parsing, run, train
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data.dataset import Dataset, Spec, Split
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.poisoning import poison
+from antidote_bench.utils.poisoning.attacker import Attacker
 
-import models
-from attack import blind, inputaware, lc, lira
+from antidote_bench import models
 from tests.helpers import ROOT, names
-from utils import parsing, run, train
-from utils.data import dataset
-from utils.data.dataset import Dataset, Spec, Split
-from utils.errors import ConfigError
-from utils.poisoning import poison
-from utils.poisoning.attacker import Attacker
 
 CLASSES, TRAIN, TEST, SIZE = 10, 1200, 40, 16
 SPEC = Spec(
@@ -66,7 +66,7 @@ def clean_model(*_):
 
 def script_of(name, tmp_path, **options):
     """The module of an attack, and options with which it runs quickly."""
-    script = importlib.import_module(f"attack.{name}")
+    script = importlib.import_module(f"antidote_bench.attack.{name}")
     known = script.Config.__dataclass_fields__
     short = {key: value for key, value in SHORT.items() if key in known}
     places = {"record_path": str(tmp_path), "save_folder_name": "a"}
@@ -96,7 +96,7 @@ class Watched:
 
 def shares_of(name):
     """0, one image in a thousand, and the default; fewer for an attack that has one share only."""
-    script = importlib.import_module(f"attack.{name}")
+    script = importlib.import_module(f"antidote_bench.attack.{name}")
     default = script.Config().pratio
     for share in (0.0, 0.001, default):
         try:
@@ -321,7 +321,7 @@ def test_a_share_that_is_no_image_is_refused():
 @pytest.mark.parametrize("name", ["badnet", "sig", "inputaware", "adaptive_patch"])
 def test_the_run_ends_where_a_share_is_no_image(name, tmp_path, monkeypatch):
     """As early as in the dry run, here on the 1,297 digits."""
-    script = importlib.import_module(f"attack.{name}")
+    script = importlib.import_module(f"antidote_bench.attack.{name}")
     words = ["--dry_run", "--record_path", tmp_path, "--pratio"]
     for share in ("0.0003", "0.00039"):
         options = parsing.parse(script.Config, [*map(str, words), share])

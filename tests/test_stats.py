@@ -9,18 +9,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from antidote_bench.defense import bnp, clp, ep
+from antidote_bench.utils import parsing
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.repair import layers
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-import models
-from defense import bnp, clp, ep
+from antidote_bench import models
 from tests.helpers import few
 from tests.test_fmp import SPEC, found_record, network
-from utils import parsing
-from utils.data import dataset
-from utils.errors import ConfigError, RefusedError
-from utils.repair import layers
 
 METHODS = {"clp": clp, "bnp": bnp, "ep": ep}
 
@@ -35,7 +35,7 @@ def tensors(model):
 
 def defend(name, folder, places, *words):
     """(the row of results.csv, the scores) of a defense on a record, in this process."""
-    script = importlib.import_module(f"defense.{name}")
+    script = importlib.import_module(f"antidote_bench.defense.{name}")
     own = ["--result_file", str(folder), "--save_folder_name", "stats"]
     own += ["--overwrite", "--precision", "fp32"]
     script.main(parsing.parse(script.Config, [*places, *own, *map(str, words)]))
@@ -150,7 +150,7 @@ def others(tmp_path_factory, places):
     """Small records of a clean model and of an all-to-all attack."""
     base, folders = tmp_path_factory.mktemp("others"), []
     for name, words in (("clean", []), ("badnet", ["--label_mode", "all2all"])):
-        script = importlib.import_module(f"attack.{name}")
+        script = importlib.import_module(f"antidote_bench.attack.{name}")
         own = [
             "--record_path",
             str(base),
@@ -403,7 +403,7 @@ def test_ep_on_a_real_backdoor(places, victim):
 
 
 def test_without_a_stored_training_set_ep_is_refused(places, tmp_path):
-    script = importlib.import_module("attack.blind")
+    script = importlib.import_module("antidote_bench.attack.blind")
     own = ["--record_path", str(tmp_path), "--save_folder_name", "a", *few("attack.blind")]
     script.main(parsing.parse(script.Config, [*places, *own]))
     with pytest.raises(

@@ -11,12 +11,12 @@ import time
 
 import pytest
 import yaml
+from antidote_bench.utils import files, parsing
+from antidote_bench.utils.errors import ConfigError, MissingError
+from antidote_bench.utils.record import claim, folder
+from antidote_bench.utils.sweep import grid, launchers
 
 from tests.helpers import ROOT, names
-from utils import files, parsing
-from utils.errors import ConfigError, MissingError
-from utils.record import claim, folder
-from utils.sweep import grid, launchers
 
 QUICK = {"epochs": 1, "width": 8}
 
@@ -712,8 +712,8 @@ def test_a_failure_in_another_sweep_is_not_repeated(tmp_path):
 
 OWNING = """
 import pathlib, sys, time
-from utils.launch import guard
-from utils.record import claim
+from antidote_bench.utils.launch import guard
+from antidote_bench.utils.record import claim
 def work():
     with claim.owned(pathlib.Path("one")):
         pathlib.Path("owns").touch()

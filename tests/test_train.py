@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import launch, seeds, train
+from antidote_bench.utils.data import loader
+from antidote_bench.utils.data.dataset import Spec, Split
+from antidote_bench.utils.data.memmap import MemmapImages, replaced
+from antidote_bench.utils.errors import RefusedError, UserError
+from antidote_bench.utils.poisoning import poison
 from torch import nn
 
-import models
-from utils import launch, seeds, train
-from utils.data import loader
-from utils.data.dataset import Spec, Split
-from utils.data.memmap import MemmapImages, replaced
-from utils.errors import RefusedError, UserError
-from utils.poisoning import poison
+from antidote_bench import models
 
 SPEC = Spec("x", 4, 32, (0.5,) * 3, (0.25,) * 3, True, {})
 

@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.defense import trap_and_replace as tar
+from antidote_bench.models.split import split
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.optimizers import adam
+from antidote_bench.utils.repair.layers import frozen
+from antidote_bench.utils.repair.unlearning import EvaluationMode
+from antidote_bench.utils.train import build_seeded_model
 from safetensors.torch import load_file
 from torch import nn
 
-import models
-from defense import trap_and_replace as tar
-from models.split import split
+from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
-from utils.data import dataset
-from utils.errors import ConfigError
-from utils.optimizers import adam
-from utils.repair.layers import frozen
-from utils.repair.unlearning import EvaluationMode
-from utils.train import build_seeded_model
 
 
 def options(**changes):

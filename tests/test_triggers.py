@@ -15,19 +15,29 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
+from antidote_bench.attack import (
+    adaptive_blend,
+    bpp,
+    inputaware,
+    lc,
+    lira,
+    ssba,
+    trojan_wm,
+    trojannn,
+    wanet,
+)
+from antidote_bench.attack import blind as blind_script
+from antidote_bench.utils import seeds
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data.dataset import Spec, Split
+from antidote_bench.utils.errors import ConfigError, MissingError
+from antidote_bench.utils.features import features_of
+from antidote_bench.utils.poisoning import generator, inversion, patterns, poison
+from antidote_bench.utils.poisoning.attacker import Attacker
 from PIL import EpsImagePlugin, Image
 
-import models
-from attack import adaptive_blend, bpp, inputaware, lc, lira, ssba, trojan_wm, trojannn, wanet
-from attack import blind as blind_script
+from antidote_bench import models
 from tests.helpers import ROOT, names
-from utils import seeds
-from utils.data import dataset
-from utils.data.dataset import Spec, Split
-from utils.errors import ConfigError, MissingError
-from utils.features import features_of
-from utils.poisoning import generator, inversion, patterns, poison
-from utils.poisoning.attacker import Attacker
 
 SPEC = Spec("cifar10", 10, 32, (0.5,) * 3, (0.25,) * 3, True, {})
 # options that make a trigger quickly, where an attack has them
@@ -66,13 +76,13 @@ def clean_model(spec):
 
 def lengths_of(name, value):
     """The options of an attack that say how long its trigger is made, all set to `value`."""
-    known = importlib.import_module(f"attack.{name}").Config.__dataclass_fields__
+    known = importlib.import_module(f"antidote_bench.attack.{name}").Config.__dataclass_fields__
     return {option: value for option in known if option.endswith(LENGTHS)}
 
 
 def config_of(name, **options):
     """The module of an attack and options with which its trigger is made quickly."""
-    script = importlib.import_module(f"attack.{name}")
+    script = importlib.import_module(f"antidote_bench.attack.{name}")
     known = script.Config.__dataclass_fields__
     quick = {key: value for key, value in QUICK.items() if key in known}
     return script, script.Config(**{**lengths_of(name, 2), **quick, **options})
@@ -116,7 +126,7 @@ class Frozen:
 
 def largest_change(name):
     """What the docstring of an attack's make_trigger promises, in grey levels."""
-    promise = importlib.import_module(f"attack.{name}").make_trigger.__doc__
+    promise = importlib.import_module(f"antidote_bench.attack.{name}").make_trigger.__doc__
     levels = re.findall(r"changes\s+by\s+at\s+most\s+(\d+)\s+levels", promise or "")
     assert len(levels) == 1, (
         f"the docstring of attack.{name}.make_trigger must say once: a pixel changes by at most "

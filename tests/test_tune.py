@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from antidote_bench.defense import ft_sam, i_bau, nad
+from antidote_bench.utils import seeds, train
+from antidote_bench.utils.data.dataset import Spec
+from antidote_bench.utils.data.loader import augmentation, mixed_precision
+from antidote_bench.utils.errors import ConfigError
 from safetensors.torch import load_file
 from torch import nn
 
-import models
-from defense import ft_sam, i_bau, nad
+from antidote_bench import models
 from tests.test_fmp import found_record
 from tests.test_train import SPEC, Double, model, options, split, weights
-from utils import seeds, train
-from utils.data.dataset import Spec
-from utils.data.loader import augmentation, mixed_precision
-from utils.errors import ConfigError
 
 
 def measured(folder):

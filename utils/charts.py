@@ -5,9 +5,8 @@ import logging
 from contextlib import contextmanager
 
 import numpy as np
+from antidote_bench.utils.errors import UserError
 from PIL import Image, ImageDraw
-
-from utils.errors import UserError
 
 SIDE, GAP, MARGIN = 128, 6, 92  # pixels
 DPI = 100

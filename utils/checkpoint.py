@@ -5,11 +5,10 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from antidote_bench.utils import files
+from antidote_bench.utils.errors import RefusedError
+from antidote_bench.utils.optimizers import states
 from torch import nn
-
-from utils import files
-from utils.errors import RefusedError
-from utils.optimizers import states
 
 
 def save(path, model, optimizer, epoch, memory=None):

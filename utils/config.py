@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from utils.errors import ConfigError
-from utils.record import folder
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.record import folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = frozenset({"random_seed", "poison_seed", "data_seed"})

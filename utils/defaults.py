@@ -9,12 +9,11 @@ import re
 from pathlib import Path
 
 import yaml
-
-from utils import config
-from utils.config import Attack, Defense
-from utils.errors import ConfigError
-from utils.record import folder
-from utils.text import printable, quoted
+from antidote_bench.utils import config
+from antidote_bench.utils.config import Attack, Defense
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.record import folder
+from antidote_bench.utils.text import printable, quoted
 
 # the victims that the published learning rates of fine-tuning defenses belong to were trained with
 PUBLISHED_LR, PUBLISHED_BATCH = 0.01, 128

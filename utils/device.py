@@ -7,9 +7,8 @@ import sys
 
 import psutil
 import torch
-
-from utils import distributed
-from utils.errors import ConfigError
+from antidote_bench.utils import distributed
+from antidote_bench.utils.errors import ConfigError
 
 
 def setup(config, workers=distributed.SINGLE):

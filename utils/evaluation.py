@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-
-from utils.data.dataset import Split
-from utils.data.loader import forward_all
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.data.loader import forward_all
 
 
 class TestSets(NamedTuple):

@@ -1,9 +1,8 @@
 """The features of a network: the input of its last linear layer."""
 
+from antidote_bench.utils.data.loader import forward_all
+from antidote_bench.utils.errors import ConfigError
 from torch import nn
-
-from utils.data.loader import forward_all
-from utils.errors import ConfigError
 
 
 def last_linear(model):

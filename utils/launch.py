@@ -13,8 +13,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from utils import config, parsing
-from utils.errors import ConfigError, UserError
+from antidote_bench.utils import config, parsing
+from antidote_bench.utils.errors import ConfigError, UserError
 
 
 def launch(Config):
@@ -35,7 +35,7 @@ def launch(Config):
         options = parsing.parse(
             Config, sys.argv[1:], description, f"{script.parent.name}/{script.name}"
         )
-        module = importlib.import_module(f"{script.parent.name}.{script.stem}")
+        module = importlib.import_module(f"antidote_bench.{script.parent.name}.{script.stem}")
         obey_signals()
         module.main(options)
 

@@ -14,12 +14,18 @@ from typing import NamedTuple, get_args, get_type_hints
 
 import jsonargparse
 import yaml
-
-from utils import backdoorbench, config
-from utils.config import SWITCHES, Defense, declared, idle
-from utils.defaults import NULL, VICTIM, defaults_for, read_nodes, scalar, victim_options
-from utils.errors import ConfigError, RefusedError
-from utils.text import printable, quoted
+from antidote_bench.utils import backdoorbench, config
+from antidote_bench.utils.config import SWITCHES, Defense, declared, idle
+from antidote_bench.utils.defaults import (
+    NULL,
+    VICTIM,
+    defaults_for,
+    read_nodes,
+    scalar,
+    victim_options,
+)
+from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.text import printable, quoted
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

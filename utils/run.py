@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from antidote_bench.utils import distributed, files, seeds, train
+from antidote_bench.utils.config import Attack, digest
+from antidote_bench.utils.data import dataset, sources
+from antidote_bench.utils.data.loader import batch_sizes
+from antidote_bench.utils.device import setup
+from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.evaluation import Evaluator, TestSets
+from antidote_bench.utils.poisoning import poison
+from antidote_bench.utils.poisoning.attacker import Attacker, prepare_once
+from antidote_bench.utils.poisoning.options import CleanModelOptions
+from antidote_bench.utils.poisoning.poison import Cover
+from antidote_bench.utils.record import claim, contents, results
+from antidote_bench.utils.record import folder as layout
+from antidote_bench.utils.repair.defender import Defender
 
-import models
-from utils import distributed, files, seeds, train
-from utils.config import Attack, digest
-from utils.data import dataset, sources
-from utils.data.loader import batch_sizes
-from utils.device import setup
-from utils.errors import ConfigError, RefusedError
-from utils.evaluation import Evaluator, TestSets
-from utils.poisoning import poison
-from utils.poisoning.attacker import Attacker, prepare_once
-from utils.poisoning.options import CleanModelOptions
-from utils.poisoning.poison import Cover
-from utils.record import claim, contents, results
-from utils.record import folder as layout
-from utils.repair.defender import Defender
+from antidote_bench import models
 
 # the clean model behind a trigger is not the victim of any seed a user would give
 CLEAN = {

@@ -9,15 +9,21 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils import checkpoint as checkpoints
+from antidote_bench.utils import distributed, seeds
+from antidote_bench.utils.data.loader import (
+    augmentation,
+    batch_sizes,
+    batches,
+    mixed_precision,
+    to_unit,
+)
+from antidote_bench.utils.errors import UserError
+from antidote_bench.utils.optimizers import OPTIMIZERS, set_rate
 from torch import nn
 from tqdm import tqdm
 
-import models
-from utils import checkpoint as checkpoints
-from utils import distributed, seeds
-from utils.data.loader import augmentation, batch_sizes, batches, mixed_precision, to_unit
-from utils.errors import UserError
-from utils.optimizers import OPTIMIZERS, set_rate
+from antidote_bench import models
 
 # training images, evenly spaced, that a network without learned first layer is fitted to
 FITTED = 5000

@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from utils import distributed, files, seeds
-from utils.data import images as image_files
-from utils.data import sources
-from utils.data.memmap import MemmapImages
-from utils.device import free_memory
-from utils.errors import ConfigError, MissingError
+from antidote_bench.utils import distributed, files, seeds
+from antidote_bench.utils.data import images as image_files
+from antidote_bench.utils.data import sources
+from antidote_bench.utils.data.memmap import MemmapImages
+from antidote_bench.utils.device import free_memory
+from antidote_bench.utils.errors import ConfigError, MissingError
 
 # mean and std of the training set, pixels in [0, 1], and whether a mirrored image keeps its class,
 # as the field uses them; for sets that are not here mean and std are measured

@@ -7,10 +7,9 @@ import zlib
 from functools import cache
 
 import numpy as np
+from antidote_bench.utils.errors import MissingError
+from antidote_bench.utils.text import printable
 from PIL import Image, features
-
-from utils.errors import MissingError
-from utils.text import printable
 
 # Pillow recognises a file by its content, whatever its name is. These formats are decoded by Pillow
 # itself. Left out are those that start another program (EPS: Ghostscript), leave it to Windows

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import safetensors
 import torch
-
-from utils import checkpoint, files, seeds
-from utils.record.folder import TRIGGER
+from antidote_bench.utils import checkpoint, files, seeds
+from antidote_bench.utils.record.folder import TRIGGER
 
 VICTIM = "victim/"  # in the file of an unfinished run: the weights that the victim starts from
 

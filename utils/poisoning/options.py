@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from utils.config import Attack, option
+from antidote_bench.utils.config import Attack, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

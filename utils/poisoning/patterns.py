@@ -7,8 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-
-from utils import seeds
+from antidote_bench.utils import seeds
 
 
 def seeded_image(size, seed):

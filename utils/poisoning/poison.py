@@ -12,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from utils import seeds
-from utils.data import images as image_files
-from utils.data.dataset import Split
-from utils.data.memmap import replaced
-from utils.errors import ConfigError, MissingError
+from antidote_bench.utils import seeds
+from antidote_bench.utils.data import images as image_files
+from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.data.memmap import replaced
+from antidote_bench.utils.errors import ConfigError, MissingError
 
 CHUNK = 2**20  # pixels that get a trigger at once: keeps the float copies small
 LARGEST_ARRAY = 2**28  # bytes of a .npy pattern

@@ -11,9 +11,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from utils import files
-from utils.errors import ConfigError, RefusedError
-from utils.record.folder import (
+from antidote_bench.utils import files
+from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.record.folder import (
     BEGUN,
     DEFENSES,
     FINISHED,

@@ -6,19 +6,19 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from antidote_bench.utils import checkpoint, distributed
+from antidote_bench.utils.charts import preview
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data.dataset import Dataset, Spec, Split
+from antidote_bench.utils.data.memmap import replaced
+from antidote_bench.utils.errors import MissingError, RefusedError
+from antidote_bench.utils.evaluation import TestSets
+from antidote_bench.utils.record import claim, results, schema
+from antidote_bench.utils.record import folder as layout
+from antidote_bench.utils.text import cut
 from torch import nn
 
-import models
-from utils import checkpoint, distributed
-from utils.charts import preview
-from utils.data import dataset
-from utils.data.dataset import Dataset, Spec, Split
-from utils.data.memmap import replaced
-from utils.errors import MissingError, RefusedError
-from utils.evaluation import TestSets
-from utils.record import claim, results, schema
-from utils.record import folder as layout
-from utils.text import cut
+from antidote_bench import models
 
 POISON, COVER = 1, 2  # kinds of changed training images: poisoned; changed, but with the true label
 PREVIEWED = 8  # images in preview.png

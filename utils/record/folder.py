@@ -12,10 +12,9 @@ import shutil
 from pathlib import Path
 
 import yaml
-
-from utils import files
-from utils.errors import MissingError, RefusedError
-from utils.text import cut
+from antidote_bench.utils import files
+from antidote_bench.utils.errors import MissingError, RefusedError
+from antidote_bench.utils.text import cut
 
 FORMAT = 1
 RECORD = "record.json"

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from utils import checkpoint, files
-from utils.data.dataset import Spec, Split
-from utils.record.folder import OWN
+from antidote_bench.utils import checkpoint, files
+from antidote_bench.utils.data.dataset import Spec, Split
+from antidote_bench.utils.record.folder import OWN
 
 
 @dataclass(frozen=True)

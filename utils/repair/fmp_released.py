@@ -8,12 +8,11 @@ import operator
 
 import numpy as np
 import torch
+from antidote_bench.models import Normalize
+from antidote_bench.utils import seeds
+from antidote_bench.utils.data.loader import augmentation
+from antidote_bench.utils.errors import ConfigError
 from torch import nn
-
-from models import Normalize
-from utils import seeds
-from utils.data.loader import augmentation
-from utils.errors import ConfigError
 
 FEW = 32  # scored images
 

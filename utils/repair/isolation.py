@@ -9,10 +9,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-
-from utils.data.loader import forward_all
-from utils.device import exact
-from utils.train import Recipe, augmentation_of, fit, victim_architecture
+from antidote_bench.utils.data.loader import forward_all
+from antidote_bench.utils.device import exact
+from antidote_bench.utils.train import Recipe, augmentation_of, fit, victim_architecture
 
 
 def isolate(record, config):

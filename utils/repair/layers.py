@@ -7,11 +7,10 @@ import sys
 from contextlib import contextmanager
 
 import torch
+from antidote_bench.utils.data.loader import EVALUATION_BATCH, batches, evaluating
+from antidote_bench.utils.device import exact
+from antidote_bench.utils.errors import ConfigError
 from torch import nn
-
-from utils.data.loader import EVALUATION_BATCH, batches, evaluating
-from utils.device import exact
-from utils.errors import ConfigError
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from utils.config import Defense, FromScratch, Training, option, require
+from antidote_bench.utils.config import Defense, FromScratch, Training, option, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

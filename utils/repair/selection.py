@@ -6,11 +6,10 @@ by the test set instead, which is `--selection oracle` here.
 """
 
 import torch
-
-from utils import files, seeds
-from utils.data.dataset import balanced_subset
-from utils.errors import ConfigError
-from utils.evaluation import predict
+from antidote_bench.utils import files, seeds
+from antidote_bench.utils.data.dataset import balanced_subset
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.evaluation import predict
 
 HELD_OUT = 0.2  # share of the clean images
 FILE = "choice.csv"

@@ -12,11 +12,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-
-from utils import seeds
-from utils.data.loader import forward_all
-from utils.features import features_of
-from utils.train import Recipe, fit, victim_architecture
+from antidote_bench.utils import seeds
+from antidote_bench.utils.data.loader import forward_all
+from antidote_bench.utils.features import features_of
+from antidote_bench.utils.train import Recipe, fit, victim_architecture
 
 CLEAN, UNKNOWN, POISONED = 0, 1, 2
 TURN, SHIFT = 180.0, 0.2  # largest rotation in degrees, and translation as a share of the side

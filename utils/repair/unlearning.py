@@ -4,10 +4,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from antidote_bench.utils.features import last_linear
+from antidote_bench.utils.repair.layers import frozen
 from torch import nn
-
-from utils.features import last_linear
-from utils.repair.layers import frozen
 
 
 class EvaluationMode(nn.Module):

@@ -8,10 +8,9 @@ import json
 import os
 
 import yaml
-
-from utils.errors import RefusedError
-from utils.record import folder
-from utils.text import one_line
+from antidote_bench.utils.errors import RefusedError
+from antidote_bench.utils.record import folder
+from antidote_bench.utils.text import one_line
 
 MOST_EPOCHS = 100_000  # rows of a log.csv
 DEEPEST = 20  # levels of a record.json

@@ -3,12 +3,12 @@
 import io
 import math
 
-from utils.errors import RefusedError
-from utils.files import read_rows
-from utils.record import folder
-from utils.report.content import MOST_EPOCHS, load
-from utils.report.runs import METRICS
-from utils.text import one_line
+from antidote_bench.utils.errors import RefusedError
+from antidote_bench.utils.files import read_rows
+from antidote_bench.utils.record import folder
+from antidote_bench.utils.report.content import MOST_EPOCHS, load
+from antidote_bench.utils.report.runs import METRICS
+from antidote_bench.utils.text import one_line
 
 
 def curve(run, points):

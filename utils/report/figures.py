@@ -8,12 +8,12 @@ import re
 import textwrap
 import warnings
 
-from utils.charts import figure_bytes, plotting
-from utils.report import palette
-from utils.report.curves import curve
-from utils.report.formats import about, footnotes, title
-from utils.report.runs import METRICS, NONE
-from utils.report.tables import FOOTNOTES, ORACLE, UNCREDITED, spread, victims
+from antidote_bench.utils.charts import figure_bytes, plotting
+from antidote_bench.utils.report import palette
+from antidote_bench.utils.report.curves import curve
+from antidote_bench.utils.report.formats import about, footnotes, title
+from antidote_bench.utils.report.runs import METRICS, NONE
+from antidote_bench.utils.report.tables import FOOTNOTES, ORACLE, UNCREDITED, spread, victims
 
 FORMS = ("png", "pdf", "svg")
 PRINT_DPI = 200

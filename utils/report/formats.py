@@ -6,9 +6,9 @@ import itertools
 import re
 from typing import NamedTuple
 
-from utils.report import published
-from utils.report.runs import METRICS, TABLE
-from utils.report.tables import FOOTNOTES, IN_TRAINING, ORACLE, UNTRAINED, spread
+from antidote_bench.utils.report import published
+from antidote_bench.utils.report.runs import METRICS, TABLE
+from antidote_bench.utils.report.tables import FOOTNOTES, IN_TRAINING, ORACLE, UNTRAINED, spread
 
 LATEX = str.maketrans(
     {

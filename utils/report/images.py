@@ -6,11 +6,11 @@ import io
 import struct
 import zlib
 
-from utils.config import Training
-from utils.errors import RefusedError, UserError
-from utils.record import folder
-from utils.report.tables import name_all
-from utils.text import one_line
+from antidote_bench.utils.config import Training
+from antidote_bench.utils.errors import RefusedError, UserError
+from antidote_bench.utils.record import folder
+from antidote_bench.utils.report.tables import name_all
+from antidote_bench.utils.text import one_line
 
 LARGEST_FILE, LARGEST_IMAGE = 2**24, 2**23  # bytes, pixels
 WIDEST, FEW = 1200, 24  # pixels on the page; half as many where there are more than a few images

@@ -10,16 +10,16 @@ import json
 import shlex
 from pathlib import Path
 
-from utils import config as options
-from utils import parsing
-from utils.errors import UserError
-from utils.record import folder
-from utils.report import palette, published
-from utils.report.curves import curve, finite
-from utils.report.images import Album
-from utils.report.runs import METRICS, NONE, TABLE
-from utils.report.tables import FOOTNOTES, ORACLE, UNCREDITED, missing, spread
-from utils.text import one_line
+from antidote_bench.utils import config as options
+from antidote_bench.utils import parsing
+from antidote_bench.utils.errors import UserError
+from antidote_bench.utils.record import folder
+from antidote_bench.utils.report import palette, published
+from antidote_bench.utils.report.curves import curve, finite
+from antidote_bench.utils.report.images import Album
+from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
+from antidote_bench.utils.report.tables import FOOTNOTES, ORACLE, UNCREDITED, missing, spread
+from antidote_bench.utils.text import one_line
 
 HERE = Path(__file__).parent
 POINTS, ALL_POINTS = 200, 60_000  # of one run's curve, and of all

@@ -5,9 +5,9 @@ deviation), no (it is not what its name says); `note` says why. Each is of one s
 may differ from that of a run here.
 """
 
-from utils.config import ROOT
-from utils.files import read_csv
-from utils.report.runs import METRICS
+from antidote_bench.utils.config import ROOT
+from antidote_bench.utils.files import read_csv
+from antidote_bench.utils.report.runs import METRICS
 
 FILE = ROOT / "benchmarks" / "published.csv"
 KEY = ("dataset", "model", "attack", "pratio", "defense")

@@ -9,11 +9,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import NOT_IDENTITY, SEEDS
-from utils.errors import RefusedError
-from utils.files import read_rows
-from utils.record import folder
-from utils.report.content import (
+from antidote_bench.utils.config import NOT_IDENTITY, SEEDS
+from antidote_bench.utils.errors import RefusedError
+from antidote_bench.utils.files import read_rows
+from antidote_bench.utils.record import folder
+from antidote_bench.utils.report.content import (
     UNUSABLE,
     load,
     parse_config,
@@ -22,7 +22,7 @@ from utils.report.content import (
     require_size,
     short,
 )
-from utils.text import one_line
+from antidote_bench.utils.text import one_line
 
 METRICS = ("acc", "asr", "ra")
 TABLE = ("dataset", "model", "recipe", "precision")

@@ -1,7 +1,7 @@
 """Two short tables: an overview of all defenses, and the attacks with what they cost."""
 
-from utils.report import published
-from utils.report.formats import (
+from antidote_bench.utils.report import published
+from antidote_bench.utils.report.formats import (
     CSV_PUBLISHED,
     Grid,
     about,
@@ -13,8 +13,8 @@ from utils.report.formats import (
     sources,
     title,
 )
-from utils.report.runs import METRICS, NONE, TABLE
-from utils.report.tables import UNCREDITED, credited, of_row, spread, victims
+from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
+from antidote_bench.utils.report.tables import UNCREDITED, credited, of_row, spread, victims
 
 LARGEST_ASR, LARGEST_LOSS, SMALLEST_RA = (
     0.1,

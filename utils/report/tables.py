@@ -6,7 +6,7 @@ import os
 import statistics
 from typing import NamedTuple
 
-from utils.report.runs import NONE, OF_ATTACK, OF_DEFENSE, TABLE, keys
+from antidote_bench.utils.report.runs import NONE, OF_ATTACK, OF_DEFENSE, TABLE, keys
 
 WEAK, UNTRAINED, IN_TRAINING, ORACLE = "*", "§", "†", "‡"
 FOOTNOTES = {

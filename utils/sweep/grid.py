@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from antidote_bench.utils import config, parsing
+from antidote_bench.utils.data import sources
+from antidote_bench.utils.errors import ConfigError, MissingError, UserError
+from antidote_bench.utils.record import claim, folder
+from antidote_bench.utils.record.folder import DONE, NEW, PARTIAL
+from antidote_bench.utils.sweep.launchers import INTERRUPTED, last_exit_code
 
-import models
-from utils import config, parsing
-from utils.data import sources
-from utils.errors import ConfigError, MissingError, UserError
-from utils.record import claim, folder
-from utils.record.folder import DONE, NEW, PARTIAL
-from utils.sweep.launchers import INTERRUPTED, last_exit_code
+from antidote_bench import models
 
 AXES = ("dataset", "model", "pratio", "seed", "attack", "defense")
 OPTIONS = ("attack_options", "defense_options")
@@ -167,7 +167,7 @@ def _check_cell(cell, record_path):
 
 def _config_of(cell):
     """The class of a script's options."""
-    return importlib.import_module(f"{cell.kind}.{cell.script}").Config
+    return importlib.import_module(f"antidote_bench.{cell.kind}.{cell.script}").Config
 
 
 def _check_keys(part, where, known):

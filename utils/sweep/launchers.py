@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import files
-from utils.config import ROOT
-from utils.errors import ConfigError, UserError
-from utils.record import claim, folder
+from antidote_bench.utils import files
+from antidote_bench.utils.config import ROOT
+from antidote_bench.utils.errors import ConfigError, UserError
+from antidote_bench.utils.record import claim, folder
 
 RETRIES = 10  # times that a run is started again after the machine it ran on has died
 LEAVE = 30  # seconds that cancelled runs have to leave their checkpoints
