@@ -43,6 +43,7 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch.nn.functional as F
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.poisoning import patterns, poison
 from antidote_bench.utils.poisoning.attacker import Prepared

@@ -38,6 +38,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import run
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.poisoning import poison

@@ -29,6 +29,7 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch
+
 from antidote_bench.utils import run
 from antidote_bench.utils.poisoning import patterns, poison
 from antidote_bench.utils.poisoning.attacker import Prepared

@@ -41,9 +41,10 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from antidote_bench.utils import run
 from antidote_bench.utils.poisoning import poison
-from torch import nn
 
 # 1 is white, 0 is black, -1 is the image
 PATCH = torch.tensor([[1, 0, 1], [-1, 1, -1], [-1, -1, 0], [-1, 1, -1], [1, 0, 1]])

@@ -37,13 +37,14 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import augmentation, batches, mixed_precision, to_unit
 from antidote_bench.utils.optimizers import OPTIMIZERS
 from antidote_bench.utils.poisoning import generator, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 from antidote_bench.utils.train import build_model, trainable
-from tqdm import tqdm
 
 WIDTHS = 32, 64, 128
 NORM, DIVERSITY = 100, 1  # weights in the loss

@@ -42,11 +42,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import mixed_precision, to_unit
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Prepared
-from tqdm import tqdm
 
 # the mark in a left corner: 1 makes a pixel brighter, -1 darker
 CORNER = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]])

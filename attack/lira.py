@@ -40,13 +40,14 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import augmentation, batches, mixed_precision
 from antidote_bench.utils.optimizers import OPTIMIZERS
 from antidote_bench.utils.poisoning import generator, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 from antidote_bench.utils.train import build_model, trainable
-from tqdm import tqdm
 
 WIDTHS = 16, 32, 64, 128
 

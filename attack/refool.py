@@ -38,6 +38,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data import images as image_files
 from antidote_bench.utils.data.loader import to_unit

@@ -31,6 +31,7 @@ if __name__ == "__main__":
 import math
 
 import torch
+
 from antidote_bench.utils import run
 from antidote_bench.utils.poisoning import poison
 

@@ -33,12 +33,13 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import mixed_precision, to_unit
 from antidote_bench.utils.poisoning import generator, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
-from torch import nn
-from tqdm import tqdm
 
 WIDTHS = 16, 32, 64
 BATCH = 32

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.poisoning import inversion, poison
 from antidote_bench.utils.poisoning.attacker import Prepared

@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Prepared

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+from PIL import Image, ImageDraw
+
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.errors import MissingError
 from antidote_bench.utils.launch import guard
 from antidote_bench.utils.record import folder
 from antidote_bench.utils.report.runs import NONE, find_runs, read_all
 from antidote_bench.utils.report.tables import group
-from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, GAP, TITLE, COLUMNS = 112, 8, 34, 8  # pixels; attacks in a row

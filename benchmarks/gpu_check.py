@@ -29,6 +29,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import files, parsing
 from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.launch import guard

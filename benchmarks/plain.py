@@ -20,18 +20,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from antidote_bench.defense import awm, fmp, trap_and_replace
-from antidote_bench.models.split import split
-from antidote_bench.utils.data.dataset import Spec, Split
-from antidote_bench.utils.data.loader import augmentation, batches, to_unit
-from antidote_bench.utils.repair.defender import Defender
-from antidote_bench.utils.repair.layers import convolutions
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from antidote_bench import models
+from antidote_bench.defense import awm, fmp, trap_and_replace
+from antidote_bench.models.split import split
+from antidote_bench.utils.data.dataset import Spec, Split
+from antidote_bench.utils.data.loader import augmentation, batches, to_unit
+from antidote_bench.utils.repair.defender import Defender
+from antidote_bench.utils.repair.layers import convolutions
 
 SPEC = Spec("random", 10, 32, (0.5,) * 3, (0.25,) * 3, True, {})
 SCORED = 32  # images that FMP scores on, as released

@@ -48,6 +48,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+
+from antidote_bench import models
 from antidote_bench.utils import device as devices
 from antidote_bench.utils import evaluation, files, optimizers, train
 from antidote_bench.utils.config import Attack
@@ -56,9 +59,6 @@ from antidote_bench.utils.data.loader import EVALUATION_BATCH, augmentation, bat
 from antidote_bench.utils.parsing import words
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Attacker
-from torchvision.transforms.functional import to_pil_image
-
-from antidote_bench import models
 from benchmarks import plain
 from benchmarks.plain import SPEC, random_images
 

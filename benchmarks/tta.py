@@ -13,6 +13,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils.config import Defense
 from antidote_bench.utils.data.loader import forward_all
 from antidote_bench.utils.device import setup

@@ -44,6 +44,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import to_unit
 from antidote_bench.utils.repair.isolation import isolate

@@ -48,14 +48,15 @@ import warnings
 
 import numpy as np
 import torch
-from antidote_bench.utils import run, seeds
-from antidote_bench.utils.features import last_features
-from antidote_bench.utils.train import retrain
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA, FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 from tqdm import tqdm
+
+from antidote_bench.utils import run, seeds
+from antidote_bench.utils.features import last_features
+from antidote_bench.utils.train import retrain
 
 RESTARTS = 10  # of k-means
 MIN_IMAGES = 4  # of a label: fewer are not clustered

@@ -58,6 +58,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import batch_sizes
 from antidote_bench.utils.repair import masks, selection

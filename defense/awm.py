@@ -82,6 +82,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torchvision.transforms import v2
+from tqdm import tqdm
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.loader import evaluating, to_unit
@@ -89,10 +94,6 @@ from antidote_bench.utils.device import exact
 from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.optimizers import set_rate
 from antidote_bench.utils.repair.layers import convolutions
-from torch import nn
-from torch.func import functional_call
-from torchvision.transforms import v2
-from tqdm import tqdm
 
 COPIES = 9  # of every image, in one-shot mode
 # rounds between two checkpoints: writing the mask of a large network takes longer than a round

@@ -35,6 +35,7 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch
+
 from antidote_bench.utils import run
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair.layers import paired_norms, prune_outliers

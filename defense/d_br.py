@@ -40,6 +40,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.loader import augmentation, batch_sizes, batches
@@ -47,7 +49,6 @@ from antidote_bench.utils.errors import UserError
 from antidote_bench.utils.optimizers import sgd
 from antidote_bench.utils.repair.sensitivity import CLEAN, POISONED, bounded, distinguish
 from antidote_bench.utils.train import Recipe, cross_entropy, train_epoch
-from tqdm import tqdm
 
 
 def repair(model, record, config):

@@ -59,6 +59,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import augmentation
 from antidote_bench.utils.features import features_of, last_linear
@@ -66,7 +68,6 @@ from antidote_bench.utils.repair.contrastive import pairs, views
 from antidote_bench.utils.repair.sensitivity import CLEAN, UNKNOWN, bounded, distinguish
 from antidote_bench.utils.repair.unlearning import linear_probe
 from antidote_bench.utils.train import Recipe, fit, victim_architecture
-from torch import nn
 
 PROJECTED = 128  # dimensions in which views are compared
 DECAY = 1e-4  # L2 penalty on the weights of the extractor; the classifier has none

@@ -77,6 +77,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import augmentation, forward_all
 from antidote_bench.utils.features import features_of, last_linear
@@ -84,7 +86,6 @@ from antidote_bench.utils.optimizers import adam
 from antidote_bench.utils.repair.contrastive import pairs, views
 from antidote_bench.utils.repair.unlearning import linear_probe
 from antidote_bench.utils.train import Recipe, fit, victim_architecture
-from torch import nn
 
 CODE = 128  # length of the code of a view
 # probability that the reverse cross-entropy gives to all labels but the given one: its logarithm

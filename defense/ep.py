@@ -42,6 +42,7 @@ import math
 from collections import defaultdict
 
 import torch
+
 from antidote_bench.utils import run
 from antidote_bench.utils.repair.layers import Moments, prune_outliers, watch_norms
 

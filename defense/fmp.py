@@ -96,6 +96,9 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from tqdm import tqdm
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.charts import score_chart
 from antidote_bench.utils.data.dataset import balanced_subset
@@ -111,8 +114,6 @@ from antidote_bench.utils.repair.layers import (
     parameters_of,
 )
 from antidote_bench.utils.train import Recipe, fit
-from sklearn.cluster import KMeans
-from tqdm import tqdm
 
 
 def repair(model, record, config):

@@ -38,6 +38,7 @@ import sys
 from functools import partial
 
 import torch
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import augmentation
 from antidote_bench.utils.features import last_features, last_linear

@@ -37,10 +37,11 @@ if __name__ == "__main__":
 from functools import partial
 
 import torch
+from torch.func import functional_call
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import augmentation
 from antidote_bench.utils.train import Recipe, cross_entropy, fit
-from torch.func import functional_call
 
 
 def repair(model, record, config):

@@ -48,12 +48,13 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import batch_sizes, evaluating, to_unit
 from antidote_bench.utils.device import exact
 from antidote_bench.utils.errors import UserError
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 
 def repair(model, record, config):

@@ -53,6 +53,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import (
     EVALUATION_BATCH,
@@ -63,8 +66,6 @@ from antidote_bench.utils.data.loader import (
 )
 from antidote_bench.utils.repair import selection
 from antidote_bench.utils.train import Recipe, fit, trainable
-from torch import nn
-from torch.func import functional_call
 
 # from weak to strong: by the distance from the nearer end; of two equally far the one nearer to the
 # copy is the stronger

@@ -47,6 +47,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.repair.isolation import highest, isolate, logits
@@ -57,7 +59,6 @@ from antidote_bench.utils.train import (
     fit,
     victim_architecture,
 )
-from torch import nn
 
 
 def repair(model, record, config):

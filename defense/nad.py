@@ -47,11 +47,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import augmentation, evaluating, to_unit
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.train import Recipe, cross_entropy, fit
-from torch import nn
 
 STAGES = 3
 

@@ -61,6 +61,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
 from antidote_bench.utils import files, run, seeds
 from antidote_bench.utils.charts import trigger_chart
 from antidote_bench.utils.checkpoint import load, save
@@ -74,8 +77,6 @@ from antidote_bench.utils.data.loader import (
 )
 from antidote_bench.utils.repair.layers import frozen
 from antidote_bench.utils.train import Recipe, fit
-from torch import nn
-from tqdm import tqdm
 
 PATIENCE = 5  # epochs in a row above the goal, or below it, after which lambda changes
 UP, DOWN = 2.0, 2.0**1.5  # factor and divisor of lambda

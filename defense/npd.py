@@ -68,13 +68,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import EVALUATION_BATCH, batches, evaluating, to_unit
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair.layers import Moments, convolutions, feature_maps, frozen
 from antidote_bench.utils.repair.unlearning import EvaluationMode, at_least_float32, unlikelihood
 from antidote_bench.utils.train import Recipe, fit
-from torch import nn
 
 
 def repair(model, record, config):

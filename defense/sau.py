@@ -59,6 +59,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import evaluating
 from antidote_bench.utils.optimizers import adam

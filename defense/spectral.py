@@ -48,11 +48,12 @@ if __name__ == "__main__":
 import sys
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
 from antidote_bench.utils import run
 from antidote_bench.utils.features import last_features
 from antidote_bench.utils.repair.isolation import highest
 from antidote_bench.utils.train import retrain
-from torch.nn.utils.rnn import pad_sequence
 
 TOGETHER = 16  # labels that are decomposed at once: bounds the memory
 

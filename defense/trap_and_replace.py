@@ -15,10 +15,9 @@ docs/defenses/trap_and_replace.md.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from antidote_bench import models
 from antidote_bench.utils.config import Defense, option, require
 from antidote_bench.utils.launch import launch
-
-from antidote_bench import models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +95,8 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from antidote_bench.models.split import split
 from antidote_bench.utils import files, run
 from antidote_bench.utils.charts import preview
@@ -106,7 +107,6 @@ from antidote_bench.utils.optimizers import adam, sgd
 from antidote_bench.utils.repair.layers import frozen
 from antidote_bench.utils.repair.unlearning import EvaluationMode
 from antidote_bench.utils.train import Recipe, build_seeded_model, cross_entropy, fit
-from torch import nn
 
 PREVIEWED = 8  # images whose reconstruction is kept
 SMALL_HEAD = 100_000  # parameters

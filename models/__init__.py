@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from antidote_bench.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from antidote_bench.models.normalize import Normalize
     from torch import nn
+
+    from antidote_bench.models.normalize import Normalize
 
 __all__ = ["Normalize", "build", "check", "fit_to", "label", "names"]
 
@@ -89,8 +90,9 @@ def build(name: str, spec, width: int | None = None) -> nn.Module:
             f"{name} needs images of at least 32 pixels, not {spec.size}: choose another model or "
             "size"
         )
-    from antidote_bench.models.normalize import Normalize
     from torch import nn
+
+    from antidote_bench.models.normalize import Normalize
 
     if name in TORCHVISION:
         from antidote_bench.models import (

@@ -13,8 +13,9 @@ whatever its size, which on 32 pixels is the paper's 3x3 max pool.
 from collections import OrderedDict
 
 import torch
-from antidote_bench.models.layers import GlobalMaxPool, Scale
 from torch import nn
+
+from antidote_bench.models.layers import GlobalMaxPool, Scale
 
 PATCH = 2  # side in pixels of the patches that the first layer whitens
 EPSILON = 5e-4  # added to the variance of a patch direction, so that noise is not blown up

@@ -10,8 +10,9 @@ that scale SGD with momentum is slow or fails at learning rates of 0.03 and abov
 
 from collections import OrderedDict
 
-from antidote_bench.models.layers import GlobalMaxPool, Scale
 from torch import nn
+
+from antidote_bench.models.layers import GlobalMaxPool, Scale
 
 LOGIT_SCALE = 0.125  # the global maxima are large; this keeps the first losses and gradients small
 

@@ -1,8 +1,9 @@
 """A network in two parts: a stem, and a head of the last blocks (airbench's groups, residual
 blocks) and what follows them."""
 
-from antidote_bench.utils.errors import ConfigError
 from torch import nn
+
+from antidote_bench.utils.errors import ConfigError
 
 SPLITS = (
     "airbench",

@@ -10,8 +10,9 @@ paper's code.
 
 from collections import OrderedDict
 
-from antidote_bench.models.preactresnet18 import stage
 from torch import nn
+
+from antidote_bench.models.preactresnet18 import stage
 
 
 def build(classes):

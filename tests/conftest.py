@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from antidote_bench.utils import files
 
+from antidote_bench.utils import files
 from tests.helpers import ROOT
 from tests.start import start
 

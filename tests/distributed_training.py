@@ -11,13 +11,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from torch import nn
+
 from antidote_bench.utils import distributed, train
 from antidote_bench.utils.data import loader
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.data.memmap import MemmapImages
 from antidote_bench.utils.errors import ConfigError
-from torch import nn
-
 from tests.test_train import SPEC, Double, model, options, split, weights
 
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from antidote_bench import models
 from antidote_bench.defense import abl
 from antidote_bench.utils import train
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.files import read_csv
 from antidote_bench.utils.repair import isolation
-from safetensors.torch import load_file
-
-from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 from tests.test_train import Double, model, options, split, weights

@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from antidote_bench.defense import awm
-from antidote_bench.utils import seeds
-from antidote_bench.utils.errors import ConfigError
-from antidote_bench.utils.repair.layers import convolutions
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
 from antidote_bench import models
+from antidote_bench.defense import awm
+from antidote_bench.utils import seeds
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair.layers import convolutions
 from tests.test_fmp import found_record
 
 

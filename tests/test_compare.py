@@ -16,12 +16,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from antidote_bench.utils import files
-from antidote_bench.utils.errors import UserError
-from antidote_bench.utils.report import formats, palette, runs, summaries, tables
 from PIL import Image
 
 import compare
+from antidote_bench.utils import files
+from antidote_bench.utils.errors import UserError
+from antidote_bench.utils.report import formats, palette, runs, summaries, tables
 from tests.helpers import names
 
 ROOT = Path(compare.__file__).parent
@@ -1322,6 +1322,7 @@ def test_a_large_heat_map_says_what_is_cut(tmp_path, monkeypatch):
 def test_charts_of_defenses(count, monkeypatch):
     """They are sound, and small enough for the page, however many layers or classes there are."""
     import torch
+
     from antidote_bench.utils import charts
     from antidote_bench.utils.report import images
 

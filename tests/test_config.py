@@ -7,13 +7,13 @@ import shlex
 
 import pytest
 import yaml
+
 from antidote_bench.attack.badnet import Config as BadNet
 from antidote_bench.defense.fmp import Config as FMP
 from antidote_bench.utils import config, parsing
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.record import results
 from antidote_bench.utils.repair.options import RetrainingOptions
-
 from tests.helpers import ROOT, names
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision.transforms.functional as tv
+
 from antidote_bench.utils.repair import contrastive
 
 MIRRORED, UPRIGHT = SimpleNamespace(flip=True), SimpleNamespace(flip=False)

@@ -9,10 +9,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from antidote_bench.utils.data import dataset, images, sources
 from antidote_bench.utils.data.memmap import MemmapImages
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
-from PIL import Image
 
 
 def folders(place, splits=("train", "test"), classes=("ant", "bee"), count=3, size=(20, 14)):

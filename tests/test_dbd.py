@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import dbd
 from antidote_bench.utils import features, files
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError
-from torch import nn
-
-from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 

@@ -9,6 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import ac, spectral
 from antidote_bench.utils import config, files, parsing, train
 from antidote_bench.utils.config import Defense
@@ -16,10 +20,6 @@ from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.features import last_features
 from antidote_bench.utils.repair.options import RetrainingOptions
-from safetensors.torch import load_file
-from torch import nn
-
-from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 

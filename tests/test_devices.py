@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+from antidote_bench import models
 from antidote_bench.utils import parsing, seeds
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.data.loader import augmentation, forward_all
 from antidote_bench.utils.errors import ConfigError, UserError
-from PIL import Image
-
-from antidote_bench import models
 from benchmarks import gpu_check
 from tests.fake_device import FakeDevice
 from tests.helpers import names

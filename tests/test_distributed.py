@@ -17,10 +17,10 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from antidote_bench.utils import device, distributed, parsing
-from antidote_bench.utils.errors import ConfigError
 from torch import nn
 
+from antidote_bench.utils import device, distributed, parsing
+from antidote_bench.utils.errors import ConfigError
 from tests import distributed_training
 from tests.helpers import ROOT
 

@@ -4,9 +4,9 @@ import re
 import shlex
 
 import pytest
+
 from antidote_bench.utils import files
 from antidote_bench.utils.sweep import grid
-
 from benchmarks import tables
 from compare import main
 from tests.helpers import ROOT

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from antidote_bench.utils import evaluation
 from antidote_bench.utils.data import loader
 from antidote_bench.utils.data.dataset import Split
-from torch import nn
 
 
 class Reader(nn.Module):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 from antidote_bench.utils import files
-
 from tests.helpers import ROOT
 
 SCRIPT = '''"""Shrink: scale down the weights of the last layer.

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import fmp
 from antidote_bench.utils import seeds
 from antidote_bench.utils.data import dataset
@@ -12,10 +16,6 @@ from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair import fmp_released as released
 from antidote_bench.utils.repair import layers
 from antidote_bench.utils.repair.defender import Defender
-from safetensors.torch import load_file
-from torch import nn
-
-from antidote_bench import models
 
 SPEC = Spec("digits", 10, 32, (0.3, 0.3, 0.3), (0.35, 0.35, 0.35), False, {})
 

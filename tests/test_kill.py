@@ -7,8 +7,8 @@ import os
 import shutil
 
 import pytest
-from antidote_bench.utils import files
 
+from antidote_bench.utils import files
 from tests import start
 from tests.helpers import ROOT, image_folders
 

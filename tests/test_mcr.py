@@ -6,14 +6,14 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import mcr
 from antidote_bench.utils import files, seeds, train
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair import selection
-from torch import nn
-
-from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 from tests.test_train import Double, model, split, weights

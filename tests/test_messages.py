@@ -11,6 +11,7 @@ import time
 
 import pytest
 import yaml
+
 from antidote_bench.attack.badnet import Config as BadNet
 from antidote_bench.attack.wanet import Config as WaNet
 from antidote_bench.defense.ft import Config as FT
@@ -19,7 +20,6 @@ from antidote_bench.utils import backdoorbench, config, parsing
 from antidote_bench.utils.config import Attack
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.record import results
-
 from tests.helpers import ROOT, names
 
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from antidote_bench.models.split import SPLITS, split
-from antidote_bench.utils.errors import ConfigError
 from torch import nn
 
 from antidote_bench import models
+from antidote_bench.models.split import SPLITS, split
+from antidote_bench.utils.errors import ConfigError
 
 CLASSES = 7
 SMALL_NETS = [

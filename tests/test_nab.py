@@ -5,15 +5,15 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from antidote_bench import models
 from antidote_bench.defense import nab
 from antidote_bench.utils import evaluation, train
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.repair import isolation
-from safetensors.torch import load_file
-
-from antidote_bench import models
 from tests.test_abl import planted
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results

@@ -8,14 +8,14 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from antidote_bench.defense import nc
-from antidote_bench.utils import seeds
-from antidote_bench.utils.data.dataset import Spec, Split
-from antidote_bench.utils.errors import ConfigError
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from antidote_bench.defense import nc
+from antidote_bench.utils import seeds
+from antidote_bench.utils.data.dataset import Spec, Split
+from antidote_bench.utils.errors import ConfigError
 from tests.helpers import ROOT
 from tests.test_fmp import found_record
 from tests.test_scripts import results

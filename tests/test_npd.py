@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from antidote_bench.defense import npd
-from antidote_bench.utils.data import dataset
-from antidote_bench.utils.errors import ConfigError
-from antidote_bench.utils.repair.unlearning import EvaluationMode
 from safetensors.torch import load_file
 from torch import nn
 
 from antidote_bench import models
+from antidote_bench.defense import npd
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair.unlearning import EvaluationMode
 from tests.test_fmp import SPEC, found_record
 from tests.test_sau import network, softmax
 from tests.test_scripts import results

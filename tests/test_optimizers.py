@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from antidote_bench.utils import optimizers
 from torch import nn
+
+from antidote_bench.utils import optimizers
 
 USUAL = {
     "lr": 0.1,

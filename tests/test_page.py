@@ -14,11 +14,11 @@ import sys
 import time
 
 import pytest
-from antidote_bench.utils.errors import RefusedError
-from antidote_bench.utils.report import curves, images, page, palette, published, runs, tables
 from PIL import Image
 
 import compare
+from antidote_bench.utils.errors import RefusedError
+from antidote_bench.utils.report import curves, images, page, palette, published, runs, tables
 from tests.test_compare import ROOT, attack, defense, edit_record, sha256
 
 HOSTILE = (

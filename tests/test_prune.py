@@ -11,6 +11,10 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import anp, fp, rnp
 from antidote_bench.utils import parsing
 from antidote_bench.utils import run as protocol
@@ -20,10 +24,6 @@ from antidote_bench.utils.evaluation import Evaluator, TestSets, predict
 from antidote_bench.utils.features import last_features, last_linear
 from antidote_bench.utils.repair import masks, selection
 from antidote_bench.utils.repair.layers import batch_norms
-from safetensors.torch import load_file
-from torch import nn
-
-from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 
 SCRIPTS = [fp, anp, rnp]

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import yaml
-from antidote_bench.utils import files
 from PIL import Image
 
+from antidote_bench.utils import files
 from benchmarks import speed
 from tests.helpers import ROOT, few, names
 

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+
 from antidote_bench.attack.badnet import Config as BadNet
 from antidote_bench.defense.ft import Config
 from antidote_bench.utils import checkpoint, evaluation, files
@@ -20,7 +21,6 @@ from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError
 from antidote_bench.utils.record import claim, contents
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.repair.defender import Defender
-
 from tests.helpers import image_folders
 
 CPU = torch.device("cpu")

@@ -32,13 +32,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import fmp, ft
 from antidote_bench.defense import trap_and_replace as tar
 from antidote_bench.utils import seeds
 from antidote_bench.utils.data.dataset import Spec, Split, balanced_subset
-from torch import nn
-
-from antidote_bench import models
 from tests.test_fmp import found_record
 from tests.test_train import weights
 

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from antidote_bench.defense import sau
-from antidote_bench.utils.repair.unlearning import EvaluationMode, unlikelihood
 from torch import nn
 
 from antidote_bench import models
+from antidote_bench.defense import sau
+from antidote_bench.utils.repair.unlearning import EvaluationMode, unlikelihood
 from tests.test_fmp import found_record
 from tests.test_scripts import results
 from tests.test_train import weights

@@ -19,6 +19,8 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+
+from antidote_bench import models
 from antidote_bench.defense.ft import Config as FT
 from antidote_bench.utils import parsing
 from antidote_bench.utils import run as protocol
@@ -26,8 +28,6 @@ from antidote_bench.utils.config import Attack
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.poisoning import attacker
-
-from antidote_bench import models
 from tests.conftest import QUICK
 from tests.helpers import ROOT, few, names
 

@@ -9,6 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as tv
+from safetensors.torch import load_file
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import d_br, d_st
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError, UserError
@@ -16,10 +20,6 @@ from antidote_bench.utils.features import last_linear
 from antidote_bench.utils.repair import sensitivity
 from antidote_bench.utils.repair.sensitivity import CLEAN, POISONED, UNKNOWN
 from antidote_bench.utils.train import victim_architecture
-from safetensors.torch import load_file
-from torch import nn
-
-from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 from tests.test_scripts import results
 

@@ -8,6 +8,8 @@ import importlib
 import pytest
 import safetensors.torch
 import torch
+
+from antidote_bench import models
 from antidote_bench.attack import blind, inputaware, lc, lira
 from antidote_bench.utils import parsing, run, train
 from antidote_bench.utils.data import dataset
@@ -15,8 +17,6 @@ from antidote_bench.utils.data.dataset import Dataset, Spec, Split
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Attacker
-
-from antidote_bench import models
 from tests.helpers import ROOT, names
 
 CLASSES, TRAIN, TEST, SIZE = 10, 1200, 40, 16

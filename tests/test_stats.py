@@ -9,16 +9,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from antidote_bench.defense import bnp, clp, ep
-from antidote_bench.utils import parsing
-from antidote_bench.utils.data import dataset
-from antidote_bench.utils.errors import ConfigError, RefusedError
-from antidote_bench.utils.repair import layers
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from antidote_bench import models
+from antidote_bench.defense import bnp, clp, ep
+from antidote_bench.utils import parsing
+from antidote_bench.utils.data import dataset
+from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.repair import layers
 from tests.helpers import few
 from tests.test_fmp import SPEC, found_record, network
 

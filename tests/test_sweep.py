@@ -11,11 +11,11 @@ import time
 
 import pytest
 import yaml
+
 from antidote_bench.utils import files, parsing
 from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.record import claim, folder
 from antidote_bench.utils.sweep import grid, launchers
-
 from tests.helpers import ROOT, names
 
 QUICK = {"epochs": 1, "width": 8}

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.utils import launch, seeds, train
 from antidote_bench.utils.data import loader
 from antidote_bench.utils.data.dataset import Spec, Split
 from antidote_bench.utils.data.memmap import MemmapImages, replaced
 from antidote_bench.utils.errors import RefusedError, UserError
 from antidote_bench.utils.poisoning import poison
-from torch import nn
-
-from antidote_bench import models
 
 SPEC = Spec("x", 4, 32, (0.5,) * 3, (0.25,) * 3, True, {})
 

@@ -5,6 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import trap_and_replace as tar
 from antidote_bench.models.split import split
 from antidote_bench.utils.data import dataset
@@ -13,10 +17,6 @@ from antidote_bench.utils.optimizers import adam
 from antidote_bench.utils.repair.layers import frozen
 from antidote_bench.utils.repair.unlearning import EvaluationMode
 from antidote_bench.utils.train import build_seeded_model
-from safetensors.torch import load_file
-from torch import nn
-
-from antidote_bench import models
 from tests.test_fmp import SPEC, found_record
 
 

@@ -15,6 +15,9 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
+from PIL import EpsImagePlugin, Image
+
+from antidote_bench import models
 from antidote_bench.attack import (
     adaptive_blend,
     bpp,
@@ -34,9 +37,6 @@ from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.features import features_of
 from antidote_bench.utils.poisoning import generator, inversion, patterns, poison
 from antidote_bench.utils.poisoning.attacker import Attacker
-from PIL import EpsImagePlugin, Image
-
-from antidote_bench import models
 from tests.helpers import ROOT, names
 
 SPEC = Spec("cifar10", 10, 32, (0.5,) * 3, (0.25,) * 3, True, {})

@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.defense import ft_sam, i_bau, nad
 from antidote_bench.utils import seeds, train
 from antidote_bench.utils.data.dataset import Spec
 from antidote_bench.utils.data.loader import augmentation, mixed_precision
 from antidote_bench.utils.errors import ConfigError
-from safetensors.torch import load_file
-from torch import nn
-
-from antidote_bench import models
 from tests.test_fmp import found_record
 from tests.test_train import SPEC, Double, model, options, split, weights
 

@@ -5,8 +5,9 @@ import logging
 from contextlib import contextmanager
 
 import numpy as np
-from antidote_bench.utils.errors import UserError
 from PIL import Image, ImageDraw
+
+from antidote_bench.utils.errors import UserError
 
 SIDE, GAP, MARGIN = 128, 6, 92  # pixels
 DPI = 100

@@ -5,10 +5,11 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
+
 from antidote_bench.utils import files
 from antidote_bench.utils.errors import RefusedError
 from antidote_bench.utils.optimizers import states
-from torch import nn
 
 
 def save(path, model, optimizer, epoch, memory=None):

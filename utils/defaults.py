@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import yaml
+
 from antidote_bench.utils import config
 from antidote_bench.utils.config import Attack, Defense
 from antidote_bench.utils.errors import ConfigError

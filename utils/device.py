@@ -7,6 +7,7 @@ import sys
 
 import psutil
 import torch
+
 from antidote_bench.utils import distributed
 from antidote_bench.utils.errors import ConfigError
 

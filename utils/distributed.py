@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from antidote_bench.utils.errors import ConfigError, UserError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from antidote_bench.utils.errors import ConfigError, UserError
 
 # the first process may make a trigger, and train a clean model for it, while the others wait
 PATIENCE = timedelta(days=1)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.data.loader import forward_all
 

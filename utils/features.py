@@ -1,8 +1,9 @@
 """The features of a network: the input of its last linear layer."""
 
+from torch import nn
+
 from antidote_bench.utils.data.loader import forward_all
 from antidote_bench.utils.errors import ConfigError
-from torch import nn
 
 
 def last_linear(model):

@@ -14,6 +14,7 @@ from typing import NamedTuple, get_args, get_type_hints
 
 import jsonargparse
 import yaml
+
 from antidote_bench.utils import backdoorbench, config
 from antidote_bench.utils.config import SWITCHES, Defense, declared, idle
 from antidote_bench.utils.defaults import (

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from antidote_bench import models
 from antidote_bench.utils import distributed, files, seeds, train
 from antidote_bench.utils.config import Attack, digest
 from antidote_bench.utils.data import dataset, sources
@@ -27,8 +29,6 @@ from antidote_bench.utils.poisoning.poison import Cover
 from antidote_bench.utils.record import claim, contents, results
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.repair.defender import Defender
-
-from antidote_bench import models
 
 # the clean model behind a trigger is not the victim of any seed a user would give
 CLEAN = {

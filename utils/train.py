@@ -9,6 +9,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from antidote_bench import models
 from antidote_bench.utils import checkpoint as checkpoints
 from antidote_bench.utils import distributed, seeds
 from antidote_bench.utils.data.loader import (
@@ -20,10 +24,6 @@ from antidote_bench.utils.data.loader import (
 )
 from antidote_bench.utils.errors import UserError
 from antidote_bench.utils.optimizers import OPTIMIZERS, set_rate
-from torch import nn
-from tqdm import tqdm
-
-from antidote_bench import models
 
 # training images, evenly spaced, that a network without learned first layer is fitted to
 FITTED = 5000

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
 from antidote_bench.utils import distributed, files, seeds
 from antidote_bench.utils.data import images as image_files
 from antidote_bench.utils.data import sources

@@ -7,9 +7,10 @@ import zlib
 from functools import cache
 
 import numpy as np
+from PIL import Image, features
+
 from antidote_bench.utils.errors import MissingError
 from antidote_bench.utils.text import printable
-from PIL import Image, features
 
 # Pillow recognises a file by its content, whatever its name is. These formats are decoded by Pillow
 # itself. Left out are those that start another program (EPS: Ghostscript), leave it to Windows

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils.data.memmap import MemmapImages
 
 EVALUATION_BATCH = 250  # images per forward pass without a gradient

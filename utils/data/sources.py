@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
 from antidote_bench.utils.data import images as image_files
 from antidote_bench.utils.data.images import shown
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
-from PIL import Image
-from tqdm import tqdm
 
 SIDES = {"digits": 32, "cifar10": 32, "cifar100": 32, "gtsrb": 32, "tiny": 64}
 NAMES = [*SIDES, "folder"]

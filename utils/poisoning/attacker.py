@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import safetensors
 import torch
+
 from antidote_bench.utils import checkpoint, files, seeds
 from antidote_bench.utils.record.folder import TRIGGER
 

@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
+
 from antidote_bench.utils import seeds
 from antidote_bench.utils.data.loader import mixed_precision, to_unit
 from antidote_bench.utils.features import features_of, last_linear
 from antidote_bench.utils.poisoning import patterns
 from antidote_bench.utils.poisoning.generator import descend
-from tqdm import tqdm
 
 NEURONS = 2  # features that an inverted pattern is made for
 SAMPLE = 1000  # training images that say how active a feature usually is

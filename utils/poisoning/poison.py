@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import seeds
 from antidote_bench.utils.data import images as image_files
 from antidote_bench.utils.data.dataset import Split

@@ -6,6 +6,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
+from antidote_bench import models
 from antidote_bench.utils import checkpoint, distributed
 from antidote_bench.utils.charts import preview
 from antidote_bench.utils.data import dataset
@@ -16,9 +19,6 @@ from antidote_bench.utils.evaluation import TestSets
 from antidote_bench.utils.record import claim, results, schema
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.text import cut
-from torch import nn
-
-from antidote_bench import models
 
 POISON, COVER = 1, 2  # kinds of changed training images: poisoned; changed, but with the true label
 PREVIEWED = 8  # images in preview.png

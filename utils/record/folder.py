@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import yaml
+
 from antidote_bench.utils import files
 from antidote_bench.utils.errors import MissingError, RefusedError
 from antidote_bench.utils.text import cut

@@ -5,12 +5,11 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from antidote_bench import models
 from antidote_bench.utils import VERSION, distributed, evaluation, files, parsing
 from antidote_bench.utils import config as options
 from antidote_bench.utils import device as devices
 from antidote_bench.utils.record.folder import ATTACK_COLUMNS, RESULT_COLUMNS
-
-from antidote_bench import models
 
 # options that `recipe` names where they differ from these values
 USUAL_RECIPE = {

@@ -3,12 +3,12 @@
 import io
 
 import torch
+
+from antidote_bench import models
 from antidote_bench.utils import files
 from antidote_bench.utils.data import sources
 from antidote_bench.utils.record.folder import RESULT_COLUMNS
 from antidote_bench.utils.text import cut
-
-from antidote_bench import models
 
 LARGEST_SIDE = 4096  # pixels
 MOST_ROWS = 100_000  # of a log.csv

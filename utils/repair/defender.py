@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from antidote_bench.utils import checkpoint, files
 from antidote_bench.utils.data.dataset import Spec, Split
 from antidote_bench.utils.record.folder import OWN

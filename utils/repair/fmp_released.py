@@ -8,11 +8,12 @@ import operator
 
 import numpy as np
 import torch
+from torch import nn
+
 from antidote_bench.models import Normalize
 from antidote_bench.utils import seeds
 from antidote_bench.utils.data.loader import augmentation
 from antidote_bench.utils.errors import ConfigError
-from torch import nn
 
 FEW = 32  # scored images
 

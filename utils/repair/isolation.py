@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils.data.loader import forward_all
 from antidote_bench.utils.device import exact
 from antidote_bench.utils.train import Recipe, augmentation_of, fit, victim_architecture

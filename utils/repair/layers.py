@@ -7,10 +7,11 @@ import sys
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+
 from antidote_bench.utils.data.loader import EVALUATION_BATCH, batches, evaluating
 from antidote_bench.utils.device import exact
 from antidote_bench.utils.errors import ConfigError
-from torch import nn
 
 
 @contextmanager

@@ -5,12 +5,13 @@ import sys
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+from torch.func import functional_call
+
 from antidote_bench.utils.data.loader import augmentation, evaluating
 from antidote_bench.utils.repair import selection
 from antidote_bench.utils.repair.layers import frozen
 from antidote_bench.utils.train import Recipe, fit
-from torch import nn
-from torch.func import functional_call
 
 THRESHOLDS = tuple(step / 20 for step in range(19))  # 0 to 0.9, from weak to strong
 REPORTS = 20  # epochs of a mask after which the evaluator measures it

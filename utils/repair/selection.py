@@ -6,6 +6,7 @@ by the test set instead, which is `--selection oracle` here.
 """
 
 import torch
+
 from antidote_bench.utils import files, seeds
 from antidote_bench.utils.data.dataset import balanced_subset
 from antidote_bench.utils.errors import ConfigError

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+
 from antidote_bench.utils import seeds
 from antidote_bench.utils.data.loader import forward_all
 from antidote_bench.utils.features import features_of

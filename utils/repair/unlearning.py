@@ -4,9 +4,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from antidote_bench.utils.features import last_linear
 from antidote_bench.utils.repair.layers import frozen
-from torch import nn
 
 
 class EvaluationMode(nn.Module):

@@ -8,6 +8,7 @@ import json
 import os
 
 import yaml
+
 from antidote_bench.utils.errors import RefusedError
 from antidote_bench.utils.record import folder
 from antidote_bench.utils.text import one_line

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from antidote_bench import models
 from antidote_bench.utils import config, parsing
 from antidote_bench.utils.data import sources
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
 from antidote_bench.utils.record import claim, folder
 from antidote_bench.utils.record.folder import DONE, NEW, PARTIAL
 from antidote_bench.utils.sweep.launchers import INTERRUPTED, last_exit_code
-
-from antidote_bench import models
 
 AXES = ("dataset", "model", "pratio", "seed", "attack", "defense")
 OPTIONS = ("attack_options", "defense_options")
