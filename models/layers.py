@@ -20,3 +20,12 @@ class Scale(nn.Module):
 
     def forward(self, x):
         return x * self.factor
+
+
+def without_inplace(network):
+    """`network`, whose activations from now on work on a copy, so that a forward hook can keep the
+    output of any layer."""
+    for module in network.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    return network

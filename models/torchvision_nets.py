@@ -21,6 +21,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from antidote_bench.models.layers import without_inplace
+
 SMALL = 64  # pixels; up to this side the field gives ResNets a stem that keeps the resolution
 VIT_SIDE = 224  # pixels
 
@@ -53,9 +55,7 @@ def build(name, classes, size):
     """The torchvision network `name` for images of `size` pixels a side: float N,3,size,size ->
     logits N,classes."""
     network = torchvision.models.get_model(name, weights=None, num_classes=classes)
-    for module in network.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
+    network = without_inplace(network)
     if name.startswith("resnet") and size <= SMALL:
         small_stem(network)
     if name == "vit_b_16" and size != VIT_SIDE:
