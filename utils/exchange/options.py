@@ -1,0 +1,104 @@
+"""Options of convert.py. Imports no torch."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from antidote_bench.utils.config import Attack, Common, option, require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Imported(Attack):
+    """Options of a victim that was trained elsewhere.
+
+    They are those of an attack, so that a defense finds in the record what it takes over from a
+    victim: say how it was trained (--lr, --batch_size, ...) as far as it is known.
+    """
+
+    trained_here: ClassVar[bool] = False
+
+    source: str = option(identity=False)
+    """what is imported; the first word after the name of the command is the same"""
+    digest: str | None = None
+    """first 12 hexadecimal digits of the sha256 of the file with the weights; an import of another
+    file is refused. By default they are measured and kept in the record"""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """of the measurement; auto: bf16 where the device computes in it"""
+    poisoned_share: float | None = option(None, at_least=0, at_most=1)
+    """poisoned share of the training set, if it is known; 0 for a benign model"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_digest(self.digest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromWeights(Imported):
+    trigger: str | None = None
+    """attack whose trigger the model knows; the options of that attack are then options here. By
+    default no trigger is known, and ASR and RA stay empty"""
+    triggered_path: str | None = option(None, identity=False, needs={"trigger": None})
+    """folder of triggered test images instead: <true class>/<position in the test set>.png, where
+    the class is a number"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromBackdoorBench(Imported):
+    attack: str | None = None
+    """name of the attack, which attack_result.pt does not say; by default the name of an attack
+    that the folder's name contains"""
+    dataset: str | None = None
+    """data set as it is called here; by default the one that the record names"""
+    model: str | None = None
+    """architecture as it is called here; by default the one that the record names"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromImages(Attack):
+    source: str = option(identity=False)
+    """folder with images.csv, as to-images writes it; the first word after the name of the command
+    is the same"""
+    digest: str | None = None
+    """first 12 hexadecimal digits of the sha256 of images.csv; a training on another list is
+    refused. By default they are measured and kept in the record"""
+    pratio: float | None = option(None, identity=False, at_least=0, at_most=1)
+    """left out: images.csv says what is poisoned"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_digest(self.digest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Common):
+    """Options of what leaves a record."""
+
+    result_file: str = option(identity=False)
+    """record to export: a folder's path, or its name below record_path; the first word after the
+    name of the command is the same"""
+    output: str = option(identity=False)
+    """folder to write, which must not exist yet"""
+    dataset_path: str | None = option(None, identity=False)
+    """where the record's data set lies; by default where the attack found it"""
+    allow_other_data: bool = option(False, identity=False)
+    """export a record although the data set here has other pixels than the one it was made on"""
+    model_file: str | None = option(None, identity=False)
+    """path/to/file.py:function of the record's model, where that is one from a file: it is executed
+    only if you name it"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToImages(Export):
+    only_changed: bool = option(False, identity=False)
+    """write only the training images that were changed and the triggered test images, which are
+    enough for from-images where the data set is there"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToBackdoorBench(Export):
+    pass
+
+
+def require_digest(digest):
+    """ConfigError unless `digest` has the form of one, or is None."""
+    right = digest is None or len(digest) == 12 and set(digest) <= set("0123456789abcdef")
+    require(right, "digest", "12 hexadecimal digits in lower case")
