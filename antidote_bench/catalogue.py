@@ -1,0 +1,130 @@
+"""What there is: attacks, defenses, detectors and models, with the facts to choose them by."""
+
+import difflib
+import importlib
+import re
+
+import pandas
+
+from antidote_bench import models
+from antidote_bench.utils import config
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.poisoning.options import CleanModelOptions
+
+
+def list_attacks(**facts) -> pandas.DataFrame:
+    """All attacks: `idea`, `arxiv` (number of the paper), `clean_label` (labels stay true),
+    `all2all` (whether every class can have a target of its own) and `uses_clean_model`.
+
+    Only those that have the `facts`, list_attacks(clean_label=True) say.
+    """
+    return _listed("attack", _facts_of_attack, facts)
+
+
+def list_defenses(**facts) -> pandas.DataFrame:
+    """All defenses: `idea`, `arxiv`, `stage` (repair or in-training), `needs_clean_images`,
+    `needs_training_set` (the poisoned one), `selection` (how settings are chosen) and `prior` (what
+    the defender is assumed to know).
+
+    Only those that have the `facts`, list_defenses(needs_clean_images=False) say.
+    """
+    return _listed("defense", _facts_of_defense, facts)
+
+
+def list_detectors(**facts) -> pandas.DataFrame:
+    """All detectors: `idea`, `arxiv`, `judges` (data, input or model), `needs_clean_images` and
+    `needs_training_set`.
+
+    Only those that have the `facts`, list_detectors(judges="model") say.
+    """
+    return _listed("detection", _facts_of_detector, facts)
+
+
+def list_models(**facts) -> pandas.DataFrame:
+    """All networks with a name of their own: `source` (antidote or torchvision), `default_width`
+    where the width can be chosen, and `smallest_image`, a side in pixels.
+
+    Only those that have the `facts`, list_models(source="torchvision") say.
+    """
+    columns = ["source", "default_width", "smallest_image"]
+    rows = {
+        name: {
+            "source": "torchvision" if name in models.TORCHVISION else "antidote",
+            "default_width": models.DEFAULT_WIDTH.get(name),
+            "smallest_image": 32 if name in models.FROM_32_PIXELS else 8,
+        }
+        for name in models.names()
+    }
+    frame = _framed(rows, columns).astype({"default_width": "Int64"})
+    return _having(frame, facts)
+
+
+def names(kind: str) -> list[str]:
+    """The scripts of a folder, attack, defense or detection."""
+    return sorted(path.stem for path in (config.ROOT / kind).glob("[a-z]*.py"))
+
+
+def module(kind: str, name: str):
+    """The module of a script; ConfigError where there is none of that name."""
+    known = names(kind)
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}? there are " if near else "there are "
+        raise ConfigError(f"unknown {kind} {name!r}; {hint}{', '.join(known)}")
+    return importlib.import_module(f"{config.PACKAGE}.{kind}.{name}")
+
+
+def _listed(kind, facts_of, facts):
+    rows = {}
+    for name in names(kind):
+        script = module(kind, name)
+        paper = re.search(r"arXiv\s+(\d{4}\.\d{4,5})", script.__doc__)
+        about = {
+            "idea": script.__doc__.partition("\n")[0].partition(": ")[2],
+            "arxiv": paper[1] if paper else None,
+        }
+        rows[name] = about | facts_of(script.Config)
+    return _having(_framed(rows, ["idea", "arxiv", *facts_of(None)]), facts)
+
+
+def _facts_of_attack(Config):
+    Config = Config or config.Attack
+    return {
+        "clean_label": Config.clean_label,
+        "all2all": not (Config.clean_label or Config.why_all2one),
+        "uses_clean_model": issubclass(Config, CleanModelOptions),
+    }
+
+
+def _facts_of_defense(Config):
+    options = (Config or config.Defense)(result_file="")
+    return {
+        "stage": options.stage,
+        "needs_clean_images": options.holds_clean,
+        "needs_training_set": options.needs_train_set or options.stage == "in-training",
+        "selection": options.selection,
+        "prior": options.prior,
+    }
+
+
+def _facts_of_detector(Config):
+    options = (Config or config.Detection)(result_file="")
+    return {
+        "judges": options.judges,
+        "needs_clean_images": options.holds_clean,
+        "needs_training_set": options.needs_train_set,
+    }
+
+
+def _framed(rows, columns):
+    frame = pandas.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return frame.rename_axis("name")
+
+
+def _having(frame, facts):
+    """The rows of a frame that have the facts; ConfigError for a fact that it has no column of."""
+    for name, value in facts.items():
+        if name not in frame:
+            raise ConfigError(f"unknown fact {name!r}; there are {', '.join(frame)}")
+        frame = frame[frame[name] == value]
+    return frame

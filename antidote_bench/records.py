@@ -1,0 +1,283 @@
+"""Records in Python: the model, the images, the figures, and any other model measured on them."""
+
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas
+import torch
+from torch import nn
+
+from antidote_bench import models
+from antidote_bench.utils import checkpoint, evaluation, files, parsing
+from antidote_bench.utils import device as devices
+from antidote_bench.utils.config import Defense
+from antidote_bench.utils.data.dataset import Spec, Split
+from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError
+from antidote_bench.utils.evaluation import TestSets
+from antidote_bench.utils.record import contents
+from antidote_bench.utils.record import folder as layout
+from antidote_bench.utils.report import detections as reported
+from antidote_bench.utils.report import runs
+from antidote_bench.utils.text import quoted
+
+# columns of results.csv that hold text, even where it looks like a number
+TEXT = (
+    "run", "dataset", "model", "attack", "label_mode", "recipe", "precision", "defense", "variant",
+    "stage", "selection", "prior", "device", "version", "config_hash", "detection", "judges",
+    "suspects",
+)  # fmt: skip
+
+
+class Measures(NamedTuple):
+    """ACC, ASR and RA as fractions; `asr` and `ra` are None where no image bears a trigger."""
+
+    acc: float
+    asr: float | None
+    ra: float | None
+
+    def __str__(self):
+        """In percent."""
+        shown = ("n/a" if value is None else f"{100 * value:.1f}" for value in self)
+        pairs = zip(("ACC", "ASR", "RA"), shown, strict=True)
+        return "  ".join(f"{name} {value}" for name, value in pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A finished attack: its options, its victim, and the images before and after the trigger.
+
+    Images are uint8 N,3,S,S, labels and true classes int64 N; `split.images`, `split.labels` and
+    `split.truth` are the parts of a split. All of it lies on `device`.
+    """
+
+    path: Path
+    attack: str
+    """name of the attack"""
+    measures: Measures
+    """ACC, ASR and RA of the victim, as the record states them"""
+    options: dict[str, Any] = field(repr=False)
+    """the content of config.yaml"""
+    spec: Spec = field(repr=False)
+    """the data set: `name`, `classes`, `size`, `class_names`, `mean`, `std`"""
+    model: nn.Module = field(repr=False)
+    """the victim, in evaluation mode; it takes float images in [0, 1]"""
+    train: Split = field(repr=False)
+    """the training set as the victim saw it; its `truth` is what its labels claim"""
+    clean_train: Split = field(repr=False)
+    """the same before the attack"""
+    poison_index: torch.Tensor = field(repr=False)
+    """positions of the poisoned images in the training set"""
+    cover_index: torch.Tensor = field(repr=False)
+    """positions of the training images that are changed and keep their label"""
+    test_sets: TestSets = field(repr=False)
+    """what models are measured on: `test`, and `backdoor` with triggers and the attacker's
+    labels"""
+    backdoor_index: torch.Tensor = field(repr=False)
+    """positions of the triggered images in the test set"""
+    settings: Defense = field(repr=False)
+    """where the data set lies, the device and the precision, as `load` was told"""
+    new_network: Callable[[], nn.Module] = field(repr=False)
+    """makes a network like the victim, with random weights"""
+
+    @property
+    def device(self) -> torch.device:
+        return self.test_sets.test.labels.device
+
+    @property
+    def before(self) -> torch.Tensor:
+        """The test images that get a trigger, without it."""
+        return self.test_sets.test.images[self.backdoor_index]
+
+    @property
+    def after(self) -> torch.Tensor:
+        """The same images with the trigger, as they are stored."""
+        return self.test_sets.backdoor.images
+
+    @cached_property
+    def trigger(self):
+        """The attack's `Trigger`, made again from the record's options and tensors.
+
+        Raises RefusedError where it does not give the images that the record holds.
+        """
+        from antidote_bench import triggers
+
+        return triggers.of_record(self)
+
+    @property
+    def results(self) -> pandas.DataFrame:
+        """The rows of results.csv, of the victim and of all defenses that were run on it."""
+        return results(self.path)
+
+    @property
+    def detections(self) -> pandas.DataFrame:
+        """The same of all detectors."""
+        return detections(self.path)
+
+    def repaired(self, name: str) -> "Repaired":
+        """The finished defense in the folder defense/<name> of the record.
+
+        Raises RefusedError where it is damaged, or repaired another victim.
+        """
+        return _load_repaired(self, name)
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """A finished defense: its options, and the model that it made of the victim."""
+
+    path: Path
+    defense: str
+    before: Measures
+    """of the victim"""
+    after: Measures
+    """of the model that the defense returned"""
+    options: dict[str, Any] = field(repr=False)
+    """the content of its config.yaml"""
+    row: pandas.Series = field(repr=False)
+    """the row of results.csv"""
+    _record: Record = field(repr=False)
+    _info: dict = field(repr=False)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The repaired model, in evaluation mode on the device of the record."""
+        return _rebuilt(self._record, self.path, self._info)
+
+
+def load(record: str | Path, **options) -> Record:
+    """The record in a folder, or of that name below `record_path`.
+
+    `options` are those that every defense has: `record_path`, `dataset_path`, `cache_path`,
+    `device`, `precision`, `download` and others. Every file is checked first, and nothing in the
+    record is executed. Raises MissingError where the record or its data set is not there, and
+    RefusedError where the record is damaged.
+    """
+    words = parsing.words({**options, "result_file": record})
+    settings, device = devices.setup(parsing.parse(Defense, words))
+    path = settings.record
+    info = contents.open_record(path)
+    loaded = contents.load(path, settings, device, info)
+    _, measures = contents.read_measures(path, info)
+    return Record(
+        path,
+        info["name"],
+        _measures(measures),
+        contents.read_options(path, info),
+        loaded.spec,
+        loaded.model.eval(),
+        loaded.train,
+        loaded.clean,
+        (loaded.kinds == contents.POISON).nonzero().flatten(),
+        (loaded.kinds == contents.COVER).nonzero().flatten(),
+        loaded.test_sets,
+        loaded.backdoor_index,
+        settings,
+        partial(models.build, loaded.name, loaded.spec, loaded.width),
+    )
+
+
+def evaluate(model: nn.Module, on: Record | TestSets, precision: str | None = None) -> Measures:
+    """ACC, ASR and RA of any network, N,3,S,S in [0, 1] -> logits N,classes.
+
+    `on` is a record, or test sets of your own: TestSets(Split(images, labels, truth), the same with
+    triggers), images uint8, or float in [0, 1]. `precision` is fp32 or bf16, by default that of the
+    record, and fp32 without one. The network stays on its device, which must be that of the images,
+    and in its mode.
+    """
+    test_sets, usual = (on.test_sets, on.settings.precision) if isinstance(on, Record) else (on, "")
+    precision = precision or usual or "fp32"
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision must be fp32 or bf16, not {quoted(precision)}")
+    here, there = test_sets.test.labels.device, next(model.parameters(), test_sets.test.labels)
+    if here.type != there.device.type:
+        raise ConfigError(
+            f"the model is on {there.device} and the images are on {here}: move the model there "
+            f"with .to({str(here)!r})"
+        )
+    return _measures(evaluation.evaluate(model, test_sets, precision))
+
+
+def results(*folders: str | Path) -> pandas.DataFrame:
+    """The results of all finished attacks and defenses at or below `folders`, a row for each.
+
+    The column `run` is the run's folder, the others are those of results.csv; shares are fractions.
+    A warning names every run that is left out, because it is damaged or unfinished.
+    """
+    (others, _), left_out = _search(folders)
+    found, damaged = runs.read_all(others)
+    return _frame(found, layout.RESULT_COLUMNS, [*left_out, *damaged])
+
+
+def detections(*folders: str | Path) -> pandas.DataFrame:
+    """The same of all finished detectors."""
+    (_, judged), left_out = _search(folders)
+    found, damaged = reported.read_all(judged)
+    return _frame(found, layout.DETECTION_COLUMNS, [*left_out, *damaged])
+
+
+def _search(folders):
+    """((folders of attacks and defenses, folders of detectors), [(path, why it is left out)])"""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise MissingError(f"there is no folder {folder}")
+    paths, links = runs.search(folders)
+    return reported.split(paths), links
+
+
+def _frame(found, columns, left_out=()):
+    """Rows of text as a frame, in which numbers are numbers and empty fields are missing."""
+    for path, why in left_out:
+        warnings.warn(f"{path} is left out: {why}", stacklevel=3)
+    rows = [{"run": str(run.path), **run.row} for run in found]
+    columns = dict.fromkeys(["run", *columns, *(name for row in rows for name in row)])
+    types = {name: str for name in TEXT if name in columns}
+    text = io.StringIO(files.csv_text(rows, list(columns)))
+    return pandas.read_csv(text, dtype=types, keep_default_na=False, na_values=[""])
+
+
+def _measures(values):
+    return Measures(values["acc"], values["asr"], values["ra"])
+
+
+def _load_repaired(record, name):
+    """The `Repaired` in a folder of a record."""
+    path = record.path / layout.DEFENSES / name
+    if not path.is_dir():
+        raise MissingError(f"{record.path} has no defense {quoted(name)}: run_defense runs one")
+    info = layout.verify(path, "defense")
+    victim = layout.verify(record.path, "attack")["files"][layout.WEIGHTS]
+    if info.get("victim_sha256") != victim:
+        raise RefusedError(f"{path} repaired another victim than the one of {record.path}")
+    run = runs.read_run(path, {})
+    row = _frame([run], layout.RESULT_COLUMNS).iloc[0]
+    before, after = (
+        Measures(*(None if pandas.isna(row[key]) else float(row[key]) for key in keys))
+        for keys in (("acc_before", "asr_before", "ra_before"), ("acc", "asr", "ra"))
+    )
+    defense, options = run.row["defense"], layout.read_options(path)
+    return Repaired(path, defense, before, after, options, row, record, info)
+
+
+def _rebuilt(record, path, info):
+    """The model of a defense, whose network may have layers that the victim's has not."""
+    from antidote_bench import catalogue
+
+    name = info["name"]
+    if name not in catalogue.names("defense"):
+        raise RefusedError(f"{path} is of a defense {quoted(name)}, which is not known here")
+    weights = checkpoint.from_bytes(layout.read_checked(path, layout.WEIGHTS, info), path)
+    rebuild = getattr(catalogue.module("defense", name), "rebuild", None)
+    model = record.new_network()
+    try:
+        if rebuild:
+            model = rebuild(model, weights)
+        else:
+            model.load_state_dict(weights)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise RefusedError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    return model.to(record.device).eval()
