@@ -1,0 +1,1 @@
+"""One file per detector: `score(model, record, config)` -> a score for each image, or a Finding."""
