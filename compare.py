@@ -12,7 +12,8 @@ differ only in their seeds share a cell: mean ± sample standard deviation (numb
 that are left out are listed with the reason.
 
 --table  cells: every attack and defense. overview: means only, and how many runs each defense
-repaired. attacks: the victims, with what they cost.
+repaired. ranking: the defenses in order, their means over the attacks and their costs. attacks:
+the victims, with what they cost. detection: what detectors find.
 --html writes one page that works offline: a leaderboard to sort and filter, charts, images of the
 triggers, and the command behind every cell. --figures writes figures for a paper. --published adds
 what others report, from benchmarks/published.csv; their recipe may differ.
@@ -28,32 +29,41 @@ from pathlib import Path
 
 from antidote_bench.utils.errors import MissingError, RefusedError, UserError
 from antidote_bench.utils.files import write
-from antidote_bench.utils.report import formats, page, published, summaries
+from antidote_bench.utils.report import detections, formats, page, published, ranking, summaries
 from antidote_bench.utils.report.runs import read_all, read_table, search
 from antidote_bench.utils.report.tables import group
 from antidote_bench.utils.text import one_line
 
-TABLES = {"cells": formats.cells, "overview": summaries.overview, "attacks": summaries.attacks}
+TABLES = {
+    "cells": formats.cells,
+    "overview": summaries.overview,
+    "ranking": ranking.ranking,
+    "attacks": summaries.attacks,
+}
+DETECTION = "detection"  # the table of detectors, which have no ACC, ASR and RA
 
 
 def compare(options):
     """Do what the options say; MissingError or RefusedError where there is nothing to show."""
     reported = published.read() if options.published else {}
-    runs, left_out, count = read(options.folders)
-    tables = group(runs)
+    runs, detected, left_out, count = read(options.folders)
+    tables, judged = group(runs), detections.group(detected)
     readable = options.format in ("text", "markdown") and not options.output
-    if runs:
-        content = TABLES[options.table](tables, options.format, reported)
+    if runs or detected:
+        if options.table == DETECTION:
+            content = detections.show(judged, options.format)
+        else:
+            content = TABLES[options.table](tables, options.format, reported)
         if options.output:
             save(options.output, content)
         say(f"table written to {options.output}\n" if options.output else content, end="")
     if left_out:
         list_left_out(left_out, options.format, sys.stdout if readable else sys.stderr)
-    if not runs:
+    if not runs and not detected:
         raise RefusedError(f"all {count} runs found are damaged or unfinished")
     stream = sys.stdout if readable or options.output else sys.stderr
     if options.html:
-        save(options.html, page.build(tables, left_out, reported))
+        save(options.html, page.build(tables, left_out, reported, judged))
         say(f"page written to {options.html}", stream)
     if options.figures:
         from antidote_bench.utils.report import figures  # heavy
@@ -62,7 +72,8 @@ def compare(options):
 
 
 def read(places):
-    """(runs, [(path, why it is left out)], how many were found) in folders and tables."""
+    """(runs, detections, [(path, why it is left out)], how many were found) in folders and
+    tables."""
     results = [Path(name) for name in places if os.path.isfile(name) and name.endswith(".csv")]
     folders = [name for name in places if Path(name) not in results]
     left_out = [(folder, "no such folder") for folder in folders if not os.path.isdir(folder)]
@@ -73,14 +84,20 @@ def read(places):
             "record/" + (f"; {links[0][0]} is {links[0][1]}" if links else "")
         )
     left_out += links
-    runs, damaged = read_all(paths)
+    others, judged = detections.split(paths)
+    runs, damaged = read_all(others)
+    detected, refused = detections.read_all(judged)
+    damaged += refused
     for path in results:
         try:
             more, refused = read_table(path)
         except RefusedError as error:
-            more, refused = [], [(path, error)]
+            damaged.append((path, error))
+            continue
         runs, damaged = runs + more, damaged + refused
-    return runs, left_out + damaged, len(paths) + len(results)
+        more, refused = detections.read_table(path)
+        detected, damaged = detected + more, damaged + refused
+    return runs, detected, left_out + damaged, len(paths) + len(results)
 
 
 def list_left_out(left_out, form, stream):
@@ -141,7 +158,12 @@ def main(argv=None):
         help="a record, a folder of records, any folder above them, or a table that "
         "sweep.py --results has written",
     )
-    add("--table", choices=[*TABLES], default="cells", help="what to show; default: cells")
+    add(
+        "--table",
+        choices=[*TABLES, DETECTION],
+        default="cells",
+        help="what to show; default: cells",
+    )
     forms = ["text", "markdown", "csv", "latex"]
     add("--format", choices=forms, default="text", help="default: text")
     add("--output", type=Path, metavar="FILE", help="write the table to a file; do not print it")

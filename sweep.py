@@ -1,4 +1,4 @@
-"""Run a grid of attacks and defenses: skip what is done, resume what was interrupted.
+"""Run a grid of attacks, defenses and detectors: skip what is done, resume what was interrupted.
 
     python sweep.py config/sweep/demo.yaml --dry_run
     python sweep.py config/sweep/demo.yaml
@@ -37,6 +37,7 @@ from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.launch import guard
 from antidote_bench.utils.record import folder
 from antidote_bench.utils.sweep import grid, launchers
+from antidote_bench.utils.text import printable
 
 UNREADABLE = (  # what damaged results of a run raise
     UserError,
@@ -116,25 +117,39 @@ def _deadline(minutes):
 def _states(cells, options):
     """{path of a run: its state}."""
     states = grid.states(cells, options.record_path)
-    return _with_results(options.results, cells, states) if options.results else states
+    if not options.results:
+        return states
+    return _with_results(options.results, cells, states, options.record_path)
 
 
-def _with_results(path, cells, states):
+def _with_results(path, cells, states, records):
     """`states`, where the runs that the table at `path` has are RECORDED.
 
     A victim is RECORDED only if the table has all of its defenses.
     """
-    rows = {row["run"] for row in _rows(path)}
+    rows = {row["run"]: row for row in _rows(path)}
     needed = {
         cell.victim.path
         for cell in cells
         if cell.victim and str(cell.path) not in rows and states[cell.path] != folder.DONE
     }
     recorded = {cell.path for cell in cells if str(cell.path) in rows and cell.path not in needed}
+    _refuse_other_data(path, rows, [cell for cell in cells if cell.path in recorded], records)
     return {
         run: grid.RECORDED if run in recorded and state != folder.DONE else state
         for run, state in states.items()
     }
+
+
+def _refuse_other_data(path, rows, cells, records):
+    """ConfigError if a row of the table is of other data than the command of its run names."""
+    for run, prints in grid.fingerprints(cells, records).items():
+        mark = rows[str(run)].get("data_fingerprint")
+        if mark and mark != _mark(prints):
+            raise ConfigError(
+                f"--results {path} has the results of {run} on other data than --dataset_path "
+                "names now: name another file"
+            )
 
 
 def _rows(path):
@@ -198,8 +213,6 @@ def _row(cell, records):
     info = json.loads((place / folder.RECORD).read_text())
     folder.read_checked(place, folder.RESULTS, info)
     results = folder.read_results(place)
-    if None in results or None in results.values():
-        raise ValueError(f"{folder.RESULTS} has a line of another length than the first")
     float(results["acc"])  # a ValueError where it is none
     return {
         "run": str(cell.path),
@@ -212,18 +225,23 @@ def _row(cell, records):
 
 def _data_fingerprint(info):
     """The mark of a victim's data set, by which compare.py tells two of one name apart."""
-    prints = info.get("data", {}).get("fingerprint")
+    facts = info.get("data")
+    prints = facts.get("fingerprint") if isinstance(facts, dict) else None
     if not prints:
         return {}
-    mark = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
-    return {"data_fingerprint": mark[:12]}
+    return {"data_fingerprint": _mark(prints)}
+
+
+def _mark(prints):
+    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _without_places(command):
     """A command without the options that say where files lie on this machine."""
     words = shlex.split(command)
-    kept = {name: value for name, value in _pairs(words[2:]).items() if name not in PLACES}
-    return shlex.join([*words[:2], *parsing.words(kept)])
+    first = 3 if words[1] == "-m" else 2
+    kept = {name: value for name, value in _pairs(words[first:]).items() if name not in PLACES}
+    return shlex.join([*words[:first], *parsing.words(kept)])
 
 
 def _jobs(cells, states, options):
@@ -267,7 +285,7 @@ def _outcome(job, code):
 def _printed(log):
     """The lines that the scripts have printed into a log."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return [line for line in lines if not line.startswith("# ")]
+    return [printable(line) for line in lines if not line.startswith("# ")]
 
 
 def _last_lines(log):
@@ -293,9 +311,13 @@ def _report(cells, options):
 def _plan(cells, states, records):
     """Print the state, the folder and the command of every run."""
     for cell in cells:
-        print(f"{states[cell.path]:8} {records / cell.path}  {cell.command(records)}")
-    attacks = sum(cell.victim is None for cell in cells)
-    print(f"{_count(states)}: {attacks} attacks and {len(cells) - attacks} defenses")
+        run = f"{records / cell.path}  {cell.command(records)}"
+        print(f"{states[cell.path]:8} {printable(run)}")
+    count = collections.Counter(cell.kind for cell in cells)
+    repairs = f"{count['defense']} defenses"
+    if count["detection"]:
+        repairs = f"{repairs} and {count['detection']} detections"
+    print(f"{_count(states)}: {count['attack']} attacks and {repairs}")
 
 
 def _count(states):

@@ -44,7 +44,7 @@ from antidote_bench.utils.data.loader import augmentation, batches, mixed_precis
 from antidote_bench.utils.optimizers import OPTIMIZERS
 from antidote_bench.utils.poisoning import generator, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
-from antidote_bench.utils.train import build_model, trainable
+from antidote_bench.utils.train import new_victim, trainable
 
 WIDTHS = 32, 64, 128
 NORM, DIVERSITY = 100, 1  # weights in the loss
@@ -61,7 +61,7 @@ def prepare(config, attacker):
     pattern = generator.Autoencoder(3, 3, WIDTHS).to(device, memory_format=torch.channels_last)
     _learn_masks(mask.train(), attacker, config)
     mask.eval().requires_grad_(False)
-    victim = build_model(config.model, config.width, attacker.spec, train)
+    victim = new_victim(config, attacker.spec, train)
     victim.to(memory_format=torch.channels_last).train()
     _learn_patterns(pattern.train(), victim, mask, attacker, config)
     ratio = OTHERS / len(train)
@@ -115,7 +115,9 @@ def _learn_patterns(pattern, victim, mask, attacker, config):
     the border, where a crop cuts them off.
     """
     device = attacker.train.images.device
-    augment = augmentation(attacker.spec, config.pad, config.padding)
+    augment = augmentation(
+        attacker.spec, config.pad, config.padding, crop=config.crop, crop_area=config.crop_area
+    )
     relabel = poison.relabelling(config.label_mode, config.attack_target, attacker.spec.classes)
     pattern_optimizer, schedule = _adam(pattern, config.generator_epochs)
     victim_optimizer = OPTIMIZERS[config.optimizer](trainable(victim), config)

@@ -45,13 +45,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from antidote_bench.utils import run
-from antidote_bench.utils.data.loader import mixed_precision, to_unit
+from antidote_bench.utils.data.loader import gradient_batch, halving, mixed_precision, to_unit
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 
 # the mark in a left corner: 1 makes a pixel brighter, -1 darker
 CORNER = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [1, -1, 1]])
-CHUNK = 500  # images perturbed at once
+CHUNK = 500  # images perturbed at once, at most
 RECOGNISED = 0.05  # share of perturbed images above which the user is warned
 
 
@@ -62,12 +62,17 @@ def prepare(config, attacker):
     set, the number of its perturbation, or -1.
     """
     model, chosen = attacker.clean_model(), attacker.train[attacker.index]
-    changes, recognised = [], 0
-    for part in tqdm(torch.arange(len(chosen)).split(CHUNK), desc="perturbing", disable=None):
-        images, truth = to_unit(chosen.images[part]), chosen.truth[part]
-        change = perturbation(model, images, truth, config)
-        recognised += int((model((images + change).clamp(0, 1)).argmax(1) == truth).sum())
-        changes.append((change * 255).round().to(torch.int16))
+
+    def perturb(size):
+        changes, recognised = [], 0
+        for part in tqdm(torch.arange(len(chosen)).split(size), desc="perturbing", disable=None):
+            images, truth = to_unit(chosen.images[part]), chosen.truth[part]
+            change = perturbation(model, images, truth, config)
+            recognised += int((model((images + change).clamp(0, 1)).argmax(1) == truth).sum())
+            changes.append((change * 255).round().to(torch.int16))
+        return changes, recognised
+
+    changes, recognised = halving(perturb, gradient_batch(model, attacker.train.images, CHUNK))
     if recognised > RECOGNISED * len(chosen):
         print(
             f"warning: the clean model still recognises {recognised} of {len(chosen)} perturbed "

@@ -47,7 +47,7 @@ from antidote_bench.utils.data.loader import augmentation, batches, mixed_precis
 from antidote_bench.utils.optimizers import OPTIMIZERS
 from antidote_bench.utils.poisoning import generator, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
-from antidote_bench.utils.train import build_model, trainable
+from antidote_bench.utils.train import new_victim, trainable
 
 WIDTHS = 16, 32, 64, 128
 
@@ -60,7 +60,7 @@ def prepare(config, attacker):
     """
     train, device = attacker.train, attacker.train.images.device
     relabel = poison.relabelling(config.label_mode, config.attack_target, attacker.spec.classes)
-    victim = build_model(config.model, config.width, attacker.spec, train)
+    victim = new_victim(config, attacker.spec, train)
     victim = victim.to(memory_format=torch.channels_last).train()
     drawing = generator.Autoencoder(3, 3, WIDTHS)
     drawing = drawing.to(device, memory_format=torch.channels_last).train()
@@ -111,7 +111,9 @@ def _shuffled(config, attacker, epoch):
     """The augmented batches of an epoch."""
     train = attacker.train
     order = seeds.generator("lira", config.poison_seed, epoch, device=train.images.device)
-    augment = augmentation(attacker.spec, config.pad, config.padding)
+    augment = augmentation(
+        attacker.spec, config.pad, config.padding, crop=config.crop, crop_area=config.crop_area
+    )
     return batches(train, config.batch_size, generator=order, augment=augment, drop_last=True)
 
 

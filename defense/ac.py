@@ -44,28 +44,21 @@ if __name__ == "__main__":
     launch(Config)
 
 import sys
-import warnings
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA, FastICA
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import silhouette_score
-from tqdm import tqdm
 
-from antidote_bench.utils import run, seeds
+from antidote_bench.utils import run
+from antidote_bench.utils.detection.clusters import clusters
 from antidote_bench.utils.features import last_features
+from antidote_bench.utils.repair.layers import require_features
 from antidote_bench.utils.train import retrain
-
-RESTARTS = 10  # of k-means
-MIN_IMAGES = 4  # of a label: fewer are not clustered
 
 
 def repair(model, record, config):
     features = last_features(model, record.train, config.precision).double().cpu().numpy()
     labels = record.train.labels.cpu().numpy()
-    smaller, share, silhouette = clusters(features, labels, record.spec.classes, config)
+    smaller, share, silhouette, _ = clusters(features, labels, record.spec.classes, config)
     if config.criterion == "size":
         poisoned = share < config.size
     else:
@@ -83,41 +76,5 @@ def repair(model, record, config):
     return retrain(record, flagged.to(record.train.labels.device), config)
 
 
-def clusters(features, labels, classes, config):
-    """Cut the features (float64 N,D) of every label into two clusters.
-
-    Returns (whether each image is in the smaller cluster of its label, bool N; the share of the
-    smaller cluster for every label; the mean silhouette for every label). Share and silhouette are
-    nan for a label with too few images, or with the same image many times.
-    """
-    smaller = np.zeros(len(labels), bool)
-    share = np.full(classes, np.nan)
-    silhouette = np.full(classes, np.nan)
-    for label in tqdm(range(classes), desc="clustering", unit=" labels", disable=None):
-        index = np.flatnonzero(labels == label)
-        if len(index) < MIN_IMAGES or not np.ptp(features[index], axis=0).any():
-            continue
-        seed = seeds.number("ac", config.random_seed, label) % 2**32
-        reduced = reduce(features[index], config, seed)
-        second = KMeans(2, n_init=RESTARTS, random_state=seed).fit(reduced).labels_ == 1
-        smaller[index] = second if second.mean() <= 0.5 else ~second
-        share[label] = smaller[index].mean()
-        silhouette[label] = silhouette_score(reduced, second)
-    return smaller, share, silhouette
-
-
-def reduce(features, config, seed):
-    """n,D -> n,k: the independent components, each of variance 1, or the principal ones."""
-    centred = features - features.mean(0)
-    count = min(config.components, np.linalg.matrix_rank(centred))
-    principal = PCA(count, random_state=seed).fit_transform(centred)
-    if config.reduction == "pca":
-        return principal
-    with warnings.catch_warnings():
-        # components that have not converged still tell clusters apart
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return FastICA(count, whiten="unit-variance", random_state=seed).fit_transform(principal)
-
-
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=require_features)

@@ -65,6 +65,11 @@ from antidote_bench.utils.repair import masks, selection
 from antidote_bench.utils.repair.layers import batch_norms
 
 
+def check(model, record, config):
+    batch_norms(model)
+    selection.hold_out(record.clean, config)
+
+
 def repair(model, record, config):
     mask = masks.Mask(model, batch_norms(model))
     work, held_out = selection.hold_out(record.clean, config)
@@ -101,4 +106,4 @@ def perturbation(mask, images, labels, config):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

@@ -89,16 +89,21 @@ from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.checkpoint import load, save
-from antidote_bench.utils.data.loader import evaluating, to_unit
+from antidote_bench.utils.data.loader import (
+    evaluating,
+    evaluation_batch,
+    gradient_batch,
+    halving,
+    to_unit,
+)
 from antidote_bench.utils.device import exact
 from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.optimizers import set_rate
-from antidote_bench.utils.repair.layers import convolutions
+from antidote_bench.utils.repair.layers import convolutions, require_convolutions
 
 COPIES = 9  # of every image, in one-shot mode
 # rounds between two checkpoints: writing the mask of a large network takes longer than a round
 KEEP_EVERY = 5
-PREDICTED_AT_ONCE = 1024  # images
 
 
 def repair(model, record, config):
@@ -194,9 +199,13 @@ class Mask(nn.Module):
             for (name, kernel), part in zip(self._kernels.items(), parts, strict=True)
         }
 
+    @property
+    def model(self):
+        return self._model[0]
+
     def logits(self, images):
         """Of the masked model; gradients reach the factors."""
-        return functional_call(self._model[0], self.split(self.factors * self.original), (images,))
+        return functional_call(self.model, self.split(self.factors * self.original), (images,))
 
     def l1_norm(self):
         return self.factors.abs().sum()
@@ -230,15 +239,11 @@ def perturbation(model, images, labels, draws, tau, config):
     It is the same for all images, and leads away from what config.inner_label says.
     """
     if config.inner_label == "predicted":  # for all images at once: here the model does not change
-        with torch.no_grad():
-            labels = torch.cat([model(part).argmax(1) for part in images.split(PREDICTED_AT_ONCE)])
+        labels = predicted(model, images)
     delta = torch.zeros_like(images[:1], requires_grad=True)
+    size = gradient_batch(model, images, draws.shape[1])
     for index in draws:
-        perturbed = images[index] + delta
-        if config.clamp == "both":
-            perturbed = perturbed.clamp(0, 1)
-        loss = F.cross_entropy(model(perturbed), labels[index])
-        (gradient,) = torch.autograd.grad(loss, delta)
+        gradient = halving(partial(slope, model, images, labels, index, delta, config), size)
         with torch.no_grad():
             delta += config.perturbation_lr * gradient
     delta = delta.detach()
@@ -246,29 +251,69 @@ def perturbation(model, images, labels, draws, tau, config):
     return delta * (tau / delta.abs().sum().clamp(min=1e-30)).clamp(max=1)
 
 
+def predicted(model, images):
+    """The classes n that the model predicts for images n,3,S,S."""
+
+    @torch.no_grad()
+    def predict(size):
+        return torch.cat([model(part).argmax(1) for part in images.split(size)])
+
+    return halving(predict, evaluation_batch(model, images))
+
+
+def slope(model, images, labels, index, delta, config, size):
+    """The gradient by `delta` of the mean cross-entropy of the perturbed images at `index`.
+
+    A pass has `size` images.
+    """
+    total = 0
+    for part in index.split(size):
+        perturbed = images[part] + delta
+        if config.clamp == "both":
+            perturbed = perturbed.clamp(0, 1)
+        loss = F.cross_entropy(model(perturbed), labels[part])
+        (gradient,) = torch.autograd.grad(loss, delta)
+        total = total + gradient * (len(part) / len(index))
+    return total
+
+
 def train_mask(mask, images, labels, draws, delta, optimizer, config):
     """Train the factors in place; the mean loss without the L1 penalty, a tensor."""
-    alpha = config.setting("alpha")
-    beta = 1 - alpha if config.beta is None else config.beta
-    total = 0
+    total, size = 0, gradient_batch(mask.model, images, 2 * draws.shape[1])
     for index in draws:
-        clean, truth = images[index], labels[index]
-        perturbed = clean + delta
-        if config.clamp != "none":
-            perturbed = perturbed.clamp(0, 1)
-        # one pass for both: in evaluation mode images do not influence each other
-        on_clean, on_perturbed = mask.logits(torch.cat([clean, perturbed])).chunk(2)
-        clean_loss = F.cross_entropy(on_clean, truth)
-        perturbed_loss = F.cross_entropy(on_perturbed, truth)
-        data_loss = alpha * clean_loss + beta * perturbed_loss
-        loss = data_loss + config.gamma * mask.l1_norm()
-        optimizer.zero_grad()
-        loss.backward(inputs=[mask.factors])
+
+        def add_gradients(size, index=index):
+            optimizer.zero_grad()
+            return sum(
+                descend(mask, images[part], labels[part], delta, len(part) / len(index), config)
+                for part in index.split(max(1, size // 2))
+            )
+
+        total += halving(add_gradients, size)
         optimizer.step()
         mask.clamp()
-        total += data_loss.detach()
     return total / len(draws)
 
 
+def descend(mask, images, labels, delta, weight, config):
+    """Add the gradient of `weight` times the loss to that of the factors.
+
+    Returns `weight` times the loss without the L1 penalty.
+    """
+    alpha = config.setting("alpha")
+    beta = 1 - alpha if config.beta is None else config.beta
+    perturbed = images + delta
+    if config.clamp != "none":
+        perturbed = perturbed.clamp(0, 1)
+    # one pass for both: in evaluation mode images do not influence each other
+    on_clean, on_perturbed = mask.logits(torch.cat([images, perturbed])).chunk(2)
+    clean_loss = F.cross_entropy(on_clean, labels)
+    perturbed_loss = F.cross_entropy(on_perturbed, labels)
+    data_loss = alpha * clean_loss + beta * perturbed_loss
+    loss = data_loss + config.gamma * mask.l1_norm()
+    (loss if weight == 1 else weight * loss).backward(inputs=[mask.factors])
+    return weight * data_loss.detach()
+
+
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=require_convolutions)

@@ -34,10 +34,14 @@ class Config(Defense):
 if __name__ == "__main__":
     launch(Config)
 
-from collections import defaultdict
-
 from antidote_bench.utils import run
-from antidote_bench.utils.repair.layers import Moments, batch_norms, prune_outliers, watch_norms
+from antidote_bench.utils.repair.layers import (
+    Moments,
+    batch_norms,
+    prune_outliers,
+    require_batch_norms,
+    watch_norms,
+)
 
 
 def repair(model, record, config):
@@ -48,17 +52,17 @@ def repair(model, record, config):
 
 def divergences(model, clean):
     """{batch norm: KL(clean images || stored statistics), float64 C}, in nats."""
-    moments = defaultdict(Moments)
-    watch_norms(model, clean, lambda name, values: moments[name].add(values))
+    moments = watch_norms(model, clean, lambda _name: Moments())
     scores = {}
     for name, norm in batch_norms(model).items():
-        clean_variance = moments[name].variance + norm.eps
+        found = moments.get(name, Moments())
+        clean_variance = found.variance + norm.eps
         stored_variance = norm.running_var.double() + norm.eps
-        shift = moments[name].mean - norm.running_mean.double()
+        shift = found.mean - norm.running_mean.double()
         ratio = (clean_variance + shift.square()) / stored_variance
         scores[name] = ((stored_variance / clean_variance).log() + ratio - 1) / 2
     return scores
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=require_batch_norms)

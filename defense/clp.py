@@ -41,13 +41,16 @@ from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair.layers import paired_norms, prune_outliers
 
 
+def check(model, record, config):
+    if not paired_norms(model):
+        raise ConfigError(
+            "clp does not apply: the model has no batch norm right behind a convolution, or "
+            "torch.fx cannot find it; fp and ft need none"
+        )
+
+
 def repair(model, record, config):
     scores = lipschitz_bounds(model)
-    if not scores:
-        raise ConfigError(
-            "clp does not apply: the model has no batch norm right behind a convolution; fp and ft "
-            "need none"
-        )
     prune_outliers(model, record, scores, config.u, shifts=True)
     return model
 
@@ -79,4 +82,4 @@ def spectral_norms(kernel):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

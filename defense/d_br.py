@@ -47,6 +47,7 @@ from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.loader import augmentation, batch_sizes, batches
 from antidote_bench.utils.errors import UserError
 from antidote_bench.utils.optimizers import sgd
+from antidote_bench.utils.repair.layers import require_features
 from antidote_bench.utils.repair.sensitivity import CLEAN, POISONED, bounded, distinguish
 from antidote_bench.utils.train import Recipe, cross_entropy, train_epoch
 
@@ -120,4 +121,4 @@ def train_round(model, parts, optimizer, epoch, record, config, bar):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=require_features)

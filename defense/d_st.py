@@ -65,6 +65,7 @@ from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import augmentation
 from antidote_bench.utils.features import features_of, last_linear
 from antidote_bench.utils.repair.contrastive import pairs, views
+from antidote_bench.utils.repair.layers import require_features
 from antidote_bench.utils.repair.sensitivity import CLEAN, UNKNOWN, bounded, distinguish
 from antidote_bench.utils.repair.unlearning import linear_probe
 from antidote_bench.utils.train import Recipe, fit, victim_architecture
@@ -210,4 +211,4 @@ def mean_where(values, mask):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=require_features)

@@ -84,6 +84,7 @@ from antidote_bench.utils.data.loader import augmentation, forward_all
 from antidote_bench.utils.features import features_of, last_linear
 from antidote_bench.utils.optimizers import adam
 from antidote_bench.utils.repair.contrastive import pairs, views
+from antidote_bench.utils.repair.layers import require_features
 from antidote_bench.utils.repair.unlearning import linear_probe
 from antidote_bench.utils.train import Recipe, fit, victim_architecture
 
@@ -352,4 +353,4 @@ def semi_supervised(logits, aims, count, weight):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=require_features)

@@ -39,12 +39,16 @@ if __name__ == "__main__":
     launch(Config)
 
 import math
-from collections import defaultdict
 
 import torch
 
 from antidote_bench.utils import run
-from antidote_bench.utils.repair.layers import Moments, prune_outliers, watch_norms
+from antidote_bench.utils.repair.layers import (
+    Moments,
+    prune_outliers,
+    require_batch_norms,
+    watch_norms,
+)
 
 REACH = 10  # standard deviations that a histogram covers on either side
 STILL = 1e-5  # a standard deviation below this share of the mean is rounding
@@ -64,18 +68,11 @@ def entropies(model, split, width):
     NaN for channels that never vary. The images pass the model twice, for the moments and for the
     histograms, so that memory does not grow with their number.
     """
-    moments = defaultdict(Moments)
-    watch_norms(model, split, lambda name, values: moments[name].add(maxima(values)))
-    histograms = {}
-
-    def count(name, values):
-        distance = maxima(values).double() - moments[name].mean
-        add_to_histogram(histograms, name, distance / moments[name].variance.sqrt(), width)
-
-    watch_norms(model, split, count)
+    moments = watch_norms(model, split, lambda _name: MomentsOfMaxima())
+    histograms = watch_norms(model, split, lambda name: Histogram(moments[name], width))
     found = {}
     for name, histogram in histograms.items():
-        entropy = torch.special.entr(histogram.double() / len(split)).sum(1)
+        entropy = torch.special.entr(histogram.counts.double() / len(split)).sum(1)
         varies = moments[name].variance > (STILL * moments[name].mean).square()
         found[name] = entropy.where(varies, torch.nan)
     return found
@@ -86,18 +83,32 @@ def maxima(values):
     return values.amax((2, 3))
 
 
-def add_to_histogram(histograms, name, standardised, width):
-    """Count values n,C in bins of `width`, by channel: histograms[name] is int32 C,bins.
+class MomentsOfMaxima(Moments):
+    """Those of the maxima of maps n,C,h,w."""
+
+    def add(self, values):
+        super().add(maxima(values))
+
+
+class Histogram:
+    """`counts`, int32 C,bins: the maxima of maps in bins of `width`, standardised by `moments`.
 
     The first and the last bin also hold what lies beyond REACH.
     """
-    bins = math.ceil(2 * REACH / width)
-    inside = standardised.nan_to_num().clamp(-REACH, REACH)
-    place = ((inside + REACH) / width).long().clamp(max=bins - 1).T
-    if name not in histograms:
-        histograms[name] = torch.zeros(len(place), bins, dtype=torch.int32, device=place.device)
-    histograms[name].scatter_add_(1, place, torch.ones_like(place, dtype=torch.int32))
+
+    def __init__(self, moments, width):
+        self._moments, self._width = moments, width
+        self._bins = math.ceil(2 * REACH / width)
+        shape = len(moments.mean), self._bins
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=moments.mean.device)
+
+    def add(self, values):
+        distance = maxima(values).double() - self._moments.mean
+        standardised = distance / self._moments.variance.sqrt()
+        inside = standardised.nan_to_num().clamp(-REACH, REACH)
+        place = ((inside + REACH) / self._width).long().clamp(max=self._bins - 1).T
+        self.counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.int32))
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=require_batch_norms)

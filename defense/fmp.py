@@ -56,7 +56,8 @@ class Config(FineTuningOptions):
     """clean images to score on: 128, for fmt 1024; never fewer than one per class, never more than
     there are"""
     score_batch: int = option(1024, identity=False, at_least=1, unit="images")
-    """images per scoring pass, shared by several maps; changes speed and memory only"""
+    """images per scoring pass, shared by several maps, and fewer of them where images are large;
+    changes speed and memory only"""
     double_norm: bool | None = None
     """released: normalise twice, and step and clamp to [0, 1] in the space between"""
     alias_sum: bool | None = None
@@ -102,7 +103,14 @@ from tqdm import tqdm
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.charts import score_chart
 from antidote_bench.utils.data.dataset import balanced_subset
-from antidote_bench.utils.data.loader import augmentation, evaluating, to_unit
+from antidote_bench.utils.data.loader import (
+    augmentation,
+    batch_slices,
+    evaluating,
+    gradient_batch,
+    halving,
+    to_unit,
+)
 from antidote_bench.utils.device import exact
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair import fmp_released as released
@@ -112,8 +120,16 @@ from antidote_bench.utils.repair.layers import (
     frozen,
     make_pruner,
     parameters_of,
+    require_convolutions,
 )
 from antidote_bench.utils.train import Recipe, fit
+
+
+def check(model, record, config):
+    if config.variant != "no_pruning":
+        require_convolutions(model, record, config)
+        if config.as_released("alias_sum") and config.variant != "random":
+            released.block_sums(model, to_unit(record.clean.images[:1]))
 
 
 def repair(model, record, config):
@@ -221,31 +237,64 @@ def score_maps(
 
     The maps of a convolution share passes: the images are copied once for each map of a chunk.
     Copies do not influence each other in evaluation mode, so that one backward pass serves the
-    whole chunk, and one forward pass each of its J steps.
+    whole chunk, and one forward pass each of its J steps. Large images are scored part by part.
     """
     signs = torch.randint(0, 2, images.shape, generator=seeds.generator("fmp start", seed)) * 2 - 1
     start = (images + alpha * signs.to(images)).clamp(0, 1)
-    step = partial(steps, images, start.clone(), alpha=alpha, epsilon=epsilon)
-    scores = {}
+    together, at_once = pass_sizes(model, images, batch)
+
+    def score_all(size):
+        total, parts = {}, batch_slices(len(images), min(together, size))
+        for number, part in enumerate(parts, start=1):
+            step = partial(steps, images[part], start[part].clone(), alpha=alpha, epsilon=epsilon)
+            title = f"scoring, part {number} of {len(parts)}" if len(parts) > 1 else "scoring"
+            given = images[part], start[part], labels[part]
+            for name, sums in score_part(model, *given, step, read_maps, size, title).items():
+                total[name] = total.get(name, 0) + sums
+        return total
+
     with evaluating(model), exact(), frozen(model):
-        with torch.no_grad():
-            clean = read_maps(model, images)
-        perturbed = read_maps(model, start.requires_grad_())
-        total = sum(maps.shape[1] for maps in clean.values())
-        with tqdm(total=total, desc="scoring", unit=" maps", disable=None) as bar:
-            for name, maps in perturbed.items():
-                # the gradient of sum (f(z) - f(x))^2 by the maps f(z), at z = the start
-                slope = 2 * (maps.detach() - clean[name])
-                channels, parts = torch.arange(maps.shape[1], device=images.device), []
-                for chunk in channels.split(max(1, batch // len(images))):
-                    parts.append(score_chunk(model, maps, slope, chunk, start, labels, step))
-                    bar.update(len(chunk))
-                scores[name] = tuple(torch.cat(parts, 2).double().cpu().numpy())
+        total = halving(score_all, at_once)
+        return {
+            name: tuple((sums / len(images)).double().cpu().numpy()) for name, sums in total.items()
+        }
+
+
+def pass_sizes(model, images, batch):
+    """(images that are scored together, images in a scoring pass, copies included).
+
+    The feature maps of the first are in memory twice, once with all that their gradient needs.
+    Small images are scored all together, in passes of `batch`.
+    """
+    together = max(1, gradient_batch(model, images, 2 * len(images)) // 2)
+    return together, batch if together == len(images) else gradient_batch(model, images, batch)
+
+
+def score_part(model, images, start, labels, step, read_maps, at_once, title):
+    """{convolution: hits and cross-entropy, 2,J,C, summed over the images}.
+
+    A pass has `at_once` images, copies included, or all images once.
+    """
+    scores, start = {}, start.detach().clone()
+    with torch.no_grad():
+        clean = read_maps(model, images)
+    perturbed = read_maps(model, start.requires_grad_())
+    total = sum(maps.shape[1] for maps in clean.values())
+    with tqdm(total=total, desc=title, unit=" maps", disable=None) as bar:
+        for name, maps in perturbed.items():
+            # the gradient of sum (f(z) - f(x))^2 by the maps f(z), at z = the start
+            slope = 2 * (maps.detach() - clean[name])
+            channels, parts = torch.arange(maps.shape[1], device=images.device), []
+            for chunk in channels.split(max(1, at_once // len(images))):
+                parts.append(score_chunk(model, maps, slope, chunk, start, labels, step))
+                bar.update(len(chunk))
+            scores[name] = torch.cat(parts, 2)
     return scores
 
 
 def score_chunk(model, maps, slope, chunk, start, labels, step):
-    """Accuracy and cross-entropy, 2,J,k, after steps that move each of the k maps by itself.
+    """Hits and cross-entropy, 2,J,k, summed over the images after steps that move each of the k
+    maps by itself.
 
     `slope` is the gradient of the maps' distance by the maps N,C,h,w, `chunk` the k channels.
     """
@@ -262,7 +311,7 @@ def score_chunk(model, maps, slope, chunk, start, labels, step):
             logits = model(attacked.flatten(0, 1).contiguous(memory_format=torch.channels_last))
             correct = (logits.argmax(1) == targets).to(logits.dtype)
             losses = F.cross_entropy(logits, targets, reduction="none")
-            scores.append(torch.stack([correct, losses]).view(2, count, -1).mean(2))
+            scores.append(torch.stack([correct, losses]).view(2, count, -1).sum(2))
         return torch.stack(scores, 1)
 
 
@@ -345,4 +394,4 @@ def by_clusters(scores):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

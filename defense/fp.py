@@ -48,6 +48,11 @@ from antidote_bench.utils.train import Recipe, fit
 STEPS = 100  # of 1 % of the units each
 
 
+def check(model, record, config):
+    last_linear(model)
+    selection.hold_out(record.clean, config)
+
+
 def repair(model, record, config):
     work, held_out = selection.hold_out(record.clean, config)
     mean = last_features(model, work, config.precision).mean(0)
@@ -129,4 +134,4 @@ def make_pruner(linear, pruned):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

@@ -44,6 +44,10 @@ from antidote_bench.utils.data.loader import augmentation
 from antidote_bench.utils.train import Recipe, cross_entropy, fit
 
 
+def check(model, record, config):
+    over_all_classes(config, record.spec.classes)
+
+
 def repair(model, record, config):
     smoothing = over_all_classes(config, record.spec.classes)
     loss = partial(sharpness_aware, rho=config.rho, label_smoothing=smoothing)
@@ -101,4 +105,4 @@ def uphill(weights, gradients, rho):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

@@ -46,21 +46,49 @@ class Config(Defense):
 if __name__ == "__main__":
     launch(Config)
 
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
-from antidote_bench.utils.data.loader import batch_sizes, evaluating, to_unit
+from antidote_bench.utils.data.loader import (
+    batch_sizes,
+    batch_slices,
+    evaluating,
+    evaluation_batch,
+    gradient_batch,
+    halving,
+    to_unit,
+)
 from antidote_bench.utils.device import exact
-from antidote_bench.utils.errors import UserError
+from antidote_bench.utils.errors import ConfigError, UserError
+
+GRAPHS = 3  # what can be differentiated twice takes about as many times the memory
+
+
+def check(model, record, config):
+    images, labels = to_unit(record.clean.images[:2]), record.clean.truth[:2]
+    delta = torch.zeros_like(images, requires_grad=True)
+    with evaluating(model), twice_differentiable():
+        loss = F.cross_entropy(model(images + delta), labels)
+        (slope,) = torch.autograd.grad(loss, delta, create_graph=True)
+        try:
+            torch.autograd.grad(slope.square().sum(), delta, materialize_grads=True)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"i_bau does not apply: the model cannot be differentiated twice ({error}); try "
+                "ft_sam"
+            ) from error
 
 
 def repair(model, record, config):
     images, labels = to_unit(record.clean.images), record.clean.truth
-    # of the kernels of attention, only MATH can be differentiated twice
-    with evaluating(model), exact(), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model), exact(), twice_differentiable():
         delta = unlearn(
             model,
             images,
@@ -70,6 +98,23 @@ def repair(model, record, config):
         )
     record.keep("perturbation.safetensors", {"perturbation": delta})
     return model
+
+
+@contextmanager
+def twice_differentiable():
+    """Inside, torch computes by what it can differentiate twice.
+
+    Of the kernels of attention that is MATH alone. The hard sigmoid is written as a ReLU6.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _HardSigmoids():
+        yield
+
+
+class _HardSigmoids(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
+        return function(*args, **(kwargs or {}))
 
 
 def unlearn(model, images, labels, config, *, on_round=None):
@@ -84,14 +129,14 @@ def unlearn(model, images, labels, config, *, on_round=None):
         generator = seeds.generator("i_bau", config.random_seed, number, device=labels.device)
         parts = torch.randperm(len(images), generator=generator, device=labels.device).split(sizes)
         delta = find_perturbation(model, images, parts, config)
-        inner = inner_loss(model, images[parts[0]], labels[parts[0]], config.penalty)
+        size = max(1, gradient_batch(model, images, GRAPHS * max(sizes)) // GRAPHS)
         total = 0
         for part in parts:
             mask = draw_mask(part, images.dtype, config.portion, generator)
-            outer = outer_loss(model, images[part], mask, labels[part])
-            loss, gradients = hypergradient(
-                outer, inner, delta, weights, config.terms, config.contraction
-            )
+            inner = images[parts[0]], labels[parts[0]]
+            outer = images[part], labels[part], mask
+            step = partial(step_gradients, model, inner, outer, delta, weights, config)
+            loss, gradients = halving(step, size)
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient
             optimizer.step()
@@ -112,27 +157,65 @@ def find_perturbation(model, images, parts, config):
 
     It starts at 0 and takes one step of ascent on every part, which are positions in `images`.
     """
-    with torch.no_grad():  # the model does not change here
-        classes = [model(images[part]).argmax(1) for part in parts]
+    most = max(len(part) for part in parts)
+
+    @torch.no_grad()
+    def predict(size):  # the model does not change here
+        return [
+            torch.cat([model(images[some]).argmax(1) for some in part.split(size)])
+            for part in parts
+        ]
+
+    classes = halving(predict, evaluation_batch(model, images, most))
+    size = gradient_batch(model, images, most)
     delta = torch.zeros_like(images[:1], requires_grad=True)
     for part, predicted in zip(parts, classes, strict=True):
-        gain = (
-            F.cross_entropy(model(images[part] + delta), predicted)
-            - config.penalty * delta.square().sum()
-        )
-        (gradient,) = torch.autograd.grad(gain, delta)
+        ascend = partial(slope_of_gain, model, images[part], predicted, delta, config.penalty)
+        gradient = halving(ascend, size)
         with torch.no_grad():
             delta += config.perturbation_lr * gradient
     return delta.detach()
 
 
-def inner_loss(model, images, labels, penalty):
-    """What the perturbation minimises, as a function of it: its penalty less the cross-entropy."""
+def slope_of_gain(model, images, predicted, delta, penalty, size):
+    """The gradient by `delta` of what its ascent climbs; a pass has `size` images."""
+    total = 0
+    for loss in inner_losses(model, images, predicted, penalty, size):
+        (gradient,) = torch.autograd.grad(-loss(delta), delta)
+        total = total + gradient
+    return total
 
-    def inner(delta):
-        return penalty * delta.square().sum() - F.cross_entropy(model(images + delta), labels)
 
-    return inner
+def step_gradients(model, inner, outer, delta, weights, config, size):
+    """`hypergradient` of a step, in passes of `size` images.
+
+    `inner` are the images and labels that the perturbation fools, `outer` the images, labels and
+    mask that the weights are trained on.
+    """
+    return hypergradient(
+        outer_losses(model, *outer, size),
+        inner_losses(model, *inner, config.penalty, size),
+        delta,
+        weights,
+        config.terms,
+        config.contraction,
+    )
+
+
+def inner_losses(model, images, labels, penalty, size):
+    """What the perturbation minimises, its penalty less the cross-entropy, as functions of it.
+
+    One for each part of `size` images; their sum counts.
+    """
+
+    def inner(delta, part, share):
+        loss = F.cross_entropy(model(images[part] + delta), labels[part])
+        return share * (penalty * delta.square().sum() - loss)
+
+    return [
+        partial(inner, part=part, share=(part.stop - part.start) / len(images))
+        for part in batch_slices(len(images), size)
+    ]
 
 
 def draw_mask(part, dtype, portion, generator):
@@ -143,31 +226,70 @@ def draw_mask(part, dtype, portion, generator):
     return mask.index_fill_(0, chosen, 1)
 
 
-def outer_loss(model, images, mask, labels):
-    """What the weights minimise, as a function of the perturbation that the masked images carry."""
-    return lambda delta: F.cross_entropy(model(images + mask * delta), labels)
+def outer_losses(model, images, labels, mask, size):
+    """What the weights minimise, as functions of the perturbation that the masked images carry.
+
+    One for each part of `size` images; their sum counts.
+    """
+
+    def outer(delta, part, share):
+        return share * F.cross_entropy(model(images[part] + mask[part] * delta), labels[part])
+
+    return [
+        partial(outer, part=part, share=(part.stop - part.start) / len(images))
+        for part in batch_slices(len(images), size)
+    ]
 
 
 def hypergradient(outer, inner, delta, weights, terms, step):
     """(outer(delta), its total derivative by `weights`), where delta is a minimum of inner(delta).
 
-    Both functions depend on the weights too. At a fixed point of the inner map
-    P(delta) = delta - step * inner'(delta), the derivative is outer_w + v P_w with
-    v = outer_delta + v P_delta. v is the sum of the first `terms` terms outer_delta P_delta^k.
+    Both are sums of functions, which are given as lists, and depend on the weights too. At a fixed
+    point of the inner map P(delta) = delta - step * inner'(delta), the derivative is
+    outer_w + v P_w with v = outer_delta + v P_delta. v is the sum of the first `terms` terms
+    outer_delta P_delta^k.
     """
-    delta = delta.detach().requires_grad_()
-    loss = outer(delta)
-    direct, *gradients = torch.autograd.grad(loss, [delta, *weights], materialize_grads=True)
-    (slope,) = torch.autograd.grad(inner(delta), delta, create_graph=True)
+    delta, loss = delta.detach().requires_grad_(), 0
+    derivatives = [0] * (1 + len(weights))
+    for function in outer:
+        value = function(delta)
+        parts = torch.autograd.grad(value, [delta, *weights], materialize_grads=True)
+        derivatives = [whole + part for whole, part in zip(derivatives, parts, strict=True)]
+        loss = loss + value.detach()
+    direct, *gradients = derivatives
+    slopes = Slopes(inner, delta)
     term, v = direct, direct
     for _ in range(terms - 1):
-        (curved,) = torch.autograd.grad(slope, delta, term, retain_graph=True)
+        curved = sum(
+            torch.autograd.grad(slope, delta, term, retain_graph=bool(slopes.kept))[0]
+            for slope in slopes
+        )
         term = term - step * curved
         v = v + term
-    indirect = torch.autograd.grad(slope, weights, -step * v, materialize_grads=True)
-    gradients = [first + second for first, second in zip(gradients, indirect, strict=True)]
-    return loss.detach(), gradients
+    for slope in slopes:
+        indirect = torch.autograd.grad(slope, weights, -step * v, materialize_grads=True)
+        gradients = [first + second for first, second in zip(gradients, indirect, strict=True)]
+    return loss, gradients
+
+
+class Slopes:
+    """The derivatives of `functions` at delta, one by one, which can be differentiated again.
+
+    That of a single function is computed once and kept; the graphs of several would not fit into
+    memory together.
+    """
+
+    def __init__(self, functions, delta):
+        self._functions, self._delta = functions, delta
+        self.kept = [self._slope(*functions)] if len(functions) == 1 else None
+
+    def __iter__(self):
+        return iter(self.kept) if self.kept else map(self._slope, self._functions)
+
+    def _slope(self, function):
+        (slope,) = torch.autograd.grad(function(self._delta), self._delta, create_graph=True)
+        return slope
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

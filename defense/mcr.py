@@ -58,10 +58,11 @@ from torch.func import functional_call
 
 from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import (
-    EVALUATION_BATCH,
     augmentation,
     batches,
     evaluating,
+    evaluation_batch,
+    halving,
     mixed_precision,
 )
 from antidote_bench.utils.repair import selection
@@ -71,6 +72,10 @@ from antidote_bench.utils.train import Recipe, fit, trainable
 # copy is the stronger
 POSITIONS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.5)
 REPORTS = 20  # networks in the middle of the curve that the evaluator measures during training
+
+
+def check(model, record, config):
+    selection.hold_out(record.clean, config)
 
 
 def repair(model, record, config):
@@ -192,16 +197,21 @@ def estimate_norms(model, split, precision):
         module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
     ]
     momenta = [norm.momentum for norm in norms]
-    seen = 0
+
+    def pass_over_all(size):
+        seen = 0
+        for images, _, _ in batches(split, size) if norms else ():
+            seen += len(images)
+            for norm in norms:
+                norm.momentum = len(images) / seen  # 1 at first: old statistics are forgotten
+            model(images)
+
     with evaluating(model), mixed_precision(split.labels.device, precision):
+        size = evaluation_batch(model, split.images)
         for norm in norms:
             norm.train()
         try:
-            for images, _, _ in batches(split, EVALUATION_BATCH) if norms else ():
-                seen += len(images)
-                for norm in norms:
-                    norm.momentum = len(images) / seen  # 1 at first: old statistics are forgotten
-                model(images)
+            halving(pass_over_all, size)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -225,4 +235,4 @@ def choose_position(model, curve, work, held_out, record, config):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

@@ -57,6 +57,10 @@ from antidote_bench.utils.train import Recipe, cross_entropy, fit
 STAGES = 3
 
 
+def check(model, record, config):
+    find_stages(model, to_unit(record.clean.images[:1]))
+
+
 def repair(model, record, config):
     names = find_stages(model, to_unit(record.clean.images[:1]))
     teacher = fine_tuned(copy.deepcopy(model), record, config)
@@ -166,4 +170,4 @@ def attention(maps, power):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

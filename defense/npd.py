@@ -71,11 +71,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from antidote_bench.utils import run, seeds
-from antidote_bench.utils.data.loader import EVALUATION_BATCH, batches, evaluating, to_unit
+from antidote_bench.utils.data.loader import evaluating, to_unit
 from antidote_bench.utils.errors import ConfigError
-from antidote_bench.utils.repair.layers import Moments, convolutions, feature_maps, frozen
+from antidote_bench.utils.repair.layers import (
+    Moments,
+    convolutions,
+    feature_maps,
+    frozen,
+    watch_norms,
+)
 from antidote_bench.utils.repair.unlearning import EvaluationMode, at_least_float32, unlikelihood
 from antidote_bench.utils.train import Recipe, fit
+
+
+def check(model, record, config):
+    place(model, to_unit(record.clean.images[:1]), config.layer)
 
 
 def repair(model, record, config):
@@ -137,13 +147,7 @@ def settle(norm, model, split):
 
     Its scale and shift then undo them. `model` is in evaluation mode.
     """
-    moments = Moments()
-    handle = norm.register_forward_pre_hook(lambda _module, inputs: moments.add(inputs[0]))
-    try:
-        for images, _, _ in batches(split, EVALUATION_BATCH):
-            model(images)
-    finally:
-        handle.remove()
+    moments = watch_norms(model, split, lambda _name: Moments(), {"its own": norm})["its own"]
     norm.running_mean.copy_(moments.mean)
     norm.running_var.copy_(moments.variance)
     norm.bias.copy_(norm.running_mean)
@@ -256,4 +260,4 @@ def rebuild(model, weights):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

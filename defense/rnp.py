@@ -65,6 +65,11 @@ from antidote_bench.utils.repair import masks, selection
 from antidote_bench.utils.repair.layers import batch_norms
 
 
+def check(model, record, config):
+    batch_norms(model)
+    selection.hold_out(record.clean, config)
+
+
 def repair(model, record, config):
     batch_norms(model)  # raises where the model has none, before anything is trained
     work, held_out = selection.hold_out(record.clean, config)
@@ -120,4 +125,4 @@ def loss(mask, images, labels, index, *, alpha):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

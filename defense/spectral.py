@@ -48,20 +48,19 @@ if __name__ == "__main__":
 import sys
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from antidote_bench.utils import run
+from antidote_bench.utils.detection.signatures import signatures
 from antidote_bench.utils.features import last_features
 from antidote_bench.utils.repair.isolation import highest
+from antidote_bench.utils.repair.layers import require_features
 from antidote_bench.utils.train import retrain
-
-TOGETHER = 16  # labels that are decomposed at once: bounds the memory
 
 
 def repair(model, record, config):
     labels, classes = record.train.labels, record.spec.classes
     features = last_features(model, record.train, config.precision)
-    scores, tops = score(features, labels, classes)
+    scores, tops = signatures(features, labels, classes)
     if config.classes == "all":
         suspicious = torch.ones_like(tops, dtype=torch.bool)
     else:
@@ -78,42 +77,5 @@ def repair(model, record, config):
     return retrain(record, flagged, config)
 
 
-def score(features, labels, classes):
-    """(scores N, the largest singular value of every label over the root of its count), float64.
-
-    `features` are N,D. The value of a label without images is 0.
-    """
-    scores = features.new_zeros(len(labels), dtype=torch.float64)
-    tops = features.new_zeros(classes, dtype=torch.float64)
-    counts = labels.bincount(minlength=classes)
-    members = labels.argsort(stable=True).split(counts.tolist())
-    for chunk in counts.nonzero().flatten().split(TOGETHER):
-        positions = [members[label] for label in chunk.tolist()]
-        blocks = [features[index].double() for index in positions]
-        block_scores, tops[chunk] = score_blocks(blocks, counts[chunk])
-        scores[torch.cat(positions)] = block_scores
-    return scores, tops
-
-
-def score_blocks(blocks, sizes):
-    """The same of some labels, whose features are the K `blocks` n,D, of different `sizes` n.
-
-    The labels share batched products. Blocks are filled up with rows of zeros, which change no
-    singular vector.
-    """
-    padded = pad_sequence(blocks, batch_first=True)  # K,n,D
-    real = torch.arange(padded.shape[1], device=sizes.device) < sizes[:, None]  # K,n
-    mean = padded.sum(1, keepdim=True) / sizes[:, None, None]
-    centred = (padded - mean) * real[..., None]
-    # the smaller of the two Gram matrices is decomposed
-    if centred.shape[1] <= centred.shape[2]:  # its eigenvectors are the left singular vectors
-        values, vectors = torch.linalg.eigh(centred @ centred.mT)
-        scores = values[:, -1:].clamp(min=0) * vectors[..., -1].square()
-    else:
-        values, vectors = torch.linalg.eigh(centred.mT @ centred)
-        scores = (centred @ vectors[..., -1:]).squeeze(2).square()
-    return scores[real], (values[:, -1].clamp(min=0) / sizes).sqrt()
-
-
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=require_features)

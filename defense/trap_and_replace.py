@@ -70,6 +70,10 @@ class Config(Defense):
     def __post_init__(self):
         super().__post_init__()
         if self.model:
+            named = not models.is_file(self.model)
+            require(
+                named, "model", "the name of a network here; a file's is trained as the victim's"
+            )
             models.check(self.model, self.width)
         require(
             self.model or self.width is None,
@@ -110,6 +114,7 @@ from antidote_bench.utils.train import Recipe, build_seeded_model, cross_entropy
 
 PREVIEWED = 8  # images whose reconstruction is kept
 SMALL_HEAD = 100_000  # parameters
+SHORTCUTS = "shortcut", "downsample"  # names of what leads past the main path of a block
 OPTIMIZERS = {"adam": (adam, 0.03), "sgd": (sgd, 0.1)}  # with their published learning rates
 STAGE_1 = (  # options that the network of stage 1 depends on
     "head_blocks",
@@ -122,12 +127,27 @@ STAGE_1 = (  # options that the network of stage 1 depends on
 )
 
 
+def check(model, record, config):
+    name, width = architecture(record, config)
+    if config.model:
+        with torch.random.fork_rng(devices=[]):
+            model = models.build(name, record.spec, width)
+    split(name, model, config.head_blocks, record.spec.size)
+
+
+def architecture(record, config):
+    """(what models.build takes, the width) of the network to train."""
+    if config.model:
+        return models.chosen(config.model), config.width
+    return record.model, record.width
+
+
 def repair(model, record, config):
-    name, width = (config.model, config.width) if config.model else (record.model, record.width)
+    name, width = architecture(record, config)
     if config.variant != "head_only":
         model = train_trap(name, width, record, config)
         record.report("trapped", model)
-    stem, _ = split(name, model, config.head_blocks)
+    stem, _ = split(name, model, config.head_blocks, record.spec.size)
     return replace_head(name, width, stem, record, config)
 
 
@@ -145,7 +165,7 @@ class Trap(nn.Module):
 def train_trap(name, width, record, config):
     """The network of stage 1: trained, or loaded from the record's shared folder."""
     network = build_seeded_model(name, width, record.spec, record.train, "trap", config.random_seed)
-    stem, head = split(name, network, config.head_blocks)
+    stem, head = split(name, network, config.head_blocks, record.spec.size)
     decoding = config.variant != "no_trap" and (config.reconstruction or config.smoothness)
     decoder = decoder_for(stem, record.spec.size) if decoding else None
     trap = Trap(stem, head, decoder).to(record.clean.labels.device)
@@ -159,7 +179,8 @@ def train_trap(name, width, record, config):
             save_trap(trap, path, time.perf_counter() - begin)
     if decoding:
         some = torch.linspace(0, len(record.clean) - 1, PREVIEWED).long()
-        record.keep("reconstruction.png", reconstructions(trap, record.clean[some]))
+        chart = reconstructions(trap, record.clean[some], record.spec.class_names)
+        record.keep("reconstruction.png", chart)
     return network
 
 
@@ -191,7 +212,7 @@ def key(name, width, record, config):
     lure = [0, 0] if config.variant == "no_trap" else [config.reconstruction, config.smoothness]
     return digest(
         {
-            "network": [name, width],
+            "network": [str(name), width],
             "lure": lure,
             "holdout": record.clean_index.tolist(),
             "data": record.spec.fingerprint,
@@ -273,18 +294,19 @@ def save_trap(trap, path, seconds):
 
 
 @torch.no_grad()
-def reconstructions(trap, clean):
-    """PNG bytes: some clean images and what the decoder makes of them."""
+def reconstructions(trap, clean, names=()):
+    """PNG bytes: some clean images, of classes called `names`, and what the decoder makes of
+    them."""
     with evaluating(trap):
         rebuilt = trap.decoder(trap.stem(to_unit(clean.images)))
     rebuilt = Split((rebuilt * 255).round().to(torch.uint8), clean.labels, clean.truth)
-    return preview(clean, rebuilt, titles=("clean", "rebuilt"))
+    return preview(clean, rebuilt, titles=("clean", "rebuilt"), names=names)
 
 
 def replace_head(name, width, stem, record, config):
     """A network with the weights of `stem` and a new head, trained on the clean images."""
     network = build_seeded_model(name, width, record.spec, record.train, "head", config.random_seed)
-    own_stem, head = split(name, network, config.head_blocks)
+    own_stem, head = split(name, network, config.head_blocks, record.spec.size)
     own_stem.load_state_dict(stem.state_dict())
     hooks = [
         convolution.register_forward_pre_hook(partial(drop_inputs, config.dropout))
@@ -324,15 +346,15 @@ def fit_head(network, head, record, config):
 
 def inner_convolutions(head):
     """The last convolution of the main path of each residual block in the head."""
-    blocks = [block for block in head if any(True for _ in block.children())]
-    return [
-        [
+    found = []
+    for block in head:
+        own = [
             layer
             for name, layer in block.named_modules()
-            if isinstance(layer, nn.Conv2d) and not name.startswith(("shortcut", "downsample"))
-        ][-1]
-        for block in blocks
-    ]
+            if name and isinstance(layer, nn.Conv2d) and not name.startswith(SHORTCUTS)
+        ]
+        found += own[-1:]
+    return found
 
 
 def drop_inputs(share, layer, inputs):
@@ -367,4 +389,4 @@ def cutmix(images):
 
 
 def main(config):
-    run.defend(__name__, config, repair)
+    run.defend(__name__, config, repair, check=check)

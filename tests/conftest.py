@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 from antidote_bench.utils import files
 from tests.helpers import ROOT
 from tests.start import start
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell has started the tests in the background; their scripts must obey Ctrl-C all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUICK = ("--epochs", "1")
 

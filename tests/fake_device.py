@@ -274,6 +274,7 @@ def _install(device, patch):
     answers = {
         "is_available": True, "device_count": 1, "current_device": 0, "synchronize": None,
         "mem_get_info": (8 << 30, 8 << 30), "max_memory_allocated": 0, "memory_allocated": 0,
+        "memory_reserved": 0,
         "reset_peak_memory_stats": None, "get_device_name": "a CPU that plays a GPU",
         "is_bf16_supported": True, "manual_seed_all": None, "manual_seed": None,
         "is_current_stream_capturing": False, "set_device": None, "empty_cache": None,

@@ -13,7 +13,22 @@ import tempfile
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torchvision", "pandas", "jsonargparse", "tests.start"])
+SERVER.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",  # the first optimizer of a process loads it
+        "torchvision",
+        "pandas",
+        "jsonargparse",
+        "safetensors.torch",
+        "sklearn.datasets",
+        "sklearn.metrics",
+        "scipy.stats",
+        "matplotlib.pyplot",
+        "yaml",
+        "tests.start",
+    ]
+)
 
 
 def start(words, *, cwd, env):

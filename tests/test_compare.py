@@ -498,7 +498,7 @@ DAMAGES = {
     "no record.json: unfinished": lambda folder: (folder / "record.json").unlink(),
     "record.json is unusable": lambda folder: (folder / "record.json").write_text("{"),
     "record.json lists no files": lambda folder: (folder / "record.json").write_text("[]"),
-    "record.json is of format 2": lambda folder: edit_record(folder, format=2),
+    "record.json is of format 3": lambda folder: edit_record(folder, format=3),
     "kind 'other'": lambda folder: edit_record(folder, kind="other"),
     "no results.csv": lambda folder: (folder / "results.csv").unlink(),
     "no config.yaml": lambda folder: (folder / "config.yaml").unlink(),

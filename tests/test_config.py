@@ -16,6 +16,8 @@ from antidote_bench.utils.record import results
 from antidote_bench.utils.repair.options import RetrainingOptions
 from tests.helpers import ROOT, names
 
+FOLDERS = ("attack", "defense", "detection")
+
 
 def parse(*argv, of=BadNet):
     return parsing.parse(of, [str(word) for word in argv])
@@ -90,6 +92,10 @@ def test_recipes_have_different_names_in_the_results():
         {"flip": "alternating"},
         {"small_share": 0.5},
         {"small_share": 0.5, "small_size": 20},
+        {"crop": "resized"},
+        {"crop": "resized", "crop_area": 0.5},
+        {"mirror": True},
+        {"mirror": False},
     ]
     texts = [results.recipe(dataclasses.replace(plain, **change)) for change in [{}, *changes]]
     assert len(set(texts)) == len(texts)
@@ -226,15 +232,18 @@ def test_the_command_makes_the_same_options_again(words):
     assert bool(again) == bool(words), "what the recipe and the data set say is not repeated"
 
 
-@pytest.mark.parametrize("name", names("defense"))
-def test_the_command_of_a_defense_makes_the_same_options_again(name, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [(folder, name) for folder in ("defense", "detection") for name in names(folder)],
+)
+def test_the_command_of_a_method_makes_the_same_options_again(folder, name, tmp_path):
     (tmp_path / "a victim").mkdir()
     (tmp_path / "a victim" / "config.yaml").write_text("dataset: digits\n")
-    Config = __import__(f"antidote_bench.defense.{name}", fromlist=["Config"]).Config
+    Config = __import__(f"antidote_bench.{folder}.{name}", fromlist=["Config"]).Config
     places = ["--result_file", "a victim", "--record_path", tmp_path]
     for words in (
         [],
-        ["--yaml_path", ROOT / f"config/defense/{name}.yaml"],
+        ["--yaml_path", ROOT / f"config/{folder}/{name}.yaml"],
         ["--clean_count", 7, "--device", "cpu", "--data_seed", 3],
     ):
         first = parse(*places, *words, of=Config)
@@ -258,8 +267,7 @@ def test_a_defense_needs_a_record():
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"),
-    [(folder, name) for folder in ("attack", "defense") for name in names(folder)],
+    ("folder", "name"), [(folder, name) for folder in FOLDERS for name in names(folder)]
 )
 def test_every_script_has_a_yaml_that_only_overrides(folder, name):
     script = __import__(f"antidote_bench.{folder}.{name}", fromlist=["Config"])
@@ -268,7 +276,7 @@ def test_every_script_has_a_yaml_that_only_overrides(folder, name):
     parse(
         "--yaml_path",
         file,
-        *(["--result_file", "x"] if folder == "defense" else []),
+        *(["--result_file", "x"] if folder != "attack" else []),
         of=script.Config,
     )
     defaults = {field.name: field.default for field in dataclasses.fields(script.Config)}
@@ -289,7 +297,7 @@ def test_data_set_options_exist(path):
                 __import__(f"antidote_bench.{folder}.{name}", fromlist=["Config"]).Config
             )
         }
-        for folder in ("attack", "defense")
+        for folder in FOLDERS
     }
     for section, options in yaml.safe_load(path.read_text()).items():
         own = {name: part for name, part in options.items() if isinstance(part, dict)}
@@ -320,7 +328,7 @@ def test_a_data_set_has_options_for_one_method(tmp_path):
 
 
 def test_every_option_is_documented(capsys):
-    for folder in ("attack", "defense"):
+    for folder in FOLDERS:
         for name in names(folder):
             Config = __import__(f"antidote_bench.{folder}.{name}", fromlist=["Config"]).Config
             text = parsing._parser(Config, "", "x").format_help()

@@ -39,6 +39,7 @@ ATTACKS = [(name, {}) for name in names("attack")] + [
     ("badnet", {"resident_gb": 0}),
     ("badnet", {"model": "airbench", "recipe": "airbench", "flip": "alternating"}),
     ("badnet", {"model": "preactresnet18", "recipe": "fast"}),
+    ("badnet", {"crop": "resized", "mirror": "true"}),
     ("blind", {"balance": "mgda"}),
     ("bpp", {"dither": "true"}),
     ("adaptive_patch", {"strike": "inner"}),

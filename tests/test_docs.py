@@ -21,6 +21,7 @@ GRIDS = {
     "cpu": ["cpu"],
     "rates": ["rates"],
     "widths": ["widths"],
+    "detection_digits": ["detection_digits"],
 }
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from antidote_bench import models
 from antidote_bench.defense import mcr
 from antidote_bench.utils import files, seeds, train
+from antidote_bench.utils.data import loader
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair import selection
@@ -124,7 +125,7 @@ def test_training_the_curve_equals_a_loop_in_float64():
 
 
 def test_statistics_are_the_averages_of_the_batches(monkeypatch):
-    monkeypatch.setattr(mcr, "EVALUATION_BATCH", 16)
+    monkeypatch.setattr(loader, "EVALUATION_BATCH", 16)
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 5, 3),

@@ -15,6 +15,7 @@ from torch import nn
 from antidote_bench.defense import nc
 from antidote_bench.utils import seeds
 from antidote_bench.utils.data.dataset import Spec, Split
+from antidote_bench.utils.detection import triggers
 from antidote_bench.utils.errors import ConfigError
 from tests.helpers import ROOT
 from tests.test_fmp import found_record
@@ -132,10 +133,10 @@ class Plain:
                 self.smallest, better = norm, True
         else:
             self.above, self.below = 0, self.below + 1
-        if self.above == nc.PATIENCE:
+        if self.above == triggers.PATIENCE:
             self.penalty, self.above = self.penalty * 2, 0
             self.directions.add("up")
-        elif self.below == nc.PATIENCE:
+        elif self.below == triggers.PATIENCE:
             self.penalty, self.below = self.penalty / 2**1.5, 0
             self.directions.add("down")
         if self.smallest is not None:
@@ -143,14 +144,14 @@ class Plain:
                 self.aim, self.waited = self.smallest, 0
             else:
                 self.waited += 1
-        self.over = self.directions == {"up", "down"} and self.waited >= nc.STALE
+        self.over = self.directions == {"up", "down"} and self.waited >= triggers.STALE
         return better
 
 
 def test_lambda_and_the_end_follow_a_plain_state_machine():
     generator = torch.Generator().manual_seed(0)
     count, ends = 40, []
-    state = nc.Search(torch.arange(count), 1, options())
+    state = triggers.Search(torch.arange(count), 1, options())
     slow = [Plain(1e-3, 0.98) for _ in range(count)]
     likely = torch.linspace(0, 1, count)
     for epoch in range(120):
@@ -167,7 +168,7 @@ def test_lambda_and_the_end_follow_a_plain_state_machine():
             if not before[row]:
                 assert not state.active[row], "what has ended stays so"
                 continue
-            norm = float(nc.unit(state.raw[row].detach()[None])[0])
+            norm = float(triggers.unit(state.raw[row].detach()[None])[0])
             better = plain.epoch(float(success[row]), norm)
             assert float(state.penalty[row]) == pytest.approx(plain.penalty, rel=1e-5)
             assert bool(state.active[row]) != plain.over
@@ -175,7 +176,7 @@ def test_lambda_and_the_end_follow_a_plain_state_machine():
             smallest = torch.inf if plain.smallest is None else plain.smallest
             assert float(state.norm[row]) == pytest.approx(smallest)
             ends += [epoch] * plain.over
-    assert 5 < len(ends) < count and min(ends) >= nc.STALE and len(set(ends)) > 3, ends
+    assert 5 < len(ends) < count and min(ends) >= triggers.STALE and len(set(ends)) > 3, ends
     assert {len(plain.directions) for plain in slow} == {1, 2}
 
 
@@ -222,7 +223,7 @@ def searched_alone(model, images, label, config):
 
 
 def test_searching_together_equals_one_class_at_a_time_in_float64(double, tmp_path, monkeypatch):
-    monkeypatch.setattr(nc, "STALE", 3)
+    monkeypatch.setattr(triggers, "STALE", 3)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(64, 4)
@@ -244,17 +245,19 @@ def test_searching_together_equals_one_class_at_a_time_in_float64(double, tmp_pa
     twin = copy.deepcopy(model).eval()
     slow = [searched_alone(twin, images, label, config) for label in range(4)]
     masks, patterns, shares, lengths = zip(*slow, strict=True)
-    for triggers in fast:
-        for values, expected in zip(triggers, (masks, patterns), strict=False):
+    for found in fast:
+        for values, expected in zip(found, (masks, patterns), strict=False):
             torch.testing.assert_close(values, torch.stack(expected), rtol=0, atol=1e-6)
-        assert triggers[2].tolist() == pytest.approx(shares)
+        assert found[2].tolist() == pytest.approx(shares)
     assert min(lengths) < 40 and len(set(lengths)) > 1, f"one must end before another: {lengths}"
 
 
 def test_the_outlier_rule_by_hand():
     def rule(norms, works=None, threshold=2.0):
         works = torch.ones(len(norms), dtype=torch.bool) if works is None else torch.tensor(works)
-        index, flagged = nc.anomalies(torch.tensor(norms, dtype=torch.float32), works, threshold)
+        index, flagged = triggers.anomalies(
+            torch.tensor(norms, dtype=torch.float32), works, threshold
+        )
         return [round(value, 4) for value in index.tolist()], flagged.nonzero().flatten().tolist()
 
     assert rule([10.0, 11, 12, 13, 2]) == ([0.6745, 0.0, 0.6745, 1.349, 6.0704], [4])
@@ -314,12 +317,12 @@ def test_triggered_images_keep_their_labels(tmp_path):
 
 @pytest.mark.parametrize("stop", [3, 17])
 def test_an_interrupted_search_ends_with_the_same_triggers(stop, tmp_path, monkeypatch):
-    monkeypatch.setattr(nc, "STALE", 3)
+    monkeypatch.setattr(triggers, "STALE", 3)
     record, _ = striped(tmp_path)
     model, config = Stripes(True), options(search_epochs=12, together=4)
     place = dataclasses.replace(record, state=tmp_path / "uninterrupted")
     expected = nc.find_triggers(model, place, config)
-    train_triggers, calls = nc.train_triggers, []
+    train_triggers, calls = triggers.train_triggers, []
 
     def breaking(*arguments):
         calls.append(arguments)
@@ -328,10 +331,10 @@ def test_an_interrupted_search_ends_with_the_same_triggers(stop, tmp_path, monke
         return train_triggers(*arguments)
 
     def same():
-        triggers = nc.find_triggers(model, record, config)
-        return all(torch.equal(*pair) for pair in zip(expected, triggers, strict=True))
+        found = nc.find_triggers(model, record, config)
+        return all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
-    monkeypatch.setattr(nc, "train_triggers", breaking)
+    monkeypatch.setattr(triggers, "train_triggers", breaking)
     with pytest.raises(KeyboardInterrupt):
         nc.find_triggers(model, record, config)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -12,7 +12,7 @@ from torch import nn
 
 from antidote_bench import models
 from antidote_bench.defense import npd
-from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data import dataset, loader
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair.unlearning import EvaluationMode
 from tests.test_fmp import SPEC, found_record
@@ -73,7 +73,7 @@ def test_before_training_it_changes_nothing_in_training_mode_either():
 
 
 def test_its_norm_has_the_statistics_of_all_clean_images(monkeypatch):
-    monkeypatch.setattr(npd, "EVALUATION_BATCH", 7)
+    monkeypatch.setattr(loader, "EVALUATION_BATCH", 7)
     record, _ = found_record(None, 30)
     model, inputs = built().double().eval(), []
     _, norm = npd.insert(model, PLACES["resnet9"])

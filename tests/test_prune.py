@@ -121,7 +121,7 @@ def test_only_a_marked_run_can_use_the_test_sets(selection, small, places, run, 
 def test_the_option_alone_opens_the_test_sets(script, monkeypatch):
     selections = []
     monkeypatch.setattr(
-        protocol, "defend", lambda _, config, repair: selections.append(config.selection)
+        protocol, "defend", lambda _, config, repair, check: selections.append(config.selection)
     )
     for chosen in ("val", "oracle"):
         script.main(options(script, selection=chosen))

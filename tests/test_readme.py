@@ -1,6 +1,7 @@
 """The README is true: its commands run, its files exist, its methods are those of the folders."""
 
 import ast
+import dataclasses
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ COMMANDS = [
 ]
 COMMANDS = list(dict.fromkeys(line for line in COMMANDS if line and not line.startswith("#")))
 SCRIPTS = [line for line in COMMANDS if line.startswith("python ")]
+LEFT_OUT = {"data", "docs", "record", "tests", "build"}  # folders that no command needs
 # options that make a run long, or ask for data that is not here
 SMALL = {
     "--dataset",
@@ -53,17 +55,14 @@ def small(words):
 def bench(tmp_path_factory, places):
     """An empty folder with the scripts, in which the folder names of the README may be used."""
     place = tmp_path_factory.mktemp("readme")
-    for name in ("attack", "defense", "models", "utils", "config", "benchmarks"):
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (
-        "compare.py",
-        "sweep.py",
-        "pyproject.toml",
-        "requirements.txt",
-        "Makefile",
-        "constraints.txt",
-    ):
-        shutil.copy(ROOT / name, place / name)
+    for folder in ROOT.iterdir():
+        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in LEFT_OUT:
+            shutil.copytree(
+                folder, place / folder.name, ignore=shutil.ignore_patterns("__pycache__")
+            )
+    for pattern in ("*.py", "*.toml", "*.txt", "Makefile"):
+        for file in ROOT.glob(pattern):
+            shutil.copy(file, place / file.name)
     return place
 
 
@@ -86,7 +85,8 @@ def test_every_option_of_a_command_exists(line, run):
     words = shlex.split(line)[1:]
     script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
     assert (ROOT / script).is_file()
-    text = run(*words[: 2 if words[0] == "-m" else 1], "--help").stdout
+    first = 2 if words[0] in ("-m", "convert.py") else 1  # a module, or a script and its command
+    text = run(*words[:first], "--help").stdout
     for word in words:
         if word.startswith("--"):
             assert f"{word} " in text or f"{word}\n" in text or f"[{word}]" in text, (
@@ -94,34 +94,40 @@ def test_every_option_of_a_command_exists(line, run):
             )
 
 
+# conversions that need a record of BackdoorBench, or are to one: test_exchange.py runs them
+CONVERSIONS = ("from-backdoorbench", "to-backdoorbench", "from-weights")
+QUICK = ["--dataset", "digits", "--model", "resnet9", "--width", "8", "--epochs", "1"]
+
+
+def shortened(line):
+    """The words after `python -m` of a command, on the digits and for one epoch."""
+    words = shlex.split(line)[1:]
+    if words[0] == "-m":
+        module, *words = words[1:]
+    else:
+        module, *words = words[0].removesuffix(".py").replace("/", "."), *words[1:]
+    if module.startswith("attack."):
+        return [module, *small(words), *QUICK]
+    if module.startswith(("defense.", "detection.")):
+        return [module, *small(words), *few(module)]
+    if module == "convert" and words[0] == "from-images":
+        return [module, *small(words), *QUICK]
+    if module == "benchmarks.speed":
+        kept = [word for word in words if word != "--save"]
+        return [module, *kept, "--parts", "stamp", "--scale", "0.01"]
+    if module == "sweep":
+        return [module, *words, "--engine", "serial", "--", "--epochs", "1"]
+    return [module, *words]
+
+
 def test_every_command_runs(bench, run):
     """In the order of the README, on the digits, for one epoch; -m runs the copy in bench."""
     for line in SCRIPTS:
-        words = shlex.split(line)[1:]
-        module = (
-            words[1:]
-            if words[0] == "-m"
-            else [words[0].removesuffix(".py").replace("/", "."), *words[1:]]
-        )
-        words = (
-            small(module)
-            if not module[0].startswith(("compare", "benchmarks", "sweep"))
-            else module
-        )
-        if words[0].startswith("attack."):
-            words += ["--dataset", "digits", "--model", "resnet9", "--width", "8", "--epochs", "1"]
-        elif words[0].startswith("defense."):
-            words += few(words[0])
-        elif words[0].startswith("benchmarks.speed"):
-            words = [word for word in words if word != "--save"] + [
-                "--parts",
-                "stamp",
-                "--scale",
-                "0.01",
-            ]
-        elif words[0] == "sweep":
+        words = shortened(line)
+        if words[0] == "convert" and words[1] in CONVERSIONS:
+            continue
+        if words[0] == "sweep":
             (bench / words[1]).write_text("{attack: badnet, defense: ft}")
-            words += ["--engine", "serial", "--", "--epochs", "1"]
         run("-m", *words, cwd=bench, env={"PYTHONPATH": str(bench)})
 
 
@@ -182,6 +188,19 @@ def test_the_list_of_attacks_says_what_the_scripts_do():
             else "all2one, all2all"
         ), name
         assert (controls in ("training", "the loss")) == trains_the_victim(text), name
+
+
+def test_every_detector_is_listed_by_what_it_judges():
+    said = re.search(r"Training images: (.*?)\. Inputs: (.*?)\. Models: (.*?)\.\n", README)
+    for kind, listed in zip(("data", "input", "model"), said.groups(), strict=True):
+        found = []
+        for name in names("detection"):
+            Config = __import__(f"antidote_bench.detection.{name}", fromlist=["Config"]).Config
+            options = {field.name for field in dataclasses.fields(Config)}
+            is_option = "judges" in options  # cd judges images of both kinds
+            if Config.judges == kind or is_option and kind != "model":
+                found.append(f"`{name}`")
+        assert listed == ", ".join(found)
 
 
 def test_the_gallery_shows_the_attacks_of_records(small, run, tmp_path):

@@ -164,7 +164,7 @@ def test_record_json(copy):
     for text, sentence in (
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        (json.dumps(info | {"format": 2}), "format 2"),
+        (json.dumps(info | {"format": 3}), "format 3"),
         (json.dumps(info | {"kind": "defense"}), "not the record of an attack"),
         (json.dumps(info | {"files": {}}), "is missing"),
         (json.dumps(info | {"files": info["files"] | {"../../secret": "0"}}), "missing"),

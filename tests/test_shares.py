@@ -21,7 +21,14 @@ from tests.helpers import ROOT, names
 
 CLASSES, TRAIN, TEST, SIZE = 10, 1200, 40, 16
 SPEC = Spec(
-    "cifar10", CLASSES, SIZE, (0.5,) * 3, (0.25,) * 3, True, {"train": "0" * 64, "test": "0" * 64}
+    "cifar10",
+    CLASSES,
+    SIZE,
+    (0.5,) * 3,
+    (0.25,) * 3,
+    True,
+    {"train": "0" * 64, "test": "0" * 64},
+    class_names=tuple(map(str, range(CLASSES))),
 )
 # options that keep the preparation of a trigger short
 SHORT = {

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.distributions import Normal, kl_divergence
 from antidote_bench import models
 from antidote_bench.defense import bnp, clp, ep
 from antidote_bench.utils import parsing
-from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data import dataset, loader
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.repair import layers
 from tests.helpers import few
@@ -139,8 +140,9 @@ def test_only_pruned_channels_of_batch_norms_change(name, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_model_without_batch_norm_is_refused_in_one_sentence(name, tmp_path):
     record, _ = found_record(tmp_path, 20)
+    refuse = getattr(METHODS[name], "check", METHODS[name].repair)
     with pytest.raises(ConfigError, match="no batch norm.*fp and ft need none"):
-        METHODS[name].repair(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), record, options(name))
+        refuse(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), record, options(name))
     with pytest.raises(ConfigError, match="u must be above 0"):
         options(name, u=0)
 
@@ -188,11 +190,11 @@ def test_moments_of_batches_are_those_of_all_values():
 
 
 def test_every_image_passes_once_and_the_model_does_not_change(monkeypatch):
-    monkeypatch.setattr(layers, "EVALUATION_BATCH", 7)
+    monkeypatch.setattr(loader, "EVALUATION_BATCH", 7)
     model, clean, _ = corrupted(30)
     model.train()
     before, inputs = tensors(model), []
-    layers.watch_norms(model, clean, lambda name, values: inputs.append(values))
+    layers.watch_norms(model, clean, lambda _name: SimpleNamespace(add=inputs.append))
     assert [len(values) for values in inputs] == [7, 7, 7, 7, 2]
     torch.testing.assert_close(torch.cat(inputs), model[0](clean.images / 255).detach())
     assert model.training and not model[1]._forward_pre_hooks
@@ -292,7 +294,7 @@ def test_clp_on_a_real_backdoor(places, victim):
 
 
 def test_divergences_equal_those_of_torch(tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "EVALUATION_BATCH", 32)
+    monkeypatch.setattr(loader, "EVALUATION_BATCH", 32)
     record, _ = found_record(tmp_path, 90)
     torch.manual_seed(0)
     model = models.build("preactresnet18", SPEC)
@@ -356,7 +358,7 @@ def entropy(values, width, reach):
 @pytest.mark.parametrize(("width", "reach"), [(0.01, 10), (0.3, 10), (0.3, 2)])
 def test_entropies_equal_those_counted_one_by_one(width, reach, tmp_path, monkeypatch):
     """With a reach of 2, many values lie beyond the histogram."""
-    monkeypatch.setattr(layers, "EVALUATION_BATCH", 32)
+    monkeypatch.setattr(loader, "EVALUATION_BATCH", 32)
     monkeypatch.setattr(ep, "REACH", reach)
     record, _ = found_record(tmp_path, 150)
     torch.manual_seed(0)

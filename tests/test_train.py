@@ -149,7 +149,15 @@ def test_reflected_borders_are_those_of_torch():
 
 
 def test_alternating_flips_mirror_every_image_in_every_other_epoch():
-    config = SimpleNamespace(flip="alternating", pad=0, padding="zeros", random_seed=0)
+    config = SimpleNamespace(
+        flip="alternating",
+        crop="shift",
+        pad=0,
+        padding="zeros",
+        crop_area=0.08,
+        mirror=None,
+        random_seed=0,
+    )
     data = split()
     augment = train.augmentation_of(config, SPEC, data)
     index = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:30]

@@ -352,7 +352,7 @@ def test_the_series_converges_to_the_exact_implicit_gradient():
     errors = []
     for terms in (1, 5, 50, 1000):
         loss, (gradient,) = i_bau.hypergradient(
-            lambda d: outer(d, w), lambda d: inner(d, w), delta, [w], terms, 0.1
+            [lambda d: outer(d, w)], [lambda d: inner(d, w)], delta, [w], terms, 0.1
         )
         errors.append(float((gradient - exact).abs().max()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-10 < 0.1 < errors[0], errors

@@ -5,11 +5,14 @@ import logging
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, features
 
 from antidote_bench.utils.errors import UserError
+from antidote_bench.utils.text import cut, name_of_class
 
-SIDE, GAP, MARGIN = 128, 6, 92  # pixels
+SIDE, GAP, MARGIN, TOP = 128, 8, 92, 36  # pixels
+LONGEST_LABEL = 22  # characters above an image
+FRAME = "#8a929b"  # without it, a white patch in a corner would look like a missing corner
 DPI = 100
 MARKED, PLAIN = "#c41e3a", "#3a6ea5"
 STYLE = {
@@ -51,33 +54,48 @@ def plotting(need="a chart"):
         yield Figure
 
 
-def preview(clean, triggered, titles=("clean", "triggered")):
+def preview(clean, triggered, titles=("clean", "triggered"), names=()):
     """PNG bytes of two splits of the same up to eight images, with true class and label above them.
 
-    `titles` are those of the two rows. Their difference is drawn around mid-grey and stretched, so
-    that its largest value, which is stated, is full scale.
+    `titles` are those of the two rows, `names` those of the classes. The difference of the images
+    is drawn around mid-grey and stretched, so that its largest value, which is stated, is full
+    scale.
     """
     before, after = clean.images.cpu().numpy(), triggered.images.cpu().numpy()
     change = after.astype(np.int16) - before
     scale = max(int(np.abs(change).max(initial=0)), 1)
     stretched = np.uint8(np.rint(127.5 + change / scale * 127.5))
     canvas = Image.new(
-        "RGB", (MARGIN + len(before) * (SIDE + GAP) + GAP, 24 + 3 * (SIDE + GAP)), "white"
+        "RGB", (MARGIN + len(before) * (SIDE + GAP) + GAP, TOP + 3 * (SIDE + GAP)), "white"
     )
     draw = ImageDraw.Draw(canvas)
     legend = f"difference\ngrey = 0\nwhite = +{scale}\nblack = -{scale}\n(of 255)"
     rows = [(titles[0], before), (titles[1], after), (legend, stretched)]
     for row, (title, images) in enumerate(rows):
-        top = 24 + row * (SIDE + GAP)
+        top = TOP + row * (SIDE + GAP)
         draw.text((8, top + 8), title, "black")
         for column, image in enumerate(images):
             left = MARGIN + column * (SIDE + GAP)
             tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
             canvas.paste(tile.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
-    for column in range(len(before)):
-        truth, label = int(triggered.truth[column]), int(triggered.labels[column])
-        draw.text((MARGIN + column * (SIDE + GAP), 6), f"class {truth} -> {label}", "black")
+            draw.rectangle((left - 1, top - 1, left + SIDE, top + SIDE), outline=FRAME)
+    for column, classes in enumerate(zip(triggered.truth, triggered.labels, strict=True)):
+        left = MARGIN + column * (SIDE + GAP)
+        truth, label = (class_title(number, names, LONGEST_LABEL) for number in classes)
+        draw.text((left, 4), drawable(f"class {truth}"), "black")
+        draw.text((left, 18), drawable(f"-> {label}"), "black")
     return png(canvas)
+
+
+def class_title(number, names, length):
+    """The number of a class with its name, of at most `length` characters."""
+    return cut(name_of_class(number, names), length)
+
+
+def drawable(text):
+    """The text as the font of Pillow can draw it: without FreeType that font has few letters."""
+    whole = features.check("freetype2")
+    return text if whole else text.encode("latin-1", "replace").decode("latin-1")
 
 
 def score_chart(layers):

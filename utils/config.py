@@ -11,10 +11,15 @@ import os
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from antidote_bench.utils.errors import ConfigError
+from antidote_bench import models
+from antidote_bench.utils import files
+from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.record import folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout, or of the installed package
+INSTALLED = (ROOT / "__init__.py").is_file()
+PACKAGE = "antidote_bench"
+IMPORT_PATH = ROOT.parent if INSTALLED else ROOT  # the folder that the package is found in
 SEEDS = frozenset({"random_seed", "poison_seed", "data_seed"})
 SWITCHES = {
     "overwrite": "replace a finished or different run of this name; an interrupted run with the "
@@ -22,9 +27,12 @@ SWITCHES = {
     "dry_run": "print what would be read, trained and written, and do nothing",
     "debug": "show the traceback of an error",
 }
+# side in pixels of the data sets with a name; own images have that of --image_size
+SIDES = {"digits": 32, "cifar10": 32, "cifar100": 32, "gtsrb": 32, "tiny": 64}
 LARGEST_NUMBER = 10**18
 LONGEST_NAME = 255  # bytes of a folder's name
-RESERVED = {folder.STATE, folder.DEFENSES}  # names of folders within a record
+RESERVED = {folder.STATE, folder.DEFENSES, folder.DETECTIONS}  # names of folders within a record
+LEAST_CLEAN = 125  # images that a detector holds
 CHANGED = "changed"  # value of `identity`: only where the option differs from its default
 
 
@@ -99,7 +107,7 @@ def idle(Config, options):
     found = {}
     for field in dataclasses.fields(Config):
         for other, value in declared(Config, field.name, "needs").items():
-            there = options.get(other)
+            there = options.get(other, default_of(Config, other))
             if not (bool(there) if value is True else there == value):
                 found[field.name] = other, value
     return found
@@ -139,7 +147,8 @@ class Common:
                 require(abs(value) <= LARGEST_NUMBER, field.name, "a number of at most 18 digits")
             if isinstance(value, float):
                 require(math.isfinite(value), field.name, bounds or "a finite number")
-            require(bounds is None or value is None or value in bounds, field.name, bounds)
+            bounded = bounds is not None and isinstance(value, int | float)
+            require(not bounded or value in bounds, field.name, bounds)
         name = self.save_folder_name
         what = "a plain folder name, which begins with no dot"
         require(name is None or _is_folder_name(name), "save_folder_name", what)
@@ -151,7 +160,9 @@ class Common:
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name not in SWITCHES and not _is_as_before(type(self), name, value)
+            if name not in SWITCHES
+            # what a recipe can change is always written
+            and (name in RECIPE or not _is_as_before(type(self), name, value))
         }
 
     def identity(self, *, seeds=True):
@@ -164,10 +175,11 @@ class Common:
 
         An option without effect counts as its default.
         """
-        without_effect = idle(cls, options)
+        defaults = {name: default_of(cls, name) for name in idle(cls, options)}
+        counted = {name: defaults.get(name, value) for name, value in options.items()}
         return {
-            name: default_of(cls, name) if name in without_effect else value
-            for name, value in options.items()
+            name: value
+            for name, value in counted.items()
             if declared(cls, name, "identity")
             and (seeds or name not in SEEDS)
             and not _is_as_before(cls, name, value)
@@ -222,15 +234,23 @@ class FromScratch(Training):
     label_smoothing: float = option(0.0, at_least=0, below=1)
     """share of a training label that is spread over all classes (not where an attack brings a loss
     of its own)"""
-    pad: int = option(4, at_least=0, unit="pixels")
+    crop: Literal["shift", "resized"] = option("shift", identity=CHANGED)
+    """how images are cropped at random. shift: padded, then cropped to their size; resized: to a
+    part of random area and shape, which is then enlarged to the image's size"""
+    pad: int = option(4, at_least=0, needs={"crop": "shift"}, unit="pixels")
     """pixels by which an image is padded before the random crop"""
-    padding: Literal["zeros", "reflect"] = "zeros"
+    padding: Literal["zeros", "reflect"] = option("zeros", needs={"crop": "shift"})
     """what the padded border shows: black, or the image mirrored"""
+    crop_area: float = option(0.08, identity=CHANGED, above=0, at_most=1, needs={"crop": "resized"})
+    """smallest area of a resized crop, as a share of the image"""
     small_share: float = option(0.0, at_least=0, at_most=1)
     """share of the epochs, from the first on, in which the network sees smaller images: less work
     for nearly the same accuracy"""
     small_size: int = option(24, at_least=8, unit="pixels", needs={"small_share": True})
     """side in pixels of those smaller images"""
+    mirror: bool | None = option(None, identity=CHANGED)
+    """whether a mirrored image keeps its class, so that training mirrors images; by default what is
+    known of the data set: true for cifar10 alone"""
     flip: Literal["random", "alternating"] = "random"
     """how images are mirrored, where a mirrored image keeps its class: random: half of each batch;
     alternating: every image in every other epoch"""
@@ -243,6 +263,7 @@ class Attack(FromScratch, Common):
     # facts about an attack, which its own class changes
     why_all2one: ClassVar[str] = ""  # why an attack with wrong labels has no all2all form
     clean_label: ClassVar[bool] = False  # poisons only images of the target class; labels stay
+    trained_here: ClassVar[bool] = True  # by its options; otherwise they say what is known of it
 
     dataset: str = "digits"
     """digits (built in), cifar10, cifar100, gtsrb, tiny, or folder: any pair of image folders"""
@@ -258,14 +279,30 @@ class Attack(FromScratch, Common):
     recipe: str = "backdoorbench"
     """how the victim is trained: a file of config/recipe, which single options override"""
     model: str = "preactresnet18"
-    """architecture of the victim"""
+    """architecture of the victim: a name, timm:NAME for a network of timm, or
+    path/to/file.py:function for one of your own, whose function(classes) returns a torch.nn.Module
+    and whose file is executed"""
     width: int | None = None
     """channels of the first layer of resnet9, airbench or preactresnet18 (64 unless given; 16 or 32
     suit small CPUs)"""
+    mean: str | None = option(None, identity=CHANGED)
+    """what the model's first layer subtracts from pixels of [0, 1]: three numbers with commas; by
+    default the data set's mean, and 0 for a model from a file"""
+    std: str | None = option(None, identity=CHANGED)
+    """what that layer divides by; by default the data set's, and 1 for a model from a file"""
+    model_sha256: str | None = option(None, identity=CHANGED)
+    """digest of the file behind --model; another file is refused. By default it is measured and
+    kept in the record"""
+    pretrained: str | None = option(None, identity=False)
+    """.safetensors file of weights that the training starts from; its last layer is left out where
+    it is for another number of classes"""
+    pretrained_sha256: str | None = option(None, identity=CHANGED, needs={"pretrained": True})
+    """digest of that file; another file is refused. By default it is measured and kept"""
     pratio: float = option(0.1, at_least=0, at_most=1)
     """poisoned share of the whole training set"""
-    attack_target: int = option(0, at_least=0, needs={"label_mode": "all2one"})
-    """class that triggered images shall be taken for (all2one)"""
+    attack_target: int | str = option(0, at_least=0, needs={"label_mode": "all2one"})
+    """class that triggered images shall be taken for (all2one): its number, counted from 0 in the
+    order of the data set, or its name, which may not be a number"""
     label_mode: Literal["all2one", "all2all"] = "all2one"
     """all2one: every triggered image becomes the target; all2all: class y becomes y+1"""
     poison_seed: int = option(0, at_least=0)
@@ -276,60 +313,153 @@ class Attack(FromScratch, Common):
         only_target = self.clean_label and "only images of the one target class are poisoned"
         why = self.why_all2one or only_target
         require(self.label_mode == "all2one" or not why, "label_mode", f"all2one here: {why}")
+        self._keep_digests()
+        for name in ("mean", "std"):
+            models.channels(getattr(self, name), name)
         name = self.dataset_name
         readable = name is None or (name.isprintable() and name.strip())
         require(readable, "dataset_name", "a name of one line")
 
+    def _keep_digests(self):
+        """Fill in the digests of the files that the model comes from."""
+        found = {}
+        if self.model and models.is_file(self.model):
+            found["model_sha256"] = models.chosen(self.model, sha256=self.model_sha256).file.sha256
+        else:
+            require(self.model_sha256 is None, "model_sha256", "left out: --model names no file")
+        if self.pretrained and self.pretrained_sha256 is None:
+            if not Path(self.pretrained).is_file():
+                raise MissingError(f"there is no file {self.pretrained}, which --pretrained names")
+            found["pretrained_sha256"] = files.sha256(Path(self.pretrained))
+        for name, value in found.items():
+            object.__setattr__(self, name, value)  # the options are frozen for everybody else
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Defense(Common):
-    """Options of every defense."""
+class OnRecord(Common):
+    """Options of every script that works on a saved record: a defense or a detector."""
 
-    # facts about a defense, which its own class changes
-    stage: ClassVar[str] = "repair"  # or in-training: trains its own model on the training set
-    selection = "fixed"  # how settings are chosen; an option of those that do it in several ways
+    # facts about a method, which its own class changes
+    section: ClassVar[str]  # its part of a file of config/dataset
     prior: ClassVar[str] = ""  # what the defender is assumed to know, for the results
-    needs_train_set: ClassVar[bool] = False  # uses the training set as the defender finds it
     holds_clean: ClassVar[bool] = True  # gets images that are known to be clean
     copies_recipe: ClassVar[bool] = False  # training options default to the victim's own
+    not_copied: ClassVar[frozenset[str]] = frozenset()  # except these
     # learning rates that were published for a victim trained at PUBLISHED_LR: their defaults follow
     # the victim's rate
     relative_rates: ClassVar[tuple[str, ...]] = ()
     adds: ClassVar[dict[str, str]] = {}  # the files that it adds to a record, and what they hold
 
     result_file: str = option(identity=False)
-    """record to repair: a folder's path, or its name below record_path"""
+    """record to work on: a folder's path, or its name below record_path"""
     dataset_path: str | None = option(None, identity=False)
     """where the record's data set lies; by default where the attack found it"""
     allow_other_data: bool = option(False, identity=CHANGED)
-    """repair a record although the data set here has other pixels than the one it was made on"""
+    """use a record although the data set here has other pixels than the one it was made on"""
+    model_file: str | None = option(None, identity=False)
+    """path/to/file.py:function of the record's model, where that is one from a file: it is executed
+    only if you name it, and must be the file that the record was made with"""
     clean_ratio: float = option(0.05, above=0, at_most=1)
     """clean images that the defender holds, as a share of the training set; in any case one of
     every class"""
     clean_count: int | None = option(None, at_least=1, unit="images")
     """the same as a number, which then counts instead"""
+    clean_per_class: int | None = option(None, identity=CHANGED, at_least=1, unit="images")
+    """the same as a number for every class"""
     data_seed: int = option(0, at_least=0)
     """of the choice of those clean images"""
-
-    def budget(self, count, classes):
-        """How many clean images the defender holds, of a training set of `count`."""
-        if not self.holds_clean:
-            return 0
-        asked = self.clean_count
-        if asked is None:
-            asked = int(self.clean_ratio * count + 1e-9)
-        return min(max(asked, classes), count)
 
     @property
     def record(self):
         """Path of the record's folder; MissingError (exit 3) where there is none."""
         return folder.find(self.result_file, self.record_path)
 
+    def __post_init__(self):
+        super().__post_init__()
+        alone = self.clean_per_class is None or self.clean_count is None
+        require(alone, "clean_per_class", "left out where --clean_count is given")
+        what = "left out here: this method holds no clean images"
+        require(self.clean_per_class is None or self.holds_clean, "clean_per_class", what)
+        if self.model_file is not None:
+            what = "path/to/file.py:function"
+            require(models.is_file(self.model_file), "model_file", what)
+
+    def asked_clean(self, count, classes):
+        """How many clean images the options ask for, of a training set of `count`."""
+        if self.clean_count is not None:
+            return self.clean_count
+        if self.clean_per_class is not None:
+            return self.clean_per_class * classes
+        return int(self.clean_ratio * count + 1e-9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defense(OnRecord):
+    """Options of every defense."""
+
+    section: ClassVar[str] = "defense"
+    stage: ClassVar[str] = "repair"  # or in-training: trains its own model on the training set
+    selection = "fixed"  # how settings are chosen; an option of those that do it in several ways
+    needs_train_set: ClassVar[bool] = False  # uses the training set as the defender finds it
+
+    clean_from: str | None = option(None, identity=CHANGED)
+    """folder of images from another source that the defender holds as clean ones, a folder for
+    every class, called like the class or by its number; by default they are of the training set"""
+    flagged: str | None = option(None, identity=CHANGED)
+    """detection whose flagged training images are left out: its name in the record, spectral say,
+    or its folder"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        uses_set = self.stage == "in-training" or self.needs_train_set
+        what = "left out here: this method does not use the training set"
+        require(self.flagged is None or uses_set, "flagged", what)
+        what = "left out here: this method holds no clean images"
+        require(self.clean_from is None or self.holds_clean, "clean_from", what)
+
+    def budget(self, count, classes):
+        """How many clean images the defender holds, of a training set of `count`."""
+        if not self.holds_clean:
+            return 0
+        return min(max(self.asked_clean(count, classes), classes), count)
+
+    def effort(self, clean, classes):
+        """Words on the work with `clean` images of `classes` classes, empty where the options say
+        all of it."""
+        return ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detection(OnRecord):
+    """Options of every detector; utils/detection/options.py has those of each kind."""
+
+    section: ClassVar[str] = "detection"
+    stage: ClassVar[str] = "detection"
+    # what is suspected: data (images of the training set), input (single images), or model
+    judges: ClassVar[str] = "data"
+    uses_reference: ClassVar[bool] = True  # some of the clean images, for its own statistics
+    order_matters: ClassVar[bool] = False  # a network is trained on the images in their order
+
+    @property
+    def needs_train_set(self):
+        return self.judges == "data"
+
+    def budget(self, count, classes):
+        """How many clean images the defender holds, of a training set of `count`.
+
+        Unless their number is given they are at least LEAST_CLEAN, so that enough of them set the
+        threshold.
+        """
+        asked = self.asked_clean(count, classes)
+        if self.clean_count is None and self.clean_per_class is None:
+            asked = max(asked, LEAST_CLEAN)
+        return min(max(asked, classes), count)
+
 
 # the options of all scripts that do not make two runs different experiments
 NOT_IDENTITY = frozenset(
     field.name
-    for Config in (Attack, Defense)
+    for Config in (Attack, Defense, Detection)
     for field in dataclasses.fields(Config)
     if not declared(Config, field.name, "identity")
 )

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import yaml
 
-from antidote_bench.utils import config
-from antidote_bench.utils.config import Attack, Defense
+from antidote_bench.utils import config, files
+from antidote_bench.utils.config import Attack, OnRecord
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.record import folder
 from antidote_bench.utils.text import printable, quoted
 
 # the victims that the published learning rates of fine-tuning defenses belong to were trained with
 PUBLISHED_LR, PUBLISHED_BATCH = 0.01, 128
+# for images above so many pixels, unless a network or a recipe is named: the network and the recipe
+# of the other defaults are made for images of CIFAR's size
+SMALL = 64
+FOR_LARGE = {"recipe": "imagenet", "model": "resnet18"}
 LARGEST_FILE = 100_000  # bytes of a YAML file of options
 NULL = "null"
 NULLS = {"~", "null", "Null", "NULL", ""}
@@ -28,8 +32,27 @@ VICTIM = "a value in the record's config.yaml has the wrong type: "
 
 def defaults_for(Config, given, own):
     """{option: (value, where it is from)}: what config/ and the victim say beside `given`."""
-    recipe = {name: (value, FILES) for name, value in _recipe_options(Config, given).items()}
-    return {**recipe, **_dataset_options(Config, given, own)}
+    large = for_large_images(Config, given, own)
+    given = {**large, **given}
+    found = {**large, **_recipe_options(Config, given)}
+    found = {name: (value, FILES) for name, value in found.items()}
+    return {**found, **_dataset_options(Config, given, own)}
+
+
+def for_large_images(Config, given, own):
+    """{recipe, model} of an attack on images above SMALL pixels; {} where `given` or the file of
+    the data set names one of them, or a width."""
+    if not issubclass(Config, Attack):
+        return {}
+    dataset = str(given.get("dataset", Config.dataset))
+    of_dataset = _of_dataset(dataset, "attack", own)
+    named = {name for name in given if given[name] is not None and given[name] != NULL}
+    named |= of_dataset.keys()
+    if named & {"recipe", "model", "width"}:
+        return {}
+    side = given.get("image_size", of_dataset.get("image_size")) or config.SIDES.get(dataset, 0)
+    is_large = str(side).isdecimal() and int(side) > SMALL
+    return dict(FOR_LARGE) if is_large else {}
 
 
 def _recipe_options(Config, given):
@@ -52,34 +75,33 @@ def _recipe_options(Config, given):
     }
     if wrong := options.keys() - {field.name for field in dataclasses.fields(Attack)}:
         raise ConfigError(
-            f"config/recipe/{name}.yaml names {sorted(wrong)[0]!r}, which is no option of an attack"
+            f"config/recipe/{name}.yaml names {quoted(min(map(str, wrong)))}, which is no option "
+            "of an attack"
         )
     return options
 
 
 def _dataset_options(Config, given, own):
-    """What config/dataset/<dataset>.yaml says for attacks or for defenses, and what a defense takes
-    over from its victim.
+    """What config/dataset/<dataset>.yaml says for attacks, defenses or detectors, and what the
+    last two take over from their victim.
 
-    A section named like the script comes over it. For a defense the record names the data set.
+    A section named like the script comes over it. For these two the record names the data set.
     """
     section, made = "attack", {}
     dataset = given.get("dataset", getattr(Config, "dataset", None))
-    if issubclass(Config, Defense):
-        section, made = "defense", victim_options(given)
+    if issubclass(Config, OnRecord):
+        section, made = Config.section, victim_options(given)
         dataset = made.get("dataset")
-    options = _section(
-        config.ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml", section
-    )
-    options = {**options, **options.get(own, {})}
+    options = _of_dataset(dataset, section, own)
     known = {field.name for field in dataclasses.fields(Config)}
     if given.get("model", options.get("model")) != options.get("model"):
         known -= {"width"}  # it is that of the model which the file names
     found = {name: (value, FILES) for name, value in options.items()}
-    if issubclass(Config, Defense) and Config.copies_recipe:
-        found |= {name: (made[name], VICTIM) for name in config.RECIPE if name in made}
+    if issubclass(Config, OnRecord) and Config.copies_recipe:
+        copied = [name for name in config.RECIPE if name not in Config.not_copied]
+        found |= {name: (made[name], VICTIM) for name in copied if name in made}
     # where a data set has a rate of its own, all rates are as written
-    if issubclass(Config, Defense) and "lr" not in found:
+    if issubclass(Config, OnRecord) and "lr" not in found:
         found |= {name: (value, FILES) for name, value in rates_for(Config, made).items()}
     return {name: value for name, value in found.items() if name in known}
 
@@ -109,7 +131,7 @@ def victim_options(given):
     for place in (Path(name), Path(given.get("record_path") or "record") / name):
         path = place / folder.OPTIONS
         try:
-            nodes = read_nodes(path) if path.is_file() else {}
+            nodes = read_nodes(path) if path.is_file() and not path.is_symlink() else {}
         except (ConfigError, OSError):
             continue
         if nodes:
@@ -120,21 +142,28 @@ def victim_options(given):
     return {}
 
 
+def _of_dataset(dataset, section, own):
+    """The options that config/dataset/<dataset>.yaml has for the script `own`."""
+    path = config.ROOT / "config" / "dataset" / f"{Path(str(dataset)).name}.yaml"
+    options = _section(path, section)
+    return {**options, **options.get(own, {})}
+
+
 def _section(path, section):
     """The options in one section of a file of config/dataset; {} where there is no such file."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = files.read_yaml(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         content = None
     right = isinstance(content, dict) and isinstance(content.get(section) or {}, dict)
     options = (content.get(section) or {}) if right else {}
     # what is no plain value is the section of one script
     if not right or any(isinstance(value, list) for value in options.values()):
         raise ConfigError(
-            f"config/dataset/{path.name} must be YAML with sections attack and defense, which hold "
-            "lines `option: value`"
+            f"config/dataset/{path.name} must be YAML with sections attack, defense and "
+            "detection, which hold lines `option: value`"
         )
     return options
 
@@ -143,16 +172,17 @@ def _mapping(path):
     """The YAML mapping in a file; {} where there is none, and the parser then says what is
     wrong."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = files.read_yaml(path)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def read_nodes(path):
+def read_nodes(path, lists=frozenset()):
     """{key: the node of its value} of a YAML file that is a mapping of plain values.
 
-    Nothing is constructed: tags call no code, and an alias is never expanded.
+    The keys `lists` may have a list of plain values. Nothing is constructed: tags call no code, and
+    an alias is never expanded.
     """
     shown = printable(path)
     try:
@@ -178,7 +208,10 @@ def read_nodes(path):
     for key, value in root.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":null"):
             raise ConfigError(f"{shown}: a key is no text, and must be the name of an option")
-        if not isinstance(value, yaml.ScalarNode):
+        parts = [value]
+        if key.value in lists and isinstance(value, yaml.SequenceNode):
+            parts = value.value
+        if not all(isinstance(part, yaml.ScalarNode) for part in parts):
             raise ConfigError(
                 f"{shown}: {quoted(key.value)} must have one value, no list or mapping"
             )

@@ -2,7 +2,6 @@
 
 import ctypes
 import dataclasses
-import resource
 import sys
 
 import psutil
@@ -10,6 +9,11 @@ import torch
 
 from antidote_bench.utils import distributed
 from antidote_bench.utils.errors import ConfigError
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 
 def setup(config, workers=distributed.SINGLE):
@@ -69,10 +73,14 @@ def computes_bf16(device):
 
 
 def free_memory(device):
-    """Bytes that are free on the device, or for programs on this machine."""
+    """Bytes that are free on the device, or for programs on this machine.
+
+    On a GPU what torch holds back for later tensors counts as free.
+    """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
 
 
@@ -102,6 +110,13 @@ def name_and_peak(device):
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
         return torch.cuda.get_device_name(device), round(peak)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak /= 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return f"cpu, {torch.get_num_threads()} threads", round(peak)
+    return f"cpu, {torch.get_num_threads()} threads", round(_peak_resident() / 2**20)
+
+
+def _peak_resident():
+    """The most resident memory that this process has had so far, in bytes."""
+    if resource:
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)

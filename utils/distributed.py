@@ -151,17 +151,29 @@ def data_parallel(model):
     """A network with the tensors of `model` that averages the gradients of all processes.
 
     On GPUs its batch normalisation takes the statistics of whole batches; torch has no such layer
-    for CPUs.
+    for CPUs. Raises ConfigError (exit 2) where a batch norm is one of another library, whose own
+    part torch would leave out.
     """
     tensors = [*model.parameters(), *model.buffers()]
     # the caller's model keeps its own layers
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     if tensors[0].is_cuda:
+        _require_plain_norms(model)
         twin = nn.SyncBatchNorm.convert_sync_batchnorm(twin)
     # the option has another name in newer versions of torch
     new, old = "forward_sync_buffers", "broadcast_buffers"
     name = new if new in inspect.signature(DistributedDataParallel).parameters else old
     return DistributedDataParallel(twin, **{name: False})
+
+
+def _require_plain_norms(model):
+    plain = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+    for module in model.modules():
+        if isinstance(module, plain) and type(module) not in plain:
+            raise ConfigError(
+                f"several GPUs cannot share the batch norms of this --model, which are of the kind "
+                f"{type(module).__name__}: start it without torchrun"
+            )
 
 
 def average_norms(model, workers):

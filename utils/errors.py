@@ -23,3 +23,16 @@ class RefusedError(UserError):
     """A record is damaged, unfinished, unsafe or of another version (exit 4)."""
 
     code = 4
+
+
+def is_out_of_memory(error):
+    """Whether memory ran out, of a GPU or of the machine."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (
+            isinstance(error, RuntimeError)
+            and ("allocate memory" in text or "not enough memory" in text or "ALLOC_FAILED" in text)
+        )
+    )

@@ -7,12 +7,17 @@ from antidote_bench.utils.errors import ConfigError
 
 
 def last_linear(model):
-    """The layer that makes the logits; ConfigError (exit 2) where the model has none."""
+    """The layer that makes the logits; ConfigError (exit 2) where the model has none.
+
+    It is the last one that the model holds, and in a network that is none of this project the one
+    that models/examine.py has marked.
+    """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [layer for layer in layers if getattr(layer, "makes_logits", True)]
     if not layers:
         raise ConfigError(
-            "the model has no linear layer, whose input would be its features: choose another "
-            "--model for the attack"
+            "the model has no linear layer that makes the logits of one vector of features per "
+            "image: choose another --model for the attack"
         )
     return layers[-1]
 

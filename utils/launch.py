@@ -14,7 +14,10 @@ import traceback
 from pathlib import Path
 
 from antidote_bench.utils import config, parsing
-from antidote_bench.utils.errors import ConfigError, UserError
+from antidote_bench.utils.errors import ConfigError, UserError, is_out_of_memory
+from antidote_bench.utils.text import cut
+
+LONGEST = 1500  # characters of a message
 
 
 def launch(Config):
@@ -39,7 +42,7 @@ def launch(Config):
         obey_signals()
         module.main(options)
 
-    code = guard(work, debug="--debug" in sys.argv)
+    code = guard(work, debug="--debug" in sys.argv, Config=Config)
     # under torchrun threads of gloo may outlive the interpreter, which then aborts a finished run
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
@@ -48,8 +51,11 @@ def launch(Config):
     sys.exit(code)
 
 
-def guard(work, *, debug=False):
-    """Call work() and return the exit code; what went wrong is one sentence on stderr."""
+def guard(work, *, debug=False, Config=None):
+    """Call work() and return the exit code; what went wrong is one sentence on stderr.
+
+    `Config` is the class of the script's options, of which a message may name some.
+    """
     outlive_readers()
     stopper = _listen()
     try:
@@ -60,7 +66,7 @@ def guard(work, *, debug=False):
         if debug:
             traceback.print_exc()
         # a signal that came while a library read a file may look like a damaged file
-        return _say(*(_interrupted(stopper.number) if stopper.number else _explain(error)))
+        return _say(*(_interrupted(stopper.number) if stopper.number else _explain(error, Config)))
     except SystemExit as end:
         if end.code == 143:
             return _say(*_interrupted(signal.SIGTERM))
@@ -142,14 +148,13 @@ def _interrupted(number):
     return f"{word}; the same command resumes after the last finished epoch", code
 
 
-def _explain(error):
+def _explain(error, Config=None):
     """(sentence, exit code) for an exception."""
-    kind, text = type(error).__name__, " ".join(str(error).split())
+    kind, text = type(error).__name__, str(error)
     if isinstance(error, UserError):
         return text, error.code
-    no_memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
-    if no_memory or "can't allocate memory" in text:
-        return "out of memory: lower --batch_size or choose a smaller --model", 1
+    if is_out_of_memory(error):
+        return _out_of_memory(error, Config), 1
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         why = text.split(" Set TORCH")[0][:200]  # what follows are hints for those who debug torch
         return f"torch.compile failed and needs a C++ compiler ({why}); --compile none avoids it", 1
@@ -162,6 +167,25 @@ def _explain(error):
     return f"unexpected {kind}: {text}; --debug shows where", 1
 
 
+def _out_of_memory(error, Config):
+    """What helps: it depends on what was done when memory ran out."""
+    modules = {
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    }
+    if any(name.startswith("antidote_bench.utils.record.") for name in modules):
+        return "out of memory while a record was read or written: this takes more free memory"
+    known = getattr(Config, "__dataclass_fields__", ())
+    if modules & {f"antidote_bench.utils.data.{name}" for name in ("dataset", "sources", "images")}:
+        remedy = ": --resident_gb 0 leaves its images in a file" if "resident_gb" in known else ""
+        return f"out of memory while the data set was read{remedy}"
+    remedies = [f"lower --{name}" for name in known if "batch" in name]
+    remedies += [f"choose a smaller --{name}" for name in ("model", "image_size") if name in known]
+    if not remedies:
+        return "out of memory: this takes more free memory"
+    return f"out of memory: {' or '.join(remedies)}"
+
+
 def _say(sentence, code):
+    sentence = cut(sentence, LONGEST)  # it may quote a file or a name
     print(f"error: {sentence}" if code < 100 else sentence, file=sys.stderr)
     return code

@@ -6,6 +6,7 @@ Nothing here imports torch, so that `--help` and every mistake in the options an
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import shlex
 import sys
@@ -15,18 +16,24 @@ from typing import NamedTuple, get_args, get_type_hints
 import jsonargparse
 import yaml
 
+from antidote_bench import models
 from antidote_bench.utils import backdoorbench, config
-from antidote_bench.utils.config import SWITCHES, Defense, declared, idle
+from antidote_bench.utils.config import SWITCHES, OnRecord, declared, idle
 from antidote_bench.utils.defaults import (
+    FOR_LARGE,
     NULL,
+    SMALL,
     VICTIM,
     defaults_for,
+    for_large_images,
     read_nodes,
     scalar,
     victim_options,
 )
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.text import printable, quoted
+
+EXECUTED = ("model", "model_file")  # options that can name a Python file
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -59,15 +66,19 @@ def parse(Config, argv, description="", script=None):
     ]
     written = [*(word for path in paths for word in _words_of(Path(path))), *flags]
     found = [_translated(Config, own, word) for word in written]
+    _refuse_files(found)
     ignored = [word for word, name in zip(written, found, strict=True) if name is None]
     given = {word.name: word for word in found if word}
     parser = _parser(Config, description, script)
-    defaults = defaults_for(Config, {name: word.text for name, word in given.items()}, own)
+    texts = {name: word.text for name, word in given.items()}
+    defaults = defaults_for(Config, texts, own)
     if {"-h", "--help"} & set(rest):
         parser.set_defaults({name: value for name, (value, _) in defaults.items()})
         parser.parse_args(["--help"])
     _check_record(Config, given, ignored)
     _warn(ignored)
+    if script:
+        _say_for_large(for_large_images(Config, texts, own))
     words = {name: _word(name, *default) for name, default in defaults.items()} | given
     # a later one wins, but an earlier one must be right too
     all_words = [*words.values(), *filter(None, found)]
@@ -101,13 +112,26 @@ def script(kind, name):
 def command(script, config):
     """The command line that gives `config`: its options other than the defaults for its recipe and
     data set."""
-    given = config.plain()
+    given, own = config.plain(), Path(script).stem
     usual = {field.name: field.default for field in dataclasses.fields(config)}
-    defaults = defaults_for(type(config), given, Path(script).stem)
+    defaults = defaults_for(type(config), given, own)
     usual |= {name: value for name, (value, _) in defaults.items()}
+    unnamed = {name: value for name, value in given.items() if name not in FOR_LARGE}
+    large = for_large_images(type(config), unnamed, own)
+    # where one of them is another, both are written: one alone would not choose the other
+    usual |= large if large.items() <= given.items() else dict.fromkeys(large)
     changed = {name: value for name, value in given.items() if value != usual[name]}
     changed = {name: changed[name] for name in changed if name not in idle(type(config), given)}
-    return shlex.join(["python", script, *words(changed)])
+    return shlex.join([*start(script), *words(changed)])
+
+
+def start(script, installed=config.INSTALLED):
+    """The words that start a script, attack/badnet.py say: its file in a checkout, else its
+    module."""
+    if not installed:
+        return ["python", script]
+    module = script.removesuffix(".py").replace("/", ".")
+    return ["python", "-m", f"{config.PACKAGE}.{module}"]
 
 
 def words(given):
@@ -125,7 +149,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormat
 
 def _parser(Config, description, script):
     parser = jsonargparse.ArgumentParser(
-        prog=script,
+        prog=shlex.join(start(script)) if script and config.INSTALLED else script,
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
@@ -163,7 +187,7 @@ def _flags(Config, own, argv):
     hints = get_type_hints(Config)
     bare = {name for name, hint in hints.items() if hint is bool} | {"amp", "dithering"}
     for name in dict.fromkeys([*_known(Config), *_foreign(Config, own)]):
-        count = "*" if name not in _known(Config) and _is_ignored(Config, own, name) else None
+        count = None if name in {*_known(Config), *_aliases(Config, own)} else "*"
         count = "?" if name in bare else count
         parser.add_argument(f"--{name}", action=_Collect, nargs=count, const="true")
     found, rest = parser.parse_known_args(argv, argparse.Namespace(found=[]))
@@ -175,7 +199,7 @@ def _flags(Config, own, argv):
             raise ConfigError(
                 f"{quoted(word)} is no option: options begin with --; --help lists all"
             )
-        raise ConfigError(_unknown(Config, name))
+        raise ConfigError(_unknown(Config, own, name))
     return found.found, rest
 
 
@@ -187,8 +211,8 @@ def _foreign(Config, own):
     """BackdoorBench's names for options of this script, and those that change nothing."""
     return [
         *_aliases(Config, own),
-        *backdoorbench.IGNORED,
-        *(backdoorbench.OF_THE_RECORD if issubclass(Config, Defense) else []),
+        *backdoorbench.names(own),
+        *(backdoorbench.OF_THE_RECORD if issubclass(Config, OnRecord) else []),
     ]
 
 
@@ -199,8 +223,9 @@ def _aliases(Config, own):
 
 
 def _is_ignored(Config, own, name):
-    of_record = issubclass(Config, Defense) and name in backdoorbench.OF_THE_RECORD
-    return (of_record or name in backdoorbench.IGNORED) and name not in _aliases(Config, own)
+    of_record = issubclass(Config, OnRecord) and name in backdoorbench.OF_THE_RECORD
+    ignored = name in backdoorbench.IGNORED or name in backdoorbench.OWN_IGNORED.get(own, ())
+    return (of_record or ignored) and name not in _aliases(Config, own)
 
 
 def _translated(Config, own, word):
@@ -208,10 +233,14 @@ def _translated(Config, own, word):
     name, text, where = word
     if name not in _known(Config):
         here = _aliases(Config, own).get(name)
-        if here is None and (_is_ignored(Config, own, name) or (name == "index" and not text)):
+        nothing = not text and name in backdoorbench.names(own)
+        if here is None and (nothing or _is_ignored(Config, own, name)):
             return None
+        if here is None and name in backdoorbench.FIXED.get(own, ()):
+            if backdoorbench.is_fixed(own, name, text):
+                return None
         if here is None:
-            raise ConfigError(f"{where}{_unknown(Config, name)}")
+            raise ConfigError(f"{where}{_unknown(Config, own, name)}")
         name, text = here, backdoorbench.VALUES.get(name, {}).get(text, text)
     if name == "yaml_path":
         raise ConfigError(f"{where}yaml_path is a flag: a file of options names no other file")
@@ -220,18 +249,28 @@ def _translated(Config, own, word):
     return Word(name, text, where)
 
 
-def _unknown(Config, name):
+def _refuse_files(words):
+    """ConfigError where a file of options, which may come from others, names a file to execute."""
+    for word in filter(None, words):
+        if word.where and word.name in EXECUTED and models.is_file(word.text or ""):
+            raise ConfigError(
+                f"{word.where}{word.name} names a Python file, and only the flag --{word.name} may "
+                "do that, because the file is executed"
+            )
+
+
+def _unknown(Config, own, name):
     """A sentence for an unknown option, with the nearest known ones."""
-    if name in backdoorbench.OTHERWISE:
-        return f"{name} is an option of BackdoorBench: here {backdoorbench.OTHERWISE[name]}"
+    if meaning := backdoorbench.explain(own, name):
+        return f"{name} is an option of BackdoorBench: here {meaning}"
     near = difflib.get_close_matches(name[:100], _known(Config), 3, 0.5)
     hint = f"the nearest are {', '.join(near)}" if near else "--help lists all"
     return f"unknown option {quoted(name)}; {hint}"
 
 
 def _check_record(Config, given, ignored):
-    """ConfigError where a defense is told of another data set or model than its record's."""
-    if not issubclass(Config, Defense):
+    """ConfigError where a script is told of another data set or model than its record's."""
+    if not issubclass(Config, OnRecord):
         return
     made = victim_options({name: word.text for name, word in given.items()})
     for word in ignored:
@@ -249,12 +288,30 @@ def _warn(ignored):
         print(f"warning: ignored, because they change nothing here: {names}", file=sys.stderr)
 
 
+def _say_for_large(chosen):
+    if chosen and os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first
+        print(
+            f"note: above {SMALL} pixels the network is {chosen['model']} and the recipe is "
+            f"{chosen['recipe']}, unless --model or --recipe names another",
+            file=sys.stderr,
+        )
+
+
 def _words_of(path):
     """The options in a user's YAML file; ConfigError names the file and says what is wrong."""
+    if not path.exists() and (instead := backdoorbench.place_of(path)):
+        raise ConfigError(f"there is no file {printable(path)}: {instead}")
     return [
-        Word(name, None if node.tag.endswith(":null") else node.value, f"{printable(path)}: ")
-        for name, node in read_nodes(path).items()
+        Word(name, _text_of(node), f"{printable(path)}: ")
+        for name, node in read_nodes(path, backdoorbench.LISTS).items()
     ]
+
+
+def _text_of(node):
+    """The text of a YAML value, the words of a list in a row; None for null."""
+    if isinstance(node.value, list):
+        return " ".join(part.value for part in node.value)
+    return None if node.tag.endswith(":null") else node.value
 
 
 jsonargparse.set_loader("scalar", scalar, (ValueError,))
@@ -301,6 +358,15 @@ def _converted(Config, parser, words, rest):
             raise ConfigError(" ".join(str(error).split())[:300]) from error
         shown = [word for word in wrong if f"value: {word.text}" in str(error)]
         name, text, where = [*shown, wrong[-1]][0]
+        raise _type_error(where)(
+            f"{where}{name} must be {_kinds(hints[name])}, not {quoted(text)}"
+        ) from error
+    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:
+        # the parser reads numbers as YAML, where a tag names a type that the value may not have
+        tagged = [word for word in words if (word.text or "").lstrip().startswith("!")]
+        if not tagged:
+            raise
+        name, text, where = tagged[-1]
         raise _type_error(where)(
             f"{where}{name} must be {_kinds(hints[name])}, not {quoted(text)}"
         ) from error

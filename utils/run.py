@@ -1,7 +1,8 @@
-"""The two protocols.
+"""The three protocols.
 
 `attack` poisons a data set, trains a victim, measures it and saves a record. `defend` loads a
-record, repairs the victim, measures the result and saves it.
+record, repairs the victim, measures the result and saves it. `detect` loads a record, has a
+detector judge it, measures and saves what the detector says.
 """
 
 import contextlib
@@ -15,20 +16,20 @@ from typing import NamedTuple
 import torch
 
 from antidote_bench import models
-from antidote_bench.utils import distributed, files, seeds, train
-from antidote_bench.utils.config import Attack, digest
-from antidote_bench.utils.data import dataset, sources
-from antidote_bench.utils.data.loader import batch_sizes
+from antidote_bench.utils import detect as detection
+from antidote_bench.utils import distributed, estimate, files, plan, seeds, train
+from antidote_bench.utils.config import Attack, Training, digest
+from antidote_bench.utils.data import clean, dataset, target
 from antidote_bench.utils.device import setup
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.evaluation import Evaluator, TestSets
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Attacker, prepare_once
-from antidote_bench.utils.poisoning.options import CleanModelOptions
 from antidote_bench.utils.poisoning.poison import Cover
-from antidote_bench.utils.record import claim, contents, results
+from antidote_bench.utils.record import claim, contents, flagged, results
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.repair.defender import Defender
+from antidote_bench.utils.text import cut
 
 # the clean model behind a trigger is not the victim of any seed a user would give
 CLEAN = {
@@ -81,15 +82,19 @@ def attack(script, config, make_trigger, *, prepare=None, cover=None, make_loss=
     models.check(config.model, config.width)
     folder = Path(config.record_path) / config.save_folder_name
     if config.dry_run:
-        return None if workers.rank else _plan_attack(method, config, folder)
+        return None if workers.rank else plan.attack(method, config, folder, _select, device)
     owner = contextlib.nullcontext() if workers.rank else claim.owned(folder)
     with owner, distributed.process_group(workers, device):
         data = _load(config, device, workers)
-        chosen = _select(config, data.train.truth, data.spec.classes, method.cover)
+        config = target.resolved(config, data.spec.class_names)
+        chosen = _select(config, data.train.truth, method.cover)
+        train.try_out(config, data.spec, data.train)
+        make_victim = partial(train.new_victim, config, data.spec, data.train)
+        estimate.require_trainable(make_victim, config.batch_size, data.spec.size)
         facts = contents.facts_of(data)
         begun = workers.rank > 0 or claim.begin(folder, config, kind="attack", data=facts)
         if not distributed.broadcast(begun, workers):
-            return _already_done(folder)
+            return already_done(folder)
         _attack(method, config, data, chosen, device, folder, workers)
 
 
@@ -111,21 +116,52 @@ def _attack(method, config, data, chosen, device, folder, workers):
     method, prepared, facts = _prepare(method, config, data, index, state, device, workers)
     poisoning, loss = _poison(method, config, data, index, cover_index)
     poisoning = poisoning._replace(parts=prepared and prepared.parts, facts=facts)
+    train_victim(
+        method.name,
+        config,
+        data,
+        poisoning,
+        device,
+        folder,
+        loss=loss,
+        start=prepared and prepared.victim,
+        poisons_in_loop=method.make_loss is not None,
+        workers=workers,
+    )
 
+
+def train_victim(
+    name,
+    config,
+    data,
+    poisoning,
+    device,
+    folder,
+    *,
+    loss,
+    start=None,
+    poisons_in_loop=False,
+    workers=distributed.SINGLE,
+):
+    """Train a victim on a `contents.Poisoning` of `data`, measure it and save its record.
+
+    `loss` is what `train.fit` minimises. The victim is a new network, or one with the weights
+    `start`. With `poisons_in_loop` the record stores no training set.
+    """
+    state = folder / layout.STATE
     evaluator = Evaluator(poisoning.test_sets, config, layout.Log(state))
-    start = prepared and prepared.victim
     model = _train(config, data.spec, poisoning.train, loss, start, evaluator, state, workers)
     if workers.rank:
         return
     seconds = evaluator.clock.seconds
     measured = evaluator.measure("final", model)
     victim = contents.Victim(
-        method.name,
+        name,
         config,
         model,
         data,
         poisoning,
-        poisons_in_loop=method.make_loss is not None,
+        poisons_in_loop=poisons_in_loop,
         measured=measured,
         seconds=seconds,
     )
@@ -133,16 +169,8 @@ def _attack(method, config, data, chosen, device, folder, workers):
     print(results.line(measured, seconds))
 
 
-def _select(config, truth, classes, cover):
-    """(positions to poison, positions to change as cover images).
-
-    Raises ConfigError (exit 2) where the target is not a class.
-    """
-    if config.attack_target >= classes:
-        raise ConfigError(
-            f"attack_target {config.attack_target} is not a class of {config.dataset}: it has 0 to "
-            f"{classes - 1}"
-        )
+def _select(config, truth, cover):
+    """(positions to poison, positions to change as cover images)"""
     among = truth == config.attack_target if config.clean_label else None
     index = poison.choose(truth, config.pratio, config.poison_seed, among=among)
     if config.clean_label and len(index) == int(among.sum()):
@@ -200,9 +228,8 @@ def _poison(method, config, data, index, cover_index):
 
 def _train(config, spec, split, loss, start, evaluator, state, workers):
     """The victim: a new network, or one with the weights `start`, trained on `split`."""
-    model = train.build_seeded_model(
-        config.model, config.width, spec, split, "weights", config.random_seed
-    )
+    torch.manual_seed(seeds.number("weights", config.random_seed))
+    model = train.new_victim(config, spec, split)
     if start:
         model.load_state_dict(start)
     return train.fit(
@@ -218,12 +245,14 @@ def _train(config, spec, split, loss, start, evaluator, state, workers):
     )
 
 
-def defend(script, config, repair):
+def defend(script, config, repair, check=None):
     """Load a record, let the method repair the victim, measure the result and save it.
 
-    `repair(model, record, config) -> model` gets the victim and a `Defender`. The test sets stay
-    with the evaluator. Only a method whose config.selection is oracle may have candidates measured
-    on them; the results say so, and every table marks it.
+    `repair(model, record, config) -> model` gets the victim and a `Defender`.
+    `check(model, record, config)` gets the same before anything is written, and raises ConfigError
+    where the method does not apply. The test sets stay with the evaluator. Only a method whose
+    config.selection is oracle may have candidates measured on them; the results say so, and every
+    table marks it.
     """
     name = script.rpartition(".")[2]
     if distributed.from_environment().size > 1:
@@ -233,23 +262,34 @@ def defend(script, config, repair):
     info = contents.open_record(config.record)
     folder = config.record / layout.DEFENSES / config.save_folder_name
     if config.dry_run:
-        return _plan_defense(name, config, folder, info)
+        return plan.defense(name, config, folder, info, device)
     _require_train_set(name, config, info)
     with claim.owned(folder):
         # the data is compared first: other data is never "already done"
         loaded = contents.load(config.record, config, device, info)
-        victim = info["files"][layout.WEIGHTS]
-        if not claim.begin(folder, config, kind="defense", victim=victim):
-            return _already_done(folder)
-        _defend(name, config, repair, loaded, folder, info, device)
+        if config.selection == "oracle":
+            _require_triggered(name, config, loaded)
+        held = clean.hold(loaded.clean, loaded.spec, config)
+        marked = flagged.read(config, info, len(loaded.train))
+        if marked:
+            train_set, held = flagged.leave_out(loaded.train, held, marked)
+            loaded = loaded._replace(train=train_set)
+        if isinstance(config, Training):
+            estimate.require_trainable(lambda: loaded.model, config.batch_size, loaded.spec.size)
+        if check:
+            check(loaded.model, _defender(config, loaded, held, folder, info, marked), config)
+        victim, facts = info["files"][layout.WEIGHTS], contents.facts_of_clean(held, marked)
+        if not claim.begin(folder, config, kind="defense", victim=victim, data=facts):
+            return already_done(folder)
+        _defend(name, config, repair, loaded, held, marked, folder, info, device)
 
 
-def _defend(name, config, repair, loaded, folder, info, device):
+def _defend(name, config, repair, loaded, held, marked, folder, info, device):
     victim_row, before = contents.read_measures(config.record, info)
     evaluator = Evaluator(loaded.test_sets, config, layout.Log(folder / layout.STATE))
     _require_victim(config, loaded, before, evaluator)
     evaluator.note("before", before)
-    defender = _defender(config, device, loaded, folder, info, evaluator)
+    defender = _defender(config, loaded, held, folder, info, marked, evaluator)
     torch.manual_seed(seeds.number("defense", config.random_seed))
     model = repair(loaded.model, defender, config)
     seconds = evaluator.clock.seconds
@@ -260,7 +300,8 @@ def _defend(name, config, repair, loaded, folder, info, device):
         model,
         victim_row,
         info["files"][layout.WEIGHTS],
-        clean_count=len(defender.clean),
+        held,
+        marked,
         measured=measured,
         seconds=seconds,
     )
@@ -272,10 +313,22 @@ def _require_train_set(name, config, info):
     """Raise RefusedError (exit 4) where a method needs a poisoned set that the record lacks."""
     in_training = config.stage == "in-training"
     if (config.needs_train_set or in_training) and info.get("training_set") == "none":
+        why = f"{info['name']} poisons inside the training loop"
+        if info.get("imported"):
+            why = "the victim was imported without one"
         raise RefusedError(
-            f"the record {config.record} stores no poisoned training set, because {info['name']} "
-            f"poisons inside the training loop; {name} "
+            f"the record {config.record} stores no poisoned training set, because {why}; {name} "
             f"{'trains on' if in_training else 'looks at'} such a set"
+        )
+
+
+def _require_triggered(name, config, loaded):
+    """Raise RefusedError (exit 4) where the record of a method that needs them has no triggered
+    test images."""
+    if not len(loaded.test_sets.backdoor):
+        raise RefusedError(
+            f"the record {config.record} has no triggered test image, because its trigger is not "
+            f"known, and {name} is measured on them"
         )
 
 
@@ -291,30 +344,59 @@ def _require_victim(config, loaded, before, evaluator):
             )
 
 
-def _defender(config, device, loaded, folder, info, evaluator):
-    """What the method may know and use."""
-    clean, spec = loaded.clean, loaded.spec
-    index = torch.empty(0, dtype=torch.long)
-    if budget := config.budget(len(clean), spec.classes):
-        index = dataset.balanced_subset(clean.labels, budget, config.data_seed)
-    index = index.to(device)
+def _defender(config, loaded, held, folder, info, marked=None, evaluator=None):
+    """What the method may know and use; without an evaluator nothing can be measured."""
 
     def report(stage, model, **values):
         evaluator.measure(stage, model, **values)  # and nothing is returned
 
-    shared = config.record / layout.DEFENSES / layout.SHARED / info["files"][layout.POISONED][:12]
+    mark = info["files"][layout.POISONED][:12] + (f"-{marked.sha256[:12]}" if marked else "")
+    shared = config.record / layout.DEFENSES / layout.SHARED / mark
     return Defender(
-        spec,
+        loaded.spec,
         loaded.train,
-        clean[index],
-        index,
+        held.split,
+        held.index,
         loaded.name,
         loaded.width,
         state=folder / layout.STATE,
         shared=shared,
         report=report,
-        measure=evaluator.answer if config.selection == "oracle" else None,
+        measure=evaluator.answer if evaluator and config.selection == "oracle" else None,
     )
+
+
+def detect(script, config, score):
+    """Load a record, let the detector judge it, measure what it says and save it.
+
+    `score(model, record, config)` gets the victim, which it must not change, and an `Inspector`. It
+    returns a float64 score for every image that it judges, the higher the more suspicious, or a
+    `Scored`; a detector of models returns a `Finding`. Which images are poisoned only the evaluator
+    knows.
+    """
+    name = script.rpartition(".")[2]
+    if distributed.from_environment().size > 1:
+        raise ConfigError(f"the detector {name} runs in one process: start it without torchrun")
+    folder_name = config.save_folder_name or name
+    config, device = setup(dataclasses.replace(config, save_folder_name=folder_name))
+    info = contents.open_record(config.record)
+    folder = config.record / layout.DETECTIONS / config.save_folder_name
+    if config.dry_run:
+        return detection.plan(name, config, folder, info)
+    _require_train_set(name, config, info)
+    with claim.owned(folder):
+        loaded = contents.load(config.record, config, device, info)
+        if config.judges == "input":
+            _require_triggered(name, config, loaded)
+        victim = info["files"][layout.WEIGHTS]
+        if claim.begin(folder, config, kind="detection", victim=victim):
+            row, before = contents.read_measures(config.record, info)
+            evaluator = Evaluator(loaded.test_sets, config, layout.Log(folder / layout.STATE))
+            _require_victim(config, loaded, before, evaluator)
+            detection.inspect(name, config, score, loaded, folder, info, row, device)
+        else:
+            print(f"already done: {folder}")
+        print(detection.line(layout.read_results(folder)))
 
 
 def clean_model(config, spec, device):
@@ -353,7 +435,9 @@ def clean_model(config, spec, device):
             f"warning: the clean model {folder} has an ACC of only {100 * float(row['acc']):.0f} %",
             file=sys.stderr,
         )
-    model = contents.load_model(folder, spec, info, made).to(device).eval().requires_grad_(False)
+    own = config.model if models.is_file(config.model) else None
+    model = contents.load_model(folder, spec, info, made, own)
+    model = model.to(device).eval().requires_grad_(False)
     facts = {
         "record": str(folder),
         "sha256": info["files"][layout.WEIGHTS],
@@ -368,7 +452,8 @@ def _train_clean_model(config, spec):
     record_path = str(Path(config.cache_path) / "clean_models")
     made = Attack(**{**same, **CLEAN, "record_path": record_path})
     mark = digest({**made.identity(), **spec.fingerprint})
-    label = f"{config.dataset}_{models.label(config.model, config.width)}_{mark}"
+    network = models.label(config.model, config.width).replace(":", "-")
+    label = f"{config.dataset}_{network}_{mark}"
     folder = Path(record_path) / label
     lock = files.locked(folder.with_suffix(".lock"))  # of two runs at once, one trains
     with lock, contextlib.redirect_stdout(sys.stderr):
@@ -381,57 +466,12 @@ def _train_clean_model(config, spec):
     return folder
 
 
-def _plan_attack(method, config, folder):
-    """Print what an attack would read, poison, train and write."""
-    dataset.side_of(config.dataset, config.image_size)
-    found = sources.find(config.dataset, config.dataset_path)
-    truth = torch.from_numpy(found["train"].read()[1])
-    classes, n_test = int(truth.max()) + 1, len(found["test"].read()[1])
-    index, cover_index = _select(config, truth, classes, method.cover)
-    steps = len(batch_sizes(len(truth), config.batch_size, drop_last=True))
-    network = models.label(config.model, config.width)
-    print(
-        f"reads    {config.dataset} from {config.dataset_path}: {len(truth)} training and {n_test} "
-        "test images"
-    )
-    if method.make_loss:
-        print(
-            f"poisons  no stored image: the loss shows each of {len(truth)} images with the "
-            "trigger too"
-        )
-    else:
-        per_class = torch.bincount(truth[index], minlength=classes).tolist()
-        print(
-            f"poisons  {len(index)} of {len(truth)} images; per class {per_class}; "
-            f"{len(cover_index)} more are changed and keep their label"
-        )
-    if isinstance(config, CleanModelOptions) and config.needs_clean_model:
-        where = config.clean_record or "one is trained first where the cache has none"
-        print(f"needs    a clean model: {where}")
-    print(f"trains   {network} for {config.epochs} epochs of {steps} steps in {config.precision}")
-    print(f"recipe   {results.recipe(config)}")
-    print(f"writes   {folder} ({layout.state_of(folder)})")
-
-
-def _plan_defense(name, config, folder, victim):
-    """Print what a defense would read, train and write."""
-    data = victim["data"]
-    count = config.budget(data["train"], data["classes"])
-    clean = f"{count} clean images of {data['classes']} classes" if count else "no clean image"
-    print(f"reads    {config.record}: {victim['name']} on {data['train']} training images")
-    print(f"repairs  with {name} and {clean} in {config.precision}")
-    print(f"trains   {_work(config)}")
-    print(f"writes   {folder} ({layout.state_of(folder)})")
-
-
-def _work(config):
-    """The options that say how much a defense computes."""
-    names = [field.name for field in dataclasses.fields(config)]
-    work = [name for name in names if name.endswith(("epochs", "steps", "rounds"))]
-    return ", ".join(f"{name} {getattr(config, name)}" for name in work) or "nothing"
-
-
-def _already_done(folder):
+def already_done(folder):
+    """Print where a finished run lies and what it measured."""
     row = layout.read_results(folder)
+    try:
+        line = results.line(results.measures_of(row), float(row["seconds"]))
+    except (KeyError, ValueError) as error:
+        raise RefusedError(f"{folder / layout.RESULTS} is damaged: {cut(error, 200)}") from error
     print(f"already done: {folder}")
-    print(results.line(results.measures_of(row), float(row["seconds"])))
+    print(line)

@@ -2,10 +2,12 @@
 epoch."""
 
 import dataclasses
+import hashlib
 import math
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +15,24 @@ from torch import nn
 from tqdm import tqdm
 
 from antidote_bench import models
+from antidote_bench.models.examine import examine
+from antidote_bench.models.pretrained import adopt
 from antidote_bench.utils import checkpoint as checkpoints
 from antidote_bench.utils import distributed, seeds
 from antidote_bench.utils.data.loader import (
+    SMALL,
     augmentation,
     batch_sizes,
     batches,
     mixed_precision,
     to_unit,
 )
-from antidote_bench.utils.errors import UserError
+from antidote_bench.utils.errors import ConfigError, MissingError, UserError
+from antidote_bench.utils.features import last_linear
 from antidote_bench.utils.optimizers import OPTIMIZERS, set_rate
 
-# training images, evenly spaced, that a network without learned first layer is fitted to
+# training images, evenly spaced, that a network without learned first layer is fitted to; fewer
+# above SMALL pixels
 FITTED = 5000
 # torch.compile's names for the modes of --compile
 COMPILE = {"default": "default", "cuda_graphs": "reduce-overhead"}
@@ -226,14 +233,23 @@ def victim_architecture(record, purpose, config):
 
 
 def augmentation_of(config, spec, split):
-    """The `augment` of a training on `split` that the options pad, padding, flip and random_seed
-    describe."""
+    """The `augment` of a training on `split` that the options crop, crop_area, pad, padding,
+    mirror, flip and random_seed describe."""
+    if config.mirror is not None:
+        spec = dataclasses.replace(spec, flip=config.mirror)
     first_mirrored = None
     if config.flip == "alternating":
         device = split.labels.device
         generator = seeds.generator("alternating flip", config.random_seed, device=device)
         first_mirrored = torch.rand(len(split), generator=generator, device=device) < 0.5
-    return augmentation(spec, config.pad, config.padding, first_mirrored)
+    return augmentation(
+        spec,
+        config.pad,
+        config.padding,
+        first_mirrored,
+        crop=config.crop,
+        crop_area=config.crop_area,
+    )
 
 
 class Shrinking(nn.Module):
@@ -254,16 +270,58 @@ def trainable(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def new_victim(config, spec, split):
+    """The network that an attack trains: with random weights, drawn by torch's global generator, or
+    with those of config.pretrained.
+
+    Raises ConfigError (exit 2) where these do not fit, and MissingError (exit 3) without the file.
+    """
+    chosen = models.chosen(
+        config.model, sha256=config.model_sha256, mean=config.mean, std=config.std
+    )
+    model = build_model(chosen, config.width, spec, split)
+    if config.pretrained:
+        _load_pretrained(model, Path(config.pretrained), config.pretrained_sha256)
+    return model
+
+
+def _load_pretrained(model, path, sha256):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MissingError(f"{path}, which --pretrained names, cannot be read") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ConfigError(f"{path} is not the file with the sha256 {sha256[:12]}... any more")
+    try:
+        head = last_linear(model.network)
+    except ConfigError:
+        head = None  # every weight must fit then
+    names = [name for name, module in model.network.named_modules() if module is head]
+    adopt(model.network, checkpoints.from_bytes(content, path), names[0] if names else None, path)
+
+
+def try_out(config, spec, split):
+    """Build the network of an attack that is none of this project, or whose weights lie in a file,
+    and let go of it: what does not fit is said before anything is trained."""
+    if not (models.is_foreign(config.model) or config.pretrained):
+        return
+    with torch.random.fork_rng(devices=[]):
+        model = new_victim(config, spec, split)
+    if models.is_foreign(config.model) and config.small_share:
+        examine(model.cpu(), models.label(config.model), spec.classes, config.small_size)
+
+
 def build_model(name, width, spec, split):
-    """A network as `models.build` makes it, on the device of `split`, the training set.
+    """A network as `models.build` makes it of `name`, on the device of `split`, the training set.
 
     torch's global generator draws its weights.
     """
     model = models.build(name, spec, width).to(split.labels.device)
-    some = torch.linspace(
-        0, len(split) - 1, min(len(split), FITTED), device=split.labels.device
-    ).long()
-    models.fit_to(model, to_unit(split.images[some]))
+    if hasattr(model.network, "fit_to"):  # most models would not look at the images
+        pixels = split.images.shape[-1] * split.images.shape[-2]
+        count = min(len(split), FITTED, max(FITTED * SMALL // pixels, 1))
+        some = torch.linspace(0, len(split) - 1, count, device=split.labels.device).long()
+        models.fit_to(model, to_unit(split.images[some]))
     return model
 
 

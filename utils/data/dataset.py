@@ -1,20 +1,18 @@
 """Data sets as uint8 tensors: decoded once, cached in memory-mapped files, kept on the device."""
 
 import hashlib
-import json
 import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from antidote_bench.utils import distributed, files, seeds
+from antidote_bench.utils.data import facts, sources
 from antidote_bench.utils.data import images as image_files
-from antidote_bench.utils.data import sources
 from antidote_bench.utils.data.memmap import MemmapImages
 from antidote_bench.utils.device import free_memory
 from antidote_bench.utils.errors import ConfigError, MissingError
@@ -27,10 +25,8 @@ KNOWN = {
     "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False),
     "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), False),
 }
-DECODING = 2  # counts up when an image file is decoded to other pixels than before
 CACHED = ("train.npy", "train_labels.npy", "test.npy", "test_labels.npy")
 ALWAYS_CHECKED = 10**9  # bytes of a cache whose content is checked at every start
-LARGEST_META = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class Spec:
     `mean` and `std` are per channel, of pixels in [0, 1]. `size` is the side in pixels. `flip` says
     whether a mirrored image keeps its class. `fingerprint` maps train and test to a digest of
     pixels and labels. `class_names` are the names of the classes, in the order of their labels.
+    `listing` is a digest of the image files, by which two sets are told apart before any is
+    decoded.
     """
 
     name: str
@@ -50,6 +48,7 @@ class Spec:
     flip: bool
     fingerprint: dict
     class_names: tuple = ()
+    listing: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,7 @@ def load(config, device, workers=distributed.SINGLE, victim=None, check_count=No
         cache=config.cache_path,
         download=config.download,
         resident_gb=config.resident_gb,
+        mirror=named.get("mirror"),
         copies=1 if torch.device(device).type == "cuda" else workers.local_size,
         check_count=check_count,
     )
@@ -123,26 +123,28 @@ def open_dataset(
     cache="data/cache",
     download=False,
     resident_gb=None,
+    mirror=None,
     copies=1,
     check_count=None,
 ):
     """A `Dataset`, its images on `device`.
 
     They are `MemmapImages` where they take more than `resident_gb`, by default a third of what is
-    free there, shared by `copies` processes. Before anything is decoded, check_count(split, number
-    of images) may raise. Raises MissingError (exit 3) where the set is not below `root` or an image
-    is damaged.
+    free there, shared by `copies` processes. `mirror` says whether a mirrored image keeps its
+    class; by default it is as in KNOWN. Before anything is decoded, check_count(split, number of
+    images) may raise. Raises MissingError (exit 3) where the set is not below `root` or an image is
+    damaged.
     """
     side = side_of(name, image_size)
     found = sources.find(name, root, download=download)
-    mark = f"{DECODING}|{side}|{found['train'].fingerprint}|{found['test'].fingerprint}"
-    folder = Path(cache) / f"{name}-{side}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}"
+    folder = facts.cache_folder(name, side, found, cache)
     if not (folder / "meta.json").is_file():
         _decode(found, side, folder, check_count)
     try:
-        meta = _read_meta(folder)
+        meta = facts.read_meta(folder)
         _check_content(folder, side, meta)
         mean, std, flip = KNOWN.get(name, (meta["mean"], meta["std"], False))
+        flip = flip if mirror is None else mirror
         spec = Spec(
             name,
             meta["classes"],
@@ -152,6 +154,7 @@ def open_dataset(
             flip,
             meta["fingerprint"],
             found["train"].classes,
+            facts.listing_of(found),
         )
         budget = free_memory(device) / 3 / copies if resident_gb is None else resident_gb * 1e9
         size = sum((folder / f"{split}.npy").stat().st_size for split in ("train", "test"))
@@ -172,17 +175,34 @@ def balanced_subset(labels, count, seed):
     There is at least one image of every class. Where the total does not divide evenly, the classes
     that give one more are drawn with `seed`.
     """
+    turns, positions = _turns(labels, seed)
+    total = min(max(count, len(labels.unique())), len(labels))
+    return positions[turns.argsort()[:total]].sort().values
+
+
+def class_subset(labels, each, seed):
+    """Sorted positions of `each` images of every class, and of all where a class has fewer.
+
+    The first ones are those of `balanced_subset`.
+    """
+    turns, positions = _turns(labels, seed)
+    return positions[turns < each * len(labels.unique())].sort().values
+
+
+def _turns(labels, seed):
+    """(turns N, positions N): the images in the order in which the classes give them.
+
+    In every round each class that still has an image gives one; the order of the classes is drawn.
+    """
     generator, labels = seeds.generator("balanced subset", seed), labels.cpu()
     members = [(labels == label).nonzero().flatten() for label in labels.unique()]
     members = [part[torch.randperm(len(part), generator=generator)] for part in members]
-    # in each round every class that still has an image gives one; the order of the classes is drawn
     places = torch.randperm(len(members), generator=generator).tolist()
     turns = [
         torch.arange(len(part)) * len(members) + place
         for part, place in zip(members, places, strict=True)
     ]
-    total = min(max(count, len(members)), len(labels))
-    return torch.cat(members)[torch.cat(turns).argsort()[:total]].sort().values
+    return torch.cat(turns), torch.cat(members)
 
 
 def _open_split(folder, split, side, device, *, mapped):
@@ -202,19 +222,6 @@ def _arrays(folder, split, side):
     if form != ((len(labels), 3, side, side), np.uint8, True, (len(labels),), np.int64):
         raise ValueError(f"{split} has another shape or type")
     return images, labels
-
-
-def _read_meta(folder):
-    """What meta.json says; ValueError where it is not what `_decode` has written."""
-    with image_files.open_regular(folder / "meta.json", LARGEST_META) as file:
-        meta = json.load(file)
-    if not isinstance(meta, dict) or meta.pop("sha256") != _mark(meta):
-        raise ValueError("meta.json was changed")
-    return meta
-
-
-def _mark(meta):
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _check_content(folder, side, meta):
@@ -262,7 +269,7 @@ def _decode(splits, side, folder, check_count=None):
             if split == "train":
                 meta |= _statistics(images)
         meta["sizes"] = {name: (unfinished / name).stat().st_size for name in CACHED}
-        files.write_json(unfinished / "meta.json", meta | {"sha256": _mark(meta)})
+        files.write_json(unfinished / "meta.json", meta | {"sha256": facts.mark_of(meta)})
         if not folder.is_dir():  # another run may have been quicker
             unfinished.rename(folder)
     finally:

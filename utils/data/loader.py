@@ -1,13 +1,29 @@
 """Batches of a split, on its own device, and their augmentation; and passes over a whole split."""
 
+import math
+import sys
+import weakref
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
 from antidote_bench.utils.data.memmap import MemmapImages
+from antidote_bench.utils.device import free_memory
+from antidote_bench.utils.errors import UserError, is_out_of_memory
 
-EVALUATION_BATCH = 250  # images per forward pass without a gradient
+CROP_RATIO = 3 / 4, 4 / 3  # width over height of a resized crop
+# crops drawn for an image: the first one that fits is taken, or the whole image where none fits
+TRIES = 10
+EVALUATION_BATCH = 250  # images per forward pass without a gradient, at most
+SMALL = 32 * 32  # pixels of an image up to which a pass is not cut for its memory
+PASS_MEMORY = 2**30  # bytes that a pass may take, where so much and as much again is free
+# maps of the largest size that a forward pass holds at once: what a layer gets and gives, a
+# shortcut, and what a kernel prepares
+MAPS_AT_ONCE = 4
+# what a backward pass takes beside what the forward pass has saved for it
+BACKWARD = 1.25
+_measured = weakref.WeakKeyDictionary()  # {network: {(function, shape of an image): bytes}}
 
 
 def batches(split, size, *, generator=None, augment=None, drop_last=False, part=None, order=None):
@@ -52,6 +68,11 @@ def batch_sizes(count, size, *, drop_last=False):
     return [size] * full + [rest]
 
 
+def batch_slices(count, size):
+    """The slices of `size` that cover `count` images in order; the last one may be shorter."""
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+
 @contextmanager
 def evaluating(model):
     """`model` in evaluation mode inside; afterwards every module is in the mode it came in."""
@@ -71,8 +92,103 @@ def forward_all(model, split, function, precision="fp32"):
     In order, as one tensor; in evaluation mode, without gradients and without augmentation. `model`
     comes out in the mode it came in.
     """
+
+    def pass_over_all(size):
+        return torch.cat([function(*batch) for batch in batches(split, size)])
+
     with evaluating(model), mixed_precision(split.labels.device, precision):
-        return torch.cat([function(*batch) for batch in batches(split, EVALUATION_BATCH)])
+        return halving(pass_over_all, evaluation_batch(model, split.images))
+
+
+def evaluation_batch(model, images, most=None):
+    """How many images like `images` one forward pass of `model` takes without a gradient.
+
+    At most `most`, by default EVALUATION_BATCH or all of them, and fewer of large images, so that
+    the pass takes PASS_MEMORY at most. The number depends on how much memory is free only where
+    that is little.
+    """
+    if most is None:
+        most = max(1, min(EVALUATION_BATCH, len(images)))
+    return _fitting(model, images, _forward_bytes, most)
+
+
+def gradient_batch(model, images, most):
+    """How many images like `images` a pass of `model` with its gradient takes, `most` at most."""
+    return _fitting(model, images, _gradient_bytes, most)
+
+
+def _fitting(model, images, bytes_of, most):
+    """`most`, halved until so many images take no more memory than a pass may."""
+    if images.shape[-1] * images.shape[-2] <= SMALL:
+        return most
+    known = _measured.setdefault(model, {})
+    key = bytes_of, tuple(images.shape[1:])
+    if key not in known:
+        known[key] = bytes_of(model, to_unit(images[:1]))
+    limit = min(PASS_MEMORY, free_memory(images.device) / 2)
+    while most > 1 and most * known[key] > limit:
+        most = (most + 1) // 2
+    return most
+
+
+def _forward_bytes(model, image):
+    """About the memory that a forward pass takes for each image, without a gradient."""
+    largest = image.nbytes
+
+    def look(_module, _inputs, output):
+        nonlocal largest
+        if torch.is_tensor(output):
+            largest = max(largest, output.nbytes)
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(look) for module in leaves]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return MAPS_AT_ONCE * largest
+
+
+def _gradient_bytes(model, image):
+    """About the memory that a forward and a backward pass take for each image."""
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with evaluating(model), torch.enable_grad(), hooks:
+        _output = model(image.clone().requires_grad_())  # alive, so that no storage is used twice
+    for parameter in model.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    return BACKWARD * sum(saved.values())
+
+
+def halving(function, size):
+    """function(size); where memory runs out, once more with half the size, down to 1.
+
+    `function` must be able to begin again. Raises UserError (exit 1) where memory runs out at 1.
+    """
+    while True:
+        try:
+            return function(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise UserError(
+                    "out of memory with a single image in a pass: it takes a smaller --model, "
+                    "smaller images (--image_size), or a machine with more free memory"
+                ) from error
+        # here nothing refers to what the failed pass has left
+        print(f"out of memory: from {size} to {(size + 1) // 2} images in a pass", file=sys.stderr)
+        size = (size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def mixed_precision(device, precision):
@@ -87,18 +203,24 @@ def to_unit(images):
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-def augmentation(spec, pad=4, padding="zeros", first_mirrored=None):
-    """The usual augmentation: a random crop after padding, and a mirror where spec.flip allows it.
+def augmentation(
+    spec, pad=4, padding="zeros", first_mirrored=None, *, crop="shift", crop_area=0.08
+):
+    """The usual augmentation: a random crop, and a mirror where spec.flip allows it.
 
     Returns augment(images N,3,S,S of any dtype, generator, index=None, epoch=0) -> new images.
-    Every image draws its own crop and mirror. `padding` is zeros or reflect. With `first_mirrored`,
-    a bool for every position of the training set, an image is mirrored in every other epoch
-    instead, and in the first one where it is true; `index` has the positions of the batch, `epoch`
-    counts from 0. That is the alternating flip of Jordan 2024 (arXiv 2404.00498).
+    Every image draws its own crop and mirror. `crop` is shift, with `pad` and `padding` (zeros or
+    reflect) as in `random_crop`, or resized, with `crop_area` as in `random_resized_crop`. With
+    `first_mirrored`, a bool for every position of the training set, an image is mirrored in every
+    other epoch instead, and in the first one where it is true; `index` has the positions of the
+    batch, `epoch` counts from 0. That is the alternating flip of Jordan 2024 (arXiv 2404.00498).
     """
 
     def augment(images, generator, index=None, epoch=0):
-        images = random_crop(images, pad, padding, generator)
+        if crop == "resized":
+            images = random_resized_crop(images, crop_area, generator)
+        else:
+            images = random_crop(images, pad, padding, generator)
         if not spec.flip:
             return images
         if first_mirrored is None:
@@ -130,3 +252,64 @@ def reflect_pad(images, pad):
         line = torch.arange(-pad, side + pad, device=images.device).abs()
         sides.append(side - 1 - (side - 1 - line).abs())
     return images[:, :, sides[0][:, None], sides[1]]
+
+
+def random_resized_crop(images, smallest, generator):
+    """Crop each of images N,3,S,S at random, and resize the crop to S,S.
+
+    The area is from `smallest` to 1, as a share of the image, and the width over the height is from
+    3/4 to 4/3. Szegedy et al., "Going deeper with convolutions", CVPR 2015 (arXiv 1409.4842), with
+    areas from 0.08. uint8 images are rounded.
+    """
+    count, _, height, width = images.shape
+
+    def numbers(columns):
+        return torch.rand(count, columns, generator=generator, device=images.device)
+
+    boxes = draw_boxes(height, width, (smallest, 1.0), CROP_RATIO, numbers)
+    if images.is_floating_point():
+        return resized_crops(images, *boxes)
+    return resized_crops(images.to(torch.float32), *boxes).round().to(images.dtype)
+
+
+def draw_boxes(height, width, scale, ratio, numbers):
+    """(top, left, height, width) of a random crop of every image, each N, in whole pixels.
+
+    The area is uniform and the ratio is uniform in its logarithm. They are drawn again where a side
+    would be too long. `numbers(columns)` gives N,columns random numbers of [0, 1).
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers(TRIES))
+    narrowest, widest = map(math.log, ratio)
+    shape = torch.exp(narrowest + (widest - narrowest) * numbers(TRIES))
+    wide, high = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    fits = (wide >= 1) & (wide <= width) & (high >= 1) & (high <= height)
+    first, any_fits = fits.to(torch.uint8).argmax(1, keepdim=True), fits.any(1)
+    wide = torch.where(any_fits, wide.gather(1, first)[:, 0], width)
+    high = torch.where(any_fits, high.gather(1, first)[:, 0], height)
+    down, right = numbers(2).unbind(1)
+    return (down * (height - high + 1)).floor(), (right * (width - wide + 1)).floor(), high, wide
+
+
+def resized_crops(images, top, left, height, width):
+    """The crop of every image with these corners and sides (each N), resized to the whole size."""
+    rows = _linear(top, height, images.shape[2])
+    columns = _linear(left, width, images.shape[3])
+    return products(images, rows, columns)
+
+
+def _linear(start, length, size):
+    """N,size,size: row i has the weights of a line's pixels in pixel i of the resized crop.
+
+    Pixels are areas: the centre i + 1/2 of `size` stands over (i + 1/2) length / size. Beyond the
+    outermost centres of a crop, their values go on.
+    """
+    pixels = torch.arange(size, device=start.device, dtype=torch.float32)
+    inside = ((pixels + 0.5) * (length / size)[:, None] - 0.5).clamp(min=0)
+    places = start[:, None] + torch.minimum(inside, length[:, None] - 1)
+    return (1 - (places[..., None] - pixels).abs()).clamp(min=0)
+
+
+def products(images, rows, columns):
+    """images N,C,H,W times the matrices `rows` N,H,H along the height and `columns` N,W,W along the
+    width."""
+    return rows[:, None] @ images @ columns.mT[:, None]

@@ -19,15 +19,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from antidote_bench.utils.config import SIDES
 from antidote_bench.utils.data import images as image_files
 from antidote_bench.utils.data.images import shown
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
 
-SIDES = {"digits": 32, "cifar10": 32, "cifar100": 32, "gtsrb": 32, "tiny": 64}
 NAMES = [*SIDES, "folder"]
 CHUNK = 500  # images per task of the decoding pool
 LARGEST_LIST = 64 << 20  # bytes of a text file that lists images
 SHOWN = 3  # examples in a message
+SAMPLED, SAMPLED_BYTES = 100, 1 << 16  # files of a split, and bytes of each, that a listing covers
 
 # what other programs leave among images, in lower case; so is every name that begins with a dot
 SYSTEM = {
@@ -55,11 +56,15 @@ class Source:
 
     `fingerprint` changes when any file does. `read()` gives (images, labels): images are a list of
     paths or one uint8 array N,H,W,3; labels are int64 N. `classes` are the names of the classes.
+    `listing` is a digest of names, sizes and parts of the content, which stays when the files are
+    moved. `count` is the number of images, None where only `read` tells it.
     """
 
     fingerprint: str
     read: Callable
     classes: tuple = ()
+    listing: str = ""
+    count: int | None = None
 
 
 @dataclass
@@ -111,6 +116,52 @@ def find(name, root, *, download=False):
     if not native:
         raise MissingError(_where(name, place))
     return native
+
+
+def class_names(name, root):
+    """The names of the classes of data set `name`, as its folders say: no image is looked at.
+
+    Raises MissingError (exit 3) where there are no folders of classes.
+    """
+    check(name)
+    place = Path(root) if name == "folder" else Path(root) / name
+    own = {"digits": DIGITS, "cifar10": CIFAR10, "cifar100": CIFAR100}.get(name)
+    if own and (name == "digits" or not os.path.isdir(place / "train")):
+        return own
+    places = [place / "train", place / "tiny-imagenet-200" / "train", *_gtsrb_places(place)]
+    train = next(filter(os.path.isdir, places), None)
+    if train is None:
+        raise MissingError(_where(name, place))
+    return tuple(map(_class_name, _class_folders(train, Skipped())))
+
+
+def find_labelled(folder, classes):
+    """(paths, labels int64 N) of the images of a folder that has a folder for every class.
+
+    These are called like `classes`, or by the numbers of the classes, from 0 on. Where they lie in
+    a folder train/ within `folder`, the images are taken from there. Raises MissingError (exit 3)
+    for a folder that is not there, that is no class, or that has no image.
+    """
+    place = Path(folder)
+    if os.path.isdir(place / "train") and "train" not in classes:
+        place = place / "train"
+    if not os.path.isdir(place):
+        raise MissingError(f"there is no folder {shown(folder)}")
+    folders = _class_folders(place, Skipped())
+    names = [_class_name(name) for name in folders]
+    numbers = {name: number for number, name in enumerate(classes)}
+    if not set(names) <= numbers.keys() and all(name.isdecimal() for name in names):
+        numbers = {name: int(name) for name in names if int(name) < len(classes)}
+    if unknown := [name for name in names if name not in numbers]:
+        raise MissingError(
+            f"{shown(place)} has the folder {unknown[0]!r}, which is no class: its folders must be "
+            f"called like the classes ({_some(classes)}) or be numbers from 0 to {len(classes) - 1}"
+        )
+    labels = np.array([numbers[name] for name in names], np.int64)
+    if absent := [name for number, name in enumerate(classes) if number not in labels]:
+        raise MissingError(f"{shown(place)} has no folder for the class {_some(absent)}")
+    pairs = _scan(place, folders, Skipped())
+    return [str(path) for path, _ in pairs], labels[[position for _, position in pairs]]
 
 
 def decode(images, side):
@@ -187,7 +238,7 @@ def _folders(place):
     pairs = _scan(train, classes, skipped)
     found = _splits(pairs, _scan(test, classes, skipped, partly=True), test, classes)
     if str(skipped):
-        _say(f"note: passed over below {shown(place)}: {skipped}")
+        say(f"note: passed over below {shown(place)}: {skipped}")
     return found
 
 
@@ -200,7 +251,7 @@ def _splits(train_pairs, test_pairs, test, classes):
             "and defense are measured on at least two classes"
         )
     if absent := [name for label, name in enumerate(classes) if label not in present]:
-        _say(
+        say(
             f"warning: {shown(test)} has no image of {len(absent)} of {len(classes)} classes "
             f"({_some(absent)}): nothing is measured on these"
         )
@@ -209,7 +260,7 @@ def _splits(train_pairs, test_pairs, test, classes):
 
 
 @functools.cache  # once, however often a run opens the set
-def _say(text):
+def say(text):
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
         print(text, file=sys.stderr)
 
@@ -220,7 +271,12 @@ def _some(names):
 
 def _class_name(name):
     """A folder's name as text that is the same on every machine."""
-    return unicodedata.normalize("NFC", shown(name))
+    return normalized(shown(name))
+
+
+def normalized(name):
+    """The name of a class with its letters composed, as all of them are here."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _class_folders(folder, skipped):
@@ -348,7 +404,7 @@ def _text(path):
 
 def _listed(pairs, classes):
     """A Source of (path, label) pairs; its fingerprint covers paths, labels, sizes and dates."""
-    mark = hashlib.sha256()
+    mark, listing = hashlib.sha256(), hashlib.sha256()
     for path, label in pairs:
         try:
             status = os.stat(path)
@@ -360,11 +416,18 @@ def _listed(pairs, classes):
         image_files.require_regular(path, status)
         mark.update(os.fsencode(path))
         mark.update(f"\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        listing.update(os.fsencode(os.path.basename(path)))
+        listing.update(f"\0{label}\0{status.st_size}\n".encode())
     paths, labels = (
         [str(path) for path, _ in pairs],
         np.array([label for _, label in pairs], np.int64),
     )
-    return Source(mark.hexdigest(), lambda: (paths, labels), classes)
+    for path in paths[:: -(-len(paths) // SAMPLED)]:
+        with image_files.open_regular(path) as file:
+            listing.update(file.read(SAMPLED_BYTES))
+    return Source(
+        mark.hexdigest(), lambda: (paths, labels), classes, listing.hexdigest(), len(pairs)
+    )
 
 
 def _native(name, place):
@@ -376,26 +439,27 @@ def _native(name, place):
         folder = place / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
         if folder.is_dir():
             mark, names = _mark(folder), {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+            listing = _mark(folder, dates=False)
             return {
-                split: Source(mark, partial(_cifar, name, place, split), names)
+                split: Source(mark, partial(_cifar, name, place, split), names, listing)
                 for split in ("train", "test")
             }
     if name == "gtsrb" and (place / "gtsrb" / "GT-final_test.csv").is_file():
-        return _gtsrb(place / "gtsrb")
+        return _gtsrb(place)
     if name == "tiny" and (place / "tiny-imagenet-200" / "train").is_dir():
         return _folders(place / "tiny-imagenet-200")
     return None
 
 
-def _mark(folder):
-    """The names, sizes and dates of the files in `folder`, as one text."""
+def _mark(folder, *, dates=True):
+    """The names and sizes of the files in `folder`, and their dates if asked, as one text."""
     mark = ""
     for entry in _entries(folder, Skipped()):
         if _is_folder(entry):
             continue
         status = os.stat(entry.path)
         image_files.require_regular(entry.path, status)
-        mark += f"{shown(entry.name)}{status.st_size}{status.st_mtime_ns}"
+        mark += f"{shown(entry.name)}{status.st_size}{status.st_mtime_ns if dates else ''}"
     return mark
 
 
@@ -415,10 +479,8 @@ def _cifar(name, place, split):
 
 def _gtsrb(place):
     """The full official training set where there is one; torchvision's "train" has fewer images."""
-    images = place / "GTSRB"
-    train = next(
-        (p for p in (images / "Final_Training" / "Images", images / "Training") if p.is_dir()), None
-    )
+    images, listed = place / "gtsrb" / "GTSRB", place / "gtsrb" / "GT-final_test.csv"
+    train = next(filter(os.path.isdir, _gtsrb_places(place)), None)
     if train is None:
         raise MissingError(
             f"{images} has neither Final_Training/Images/ nor Training/: run with --download true"
@@ -427,7 +489,13 @@ def _gtsrb(place):
     classes = _class_folders(train, skipped)
     pairs = _scan(train, classes, skipped)
     test = images / "Final_Test" / "Images"
-    return _splits(pairs, _gtsrb_test(place / "GT-final_test.csv", test, classes), test, classes)
+    return _splits(pairs, _gtsrb_test(listed, test, classes), test, classes)
+
+
+def _gtsrb_places(place):
+    """Where torchvision puts the training images of GTSRB, the full set first."""
+    images = place / "gtsrb" / "GTSRB"
+    return images / "Final_Training" / "Images", images / "Training"
 
 
 def _gtsrb_test(path, folder, classes):

@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from antidote_bench.utils import seeds
-from antidote_bench.utils.data.loader import mixed_precision, to_unit
-from antidote_bench.utils.features import features_of, last_linear
+from antidote_bench.utils.data.loader import gradient_batch, halving, mixed_precision, to_unit
+from antidote_bench.utils.features import features_of, last_features, last_linear
 from antidote_bench.utils.poisoning import patterns
-from antidote_bench.utils.poisoning.generator import descend
 
 NEURONS = 2  # features that an inverted pattern is made for
 SAMPLE = 1000  # training images that say how active a feature usually is
@@ -25,8 +24,7 @@ def invert(model, train, mask, start, *, steps, rate, radius=1.0, factor=10):
     mask = mask.to(train.images.device)
     start = start.to(train.images.device) * mask
     chosen = strongest_features(model)
-    with torch.no_grad():
-        aim = factor * features_of(model, to_unit(train.images[:SAMPLE]))[:, chosen].amax(0)
+    aim = factor * last_features(model, train[:SAMPLE])[:, chosen].amax(0)
     low, high = (start - radius).clamp(0), (start + radius).clamp(max=1)
     pattern = start
     for _ in tqdm(range(steps), desc="inverting", disable=None):
@@ -46,16 +44,22 @@ def excite(
     mean activation on clean images; p stays in [low, high].
     """
     chosen = strongest_features(model)
-    with torch.no_grad():
-        usual = features_of(model, to_unit(train.images[:SAMPLE]))[:, chosen].mean(0)
-        usual = usual.clamp(min=1e-3)
+    usual = last_features(model, train[:SAMPLE])[:, chosen].mean(0).clamp(min=1e-3)
 
     def objective(pattern, images):
         activations = features_of(model, apply(images, pattern))[:, chosen]
         return penalty * pattern.square().sum() - (activations / usual).sum(1).mean()
 
     return minimise(
-        objective, start, train, steps=steps, seed=seed, low=low, high=high, precision=precision
+        model,
+        objective,
+        start,
+        train,
+        steps=steps,
+        seed=seed,
+        low=low,
+        high=high,
+        precision=precision,
     )
 
 
@@ -78,11 +82,12 @@ def low_frequency(model, train, target, *, steps, seed, peak=0.2, precision="fp3
         return F.cross_entropy(model((images + smooth(field)).clamp(0, 1)), targets)
 
     noise = torch.randn(3, size, size, generator=seeds.generator("low frequency", seed))
-    field = minimise(objective, noise, train, steps=steps, seed=seed, precision=precision)
+    field = minimise(model, objective, noise, train, steps=steps, seed=seed, precision=precision)
     return (smooth(field) * 255).round() / 255
 
 
 def minimise(
+    model,
     objective,
     start,
     train,
@@ -97,18 +102,27 @@ def minimise(
 ):
     """The pattern that Adam reaches from `start` on objective(pattern, images in [0, 1]).
 
-    Every step has a random batch of training images.
+    Every step has a random batch of training images. The objective is a mean over them, in which
+    they pass `model`, in evaluation mode.
     """
     device = train.images.device
     generator = seeds.generator("pattern batches", seed, device=device)
     pattern = start.to(device).clone().requires_grad_()
     optimizer = torch.optim.Adam([pattern], rate)
+    size = gradient_batch(model, train.images, batch)
     for _ in tqdm(range(steps), desc="pattern", disable=None):
         index = torch.randint(len(train), (batch,), generator=generator, device=device)
-        images = to_unit(train.images[index])
-        with mixed_precision(device, precision):
-            cost = objective(pattern, images)
-        descend(optimizer, cost)
+
+        def add_gradients(size, index=index):
+            optimizer.zero_grad()
+            for part in index.split(size):
+                with mixed_precision(device, precision):
+                    cost = objective(pattern, to_unit(train.images[part]))
+                weight = len(part) / batch
+                (cost if weight == 1 else weight * cost).backward()
+
+        halving(add_gradients, size)
+        optimizer.step()
         if low is not None:
             pattern.data.clamp_(low, high)
     return pattern.detach()

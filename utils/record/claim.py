@@ -6,27 +6,35 @@ Imports no torch.
 import contextlib
 import dataclasses
 import hashlib
+import json
 import secrets
 import shutil
 import sys
 from pathlib import Path
+
+import safetensors
 
 from antidote_bench.utils import files
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.record.folder import (
     BEGUN,
     DEFENSES,
+    DETECTIONS,
     FINISHED,
     OPTIONS,
     RECORD,
     SHARED,
     STATE,
+    TRIGGER,
     commit,
     read_begun,
     read_options,
     verify,
 )
+from antidote_bench.utils.text import cut
 
+QUICK = 60  # seconds within which a trigger is made again without regret
+LONGEST = 60  # characters of a value in a message
 COUNTS = ("train", "test", "classes", "size")  # facts about a data set that a message can name
 
 
@@ -44,17 +52,22 @@ def owned(folder):
                 f"a run is under way in {folder}: wait for its end, or choose another folder with "
                 "--save_folder_name"
             ) from None
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RefusedError(
+                f"{error.filename} is no folder, and the run would lie in it: move it away, or "
+                "choose another folder with --record_path"
+            ) from error
         yield
 
 
 def begin(folder, config, *, kind, victim=None, data=None):
     """Claim `folder` for a run of `config`: True where there is work to do, False where it is done.
 
-    `victim` is the checksum of the weights that a defense repairs, `data` what record.json says
-    about the data set of an attack. An interrupted run with the same options, victim and data is
-    resumed. Raises ConfigError (exit 2) where another run lies there, and RefusedError (exit 4)
-    where a damaged one does. With config.overwrite both are replaced, but only when the new run is
-    complete.
+    `victim` is the checksum of the weights that a defense repairs or a detector judges, `data` what
+    record.json says about the data set of an attack. An interrupted run with the same options,
+    victim and data is resumed. Raises ConfigError (exit 2) where another run lies there, and
+    RefusedError (exit 4) where a damaged one does. With config.overwrite both are replaced, but
+    only when the new run is complete.
     """
     _refuse_links(folder, kind)
     state = folder / STATE
@@ -75,7 +88,7 @@ def begin(folder, config, *, kind, victim=None, data=None):
             _refuse_other(read_options(folder), config, folder)
             _refuse_other_data(there, begun, folder)
             raise ConfigError(
-                f"{folder} repaired another victim than the one there now; --overwrite repairs "
+                f"{folder} worked on another victim than the one there now; --overwrite works on "
                 "this one"
             )
     elif not config.overwrite and _has_progress(state):
@@ -97,12 +110,28 @@ def begin(folder, config, *, kind, victim=None, data=None):
 
 
 def _has_other_files(folder):
-    return any(path.name not in (DEFENSES, STATE, FINISHED) for path in folder.iterdir())
+    own = {DEFENSES, DETECTIONS, STATE, FINISHED}
+    return any(path.name not in own for path in folder.iterdir())
 
 
 def _has_progress(state):
-    """Whether an interrupted run has a checkpoint, which could be lost."""
-    return any(state.rglob("*.safetensors"))
+    """Whether an interrupted run has a checkpoint, which could be lost.
+
+    A trigger that was made in no time is none; what waits there to be added to the record is made
+    again in any case.
+    """
+    checkpoints = [path for path in state.glob("*.safetensors") if path.name != TRIGGER]
+    return bool(checkpoints) or _seconds_of_trigger(state / TRIGGER) > QUICK
+
+
+def _seconds_of_trigger(path):
+    """How long it took to make the trigger of an interrupted attack; 0 where that is not known."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            seconds = json.loads(file.metadata()["facts"])["trigger_seconds"]
+        return seconds if isinstance(seconds, float | int) else 0
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return 0
 
 
 def _same_input(there, here):
@@ -112,9 +141,15 @@ def _same_input(there, here):
 
 def _differences(there, here):
     """Words for what differs between the data of two runs."""
-    there, here = (run.get("data") or {} for run in (there, here))
+    there, here = (run.get("data") for run in (there, here))
+    if not isinstance(there, dict) or not isinstance(here, dict):  # one of them does not say it
+        return []
     keys = [key for key in here if key in there and there[key] != here[key]]
-    counts = [f"{key} {there[key]} there and {here[key]} here" for key in keys if key in COUNTS]
+    counts = [
+        f"{key} {cut(there[key], LONGEST)} there and {here[key]} here"
+        for key in keys
+        if key in COUNTS
+    ]
     return counts or ["other images or labels"] * bool(keys)
 
 
@@ -146,11 +181,16 @@ def _say_origin(folder, made_by, config, what):
 def _refuse_links(folder, kind):
     """Nothing is written through a link that lies in a record, which may come from others."""
     inside = [folder / STATE, folder / FINISHED]
-    if kind == "defense":
+    if kind != "attack":
         inside += [folder, folder.parent, folder.parent / SHARED]
     for path in inside:
         if path.is_symlink():
             raise RefusedError(f"{path} is a link, through which nothing is written: remove it")
+    for path in (folder / STATE).glob("*.*"):
+        if path.is_symlink() or not path.is_file():
+            raise RefusedError(
+                f"{path} is a link or no file, and a run keeps its state there: remove it"
+            )
 
 
 def _same(saved, config):
@@ -172,7 +212,9 @@ def _refuse_other(saved, config, folder):
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if not keys:
         return
-    difference = ", ".join(f"{key} {there.get(key)} there and {here.get(key)} here" for key in keys)
+    difference = ", ".join(
+        f"{key} {cut(there.get(key), LONGEST)} there and {here.get(key)} here" for key in keys
+    )
     raise ConfigError(
         f"{folder} holds another configuration ({difference}); --overwrite starts again, "
         "--save_folder_name chooses another folder"

@@ -12,12 +12,14 @@ from antidote_bench import models
 from antidote_bench.utils import checkpoint, distributed
 from antidote_bench.utils.charts import preview
 from antidote_bench.utils.data import dataset
+from antidote_bench.utils.data.clean import Held
 from antidote_bench.utils.data.dataset import Dataset, Spec, Split
 from antidote_bench.utils.data.memmap import replaced
-from antidote_bench.utils.errors import MissingError, RefusedError
+from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError
 from antidote_bench.utils.evaluation import TestSets
-from antidote_bench.utils.record import claim, results, schema
+from antidote_bench.utils.record import claim, compressed, results, schema
 from antidote_bench.utils.record import folder as layout
+from antidote_bench.utils.record.flagged import Flagged
 from antidote_bench.utils.text import cut
 
 POISON, COVER = 1, 2  # kinds of changed training images: poisoned; changed, but with the true label
@@ -30,7 +32,7 @@ class Poisoning(NamedTuple):
     train: Split  # the training set, poisoned
     index: torch.Tensor  # positions of its poisoned images
     cover_index: torch.Tensor  # positions of images that are changed and keep their label
-    n_poison: int
+    n_poison: int | None  # None: unknown
     test_sets: TestSets
     backdoor_index: torch.Tensor  # positions in the test set of test_sets.backdoor
     target_index: torch.Tensor  # and of test_sets.target
@@ -61,21 +63,39 @@ class Repair:
     model: nn.Module
     victim_row: dict
     victim_sha256: str
-    clean_count: int
+    held: Held  # the clean images that the defender had
+    marked: Flagged | None  # the training images that were left out
     measured: dict
     seconds: float
 
 
+@dataclass(frozen=True)
+class Detected:
+    """A finished detection, as `save_detection` saves it."""
+
+    name: str
+    config: object  # options of the detector
+    victim_row: dict
+    victim_sha256: str
+    measured: dict  # columns of results.csv
+    seconds: float
+    scores: dict  # tensors
+    evidence: dict  # tensors
+    chart: bytes  # PNG
+
+
 class Loaded(NamedTuple):
-    """An attack's record, as a defense gets it."""
+    """An attack's record, as a protocol gets it."""
 
     model: nn.Module  # the victim
-    name: str  # of its architecture
+    name: str | models.Architecture  # what models.build takes for its architecture
     width: int | None
     train: Split  # the training set as the victim saw it
     clean: Split  # the data set's own training set
     test_sets: TestSets
     spec: Spec
+    kinds: torch.Tensor  # of the training images, int64 N: 0 untouched, or POISON or COVER
+    backdoor_index: torch.Tensor  # positions in the test set of test_sets.backdoor
 
 
 def save_victim(folder, victim, device, workers=distributed.SINGLE):
@@ -90,17 +110,20 @@ def save_victim(folder, victim, device, workers=distributed.SINGLE):
         len(data.train),
         victim.seconds,
     )
-    table, facts = results.complete(row, config, device, workers)
+    table, facts = results.complete(row, config, device, workers, kind="attack")
+    poisoned = compressed.packed(_poisoned_tensors(poisoning))
     contents = {
         layout.WEIGHTS: checkpoint.to_bytes(victim.model.state_dict()),
-        layout.POISONED: checkpoint.to_bytes(_poisoned_tensors(poisoning)),
-        layout.PREVIEW: _preview(data.test, poisoning),
+        layout.POISONED: checkpoint.to_bytes(poisoned),
+        layout.PREVIEW: _preview(data, poisoning),
         layout.RESULTS: table,
     }
     if poisoning.parts is not None:
         contents[layout.TRIGGER] = checkpoint.to_bytes(poisoning.parts)
     facts |= {
+        "format": layout.FORMAT if "train_images" in poisoned else layout.FORMAT_COMPRESSED,
         "data": facts_of(data),
+        "data_listing": data.spec.listing,
         "training_set": "none" if victim.poisons_in_loop else "stored",
         **poisoning.facts,
     }
@@ -114,17 +137,40 @@ def save_repair(folder, repair, device):
         repair.config,
         repair.victim_row,
         repair.measured,
-        repair.clean_count,
+        repair.held,
+        repair.marked,
         repair.seconds,
     )
-    table, facts = results.complete(row, repair.config, device)
+    table, facts = results.complete(row, repair.config, device, kind="defense")
     contents = {
         layout.WEIGHTS: checkpoint.to_bytes(repair.model.state_dict()),
         layout.RESULTS: table,
         **layout.own_files(folder / layout.STATE),
     }
-    facts |= {"victim_sha256": repair.victim_sha256}
+    data = facts_of_clean(repair.held, repair.marked)
+    facts |= {"victim_sha256": repair.victim_sha256, "data": data}
     layout.finish(folder, contents, facts, kind="defense")
+
+
+def save_detection(folder, detected, device):
+    """Write the complete record of a detector."""
+    config = detected.config
+    row = results.of_detection(
+        detected.name, config, detected.victim_row, detected.measured, detected.seconds
+    )
+    table, facts = results.complete(
+        row, config, device, kind="detection", columns=layout.DETECTION_COLUMNS
+    )
+    contents = {
+        layout.SCORES: checkpoint.to_bytes(detected.scores),
+        layout.SCORES_CHART: detected.chart,
+        layout.RESULTS: table,
+        **layout.own_files(folder / layout.STATE),
+    }
+    if detected.evidence:
+        contents[layout.EVIDENCE] = checkpoint.to_bytes(detected.evidence)
+    facts |= {"victim_sha256": detected.victim_sha256}
+    layout.finish(folder, contents, facts, kind="detection")
 
 
 def open_record(folder):
@@ -149,6 +195,10 @@ def load(folder, config, device, info=None):
     """
     info = info or open_record(folder)
     made = read_options(folder, info)
+    model_file = getattr(config, "model_file", None)
+    if model_file and not models.is_file(made["model"]):
+        raise ConfigError(f"leave model_file out: the model of the record is {made['model']}")
+    chosen = architecture(folder, made, model_file)
     _require_own_data_path(folder, config, info, made)
     try:
         _require_same_size(info["data"], made)
@@ -156,17 +206,31 @@ def load(folder, config, device, info=None):
         data = dataset.load(config, device, victim=made, check_count=check_count)
         _require_same_data(folder, info["data"], data, config)
         saved = _read_tensors(folder, layout.POISONED, info)
+        counts = {"train": len(data.train), "test": len(data.test), "target": len(data.test)}
+        saved = compressed.unpacked(saved, data.spec.size, counts)
         schema.check_poisoned(saved, data, layout.POISONED)
         saved = {name: value.to(device) for name, value in saved.items()}
         train = _poisoned_split(data.train, saved)
+        kinds = torch.zeros_like(train.labels)
+        kinds[saved["train_index"]] = saved["train_kind"]
         target = _split(saved, "target") if "target_images" in saved else None
         test_sets = TestSets(data.test, _split(saved, "test"), target)
-        model = load_model(folder, data.spec, info, made).to(device)
+        model = load_model(folder, data.spec, info, made, model_file).to(device)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RefusedError(
             f"the record {folder} is damaged: {' '.join(str(error).split())[:200]}"
         ) from error
-    return Loaded(model, made["model"], made["width"], train, data.train, test_sets, data.spec)
+    return Loaded(
+        model,
+        chosen,
+        made["width"],
+        train,
+        data.train,
+        test_sets,
+        data.spec,
+        kinds,
+        saved["test_index"],
+    )
 
 
 def read_options(folder, info):
@@ -198,12 +262,39 @@ def read_measures(folder, info):
         ) from error
 
 
-def load_model(folder, spec, info, made):
-    """The network of a verified record, which has the options `made`.
+def architecture(folder, made, model_file=None):
+    """What models.build takes for the model of a verified record, which has the options `made`.
+
+    No record starts a file: where the model is one from a file, it must be `model_file`, which the
+    user names, and its content that of the file which the record was made with. Otherwise
+    RefusedError (exit 4) says what to do.
+    """
+    name, normalisation = made["model"], {"mean": made.get("mean"), "std": made.get("std")}
+    if not models.is_file(name):
+        return models.chosen(name, **normalisation)
+    if model_file is None:
+        raise RefusedError(
+            f"the model of the record {folder} comes from a Python file, which is executed only if "
+            f"you name it: --model_file path/to/file.py:function (the record says {cut(name, 60)})"
+        )
+    chosen = models.chosen(model_file, **normalisation)
+    there, function = made["model_sha256"], name.rpartition(":")[2]
+    if (chosen.file.sha256, chosen.file.function) != (there, function):
+        raise RefusedError(
+            f"{model_file} is not the model that the record {folder} was made with: that is the "
+            f"function {function} of a file with the sha256 {there[:12]}..., and this file has "
+            f"{chosen.file.sha256[:12]}..."
+        )
+    return chosen
+
+
+def load_model(folder, spec, info, made, model_file=None):
+    """The network of a verified record, which has the options `made`; `architecture` says what
+    `model_file` is.
 
     RuntimeError or KeyError where its weights do not fit.
     """
-    model = models.build(made["model"], spec, made["width"])
+    model = models.build(architecture(folder, made, model_file), spec, made["width"])
     weights = _read_tensors(folder, layout.WEIGHTS, info)
     schema.check_finite(weights, layout.WEIGHTS)
     model.load_state_dict(weights)
@@ -234,13 +325,20 @@ def facts_of(data):
     }
 
 
+def facts_of_clean(held, marked=None):
+    """What record.json of a defense says about clean images of another source, and about a
+    `Flagged`; None where there is neither."""
+    facts = {"clean_images": held.mark, "flagged": marked and marked.sha256}
+    return {name: value for name, value in facts.items() if value} or None
+
+
 def _poisoned_tensors(poisoning):
     """The content of poison.safetensors: what was changed in training, and the triggered tests."""
     index, cover, train = poisoning.index, poisoning.cover_index, poisoning.train
     changed = torch.cat([index, cover])
     kinds = torch.cat([torch.full_like(index, POISON), torch.full_like(cover, COVER)])
     backdoor, target = poisoning.test_sets.backdoor, poisoning.test_sets.target
-    return {
+    tensors = {
         "train_index": changed,
         "train_images": train.images[changed],
         "train_labels": train.labels[changed],
@@ -249,20 +347,25 @@ def _poisoned_tensors(poisoning):
         "test_images": backdoor.images,
         "test_labels": backdoor.labels,
         "test_truth": backdoor.truth,
-        "target_index": poisoning.target_index,
-        "target_images": target.images,
-        "target_labels": target.labels,
-        "target_truth": target.truth,
     }
+    if target is not None:
+        tensors |= {
+            "target_index": poisoning.target_index,
+            "target_images": target.images,
+            "target_labels": target.labels,
+            "target_truth": target.truth,
+        }
+    return tensors
 
 
-def _preview(test, poisoning):
+def _preview(data, poisoning):
     """PNG bytes: some test images with and without the trigger."""
     backdoor = poisoning.test_sets.backdoor
     shown = torch.arange(0)
     if len(backdoor):
         shown = torch.linspace(0, len(backdoor) - 1, PREVIEWED).long().unique()
-    return preview(test[poisoning.backdoor_index[shown]], backdoor[shown])
+    clean = data.test[poisoning.backdoor_index[shown]]
+    return preview(clean, backdoor[shown], names=data.spec.class_names)
 
 
 def _poisoned_split(clean, saved):

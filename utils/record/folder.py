@@ -5,6 +5,7 @@ A run under way lives in `state/`. When it ends, its files are renamed into the 
 damaged nothing.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -15,9 +16,11 @@ import yaml
 
 from antidote_bench.utils import files
 from antidote_bench.utils.errors import MissingError, RefusedError
-from antidote_bench.utils.text import cut
+from antidote_bench.utils.text import cut, printable
 
 FORMAT = 1
+FORMAT_COMPRESSED = 2  # of an attack whose images are PNG files; all else is as in FORMAT
+FORMATS = FORMAT, FORMAT_COMPRESSED
 RECORD = "record.json"
 OPTIONS = "config.yaml"
 RESULTS = "results.csv"
@@ -32,13 +35,21 @@ BEGUN = "begun.json"  # in it, what the run works on: data set or victim, and wh
 FINISHED = ".finished"  # what is left of state/ when a run is complete, to be deleted
 OWN = "kept"  # in it, the files that a defense adds to its record
 DEFENSES = "defense"  # folder of a victim's defenses
-SHARED = ".shared"  # in it, what several defenses on the same training set use
-NEEDED = {"attack": (OPTIONS, WEIGHTS, POISONED, RESULTS), "defense": (OPTIONS, WEIGHTS, RESULTS)}
+DETECTIONS = "detection"  # folder of what detectors say about a victim
+SHARED = ".shared"  # in both, what several runs on the same training set use
+SCORES = "scores.safetensors"
+EVIDENCE = "evidence.safetensors"
+NEEDED = {
+    "attack": (OPTIONS, WEIGHTS, POISONED, RESULTS),
+    "defense": (OPTIONS, WEIGHTS, RESULTS),
+    "detection": (OPTIONS, SCORES, RESULTS),
+}
 # bytes of a file; real ones of text have a few thousand
-LARGEST = {RECORD: 2**22, OPTIONS: 2**18, RESULTS: 2**20, LOG: 2**24}
+LARGEST = {RECORD: 2**22, BEGUN: 2**22, OPTIONS: 2**18, RESULTS: 2**20, LOG: 2**24}
 LARGEST_TENSORS, LARGEST_OTHER = 2**37, 2**26
 # what a file with wrong content can raise
 UNUSABLE = (ValueError, RecursionError, yaml.YAMLError)
+MOST_EPOCHS = 100_000  # rows of a log.csv
 NEW, PARTIAL, DONE = "new", "partial", "done"  # states of a run
 
 ATTACK_COLUMNS = [
@@ -51,6 +62,14 @@ RESULT_COLUMNS = [
     "n_test", "n_backdoor", "seconds", "peak_mb", "device", "version", "config_hash",
     "defense_seed", "lr",
 ]  # fmt: skip
+DETECTION_COLUMNS = [
+    *ATTACK_COLUMNS, "detection", "variant", "judges", "prior", "clean_budget", "n_calibration",
+    "seed", "poison_seed", "data_seed", "detection_seed", "acc", "asr", "n_negative", "n_cover",
+    "n_positive", "auroc", "auroc_no_cover", "auroc_fooled", "tpr_at_1", "tpr_at_5", "tpr_at_10",
+    "nominal_fpr", "threshold", "fpr", "tpr", "ppv", "f1", "own_fpr", "own_tpr", "own_ppv",
+    "own_f1", "score", "suspects", "target_found", "target_rank", "published", "abstained",
+    "seconds", "peak_mb", "device", "version", "config_hash",
+]  # fmt: skip
 LOG_COLUMNS = ["stage", "epoch", "loss", "lr", "acc", "asr", "ra", "seconds", "asr_all"]
 
 
@@ -59,8 +78,7 @@ class Log:
 
     def __init__(self, folder):
         self._path = folder / LOG
-        rows = files.read_csv(self._path) if self._path.exists() else []
-        self._rows = {(row["stage"], row["epoch"]): row for row in rows}
+        self._rows = {(row["stage"], row["epoch"]): row for row in _read_log(self._path)}
 
     @property
     def seconds(self):
@@ -74,18 +92,50 @@ class Log:
         files.write(self._path, files.csv_text(self._rows.values(), LOG_COLUMNS))
 
 
+def _read_log(path):
+    """The rows of the log of an interrupted run, none where there is no log yet.
+
+    Raises RefusedError (exit 4) where it is no such log.
+    """
+    if not os.path.lexists(path):
+        return []
+    try:
+        if refusal := _refusal(path):
+            raise ValueError(f"it {refusal}")
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = files.read_rows(file, MOST_EPOCHS)
+        for row in rows:
+            if row.keys() - set(LOG_COLUMNS) or not {"stage", "epoch", "seconds"} <= row.keys():
+                raise ValueError("its columns are not those of a log")
+            if None in row.values():
+                raise ValueError("a row has another number of columns than the header")
+            float(row["seconds"] or 0)
+    except (OSError, ValueError, csv.Error) as error:
+        raise RefusedError(
+            f"{path} is damaged ({cut(error, 200)}): delete the folder {path.parent} to start again"
+        ) from error
+    return rows
+
+
 def find(name, record_path):
     """Path of a record's folder, given as such or by its name below `record_path`.
 
     Raises MissingError (exit 3) where there is none.
     """
-    places = [Path(name), Path(record_path) / name]
+    places = list(dict.fromkeys([Path(name), Path(record_path) / name]))
     for place in places:
         if place.is_dir():
             return place
+    for place in places:
+        if place.exists():
+            raise MissingError(
+                f"{printable(place)} is a file, and a record is a folder, which holds {RECORD}: an "
+                "attack script makes one, and convert.py makes one of weights from elsewhere"
+            )
+    looked = " and ".join(printable(place) for place in places)
     raise MissingError(
-        f"there is no record {name!r}: looked at {places[0]} and {places[1]}; an attack script "
-        "makes one, and --record_path says where records lie"
+        f"there is no record {cut(name, 200)!r}: looked at {looked}; an attack script makes one, "
+        "and --record_path says where records lie"
     )
 
 
@@ -110,14 +160,15 @@ def finish(folder, contents, info, *, kind):
     state = folder / STATE
     for name, content in contents.items():
         files.write(state / name, content)
-    sums = {name: files.sha256(state / name) for name in [*contents, OPTIONS, LOG]}
+    log = [LOG] * (state / LOG).exists()  # detectors that train nothing have none
+    sums = {name: files.sha256(state / name) for name in [*contents, OPTIONS, *log]}
     info = {"format": FORMAT, "kind": kind, **info, "origin": read_begun(state).get("origin")}
     files.write_json(state / RECORD, {**info, "files": sums})
     commit(folder)
 
 
 def own_files(state):
-    """{name: bytes} of the files that a defense has added to its record."""
+    """{name: bytes} of the files that a defense or a detector has added to its record."""
     return {path.name: path.read_bytes() for path in sorted((state / OWN).glob("[!.]*"))}
 
 
@@ -127,14 +178,14 @@ def verify(folder, kind):
     Raises RefusedError (exit 4), which says what is wrong.
     """
     info = _read_record(folder)
-    if info["format"] != FORMAT:
+    if info["format"] not in FORMATS:
         raise RefusedError(
             f"the record {folder} has format {str(info['format'])[:20]}; this version of Antidote "
-            f"reads format {FORMAT}"
+            f"reads the formats {' and '.join(map(str, FORMATS))}"
         )
     if info.get("kind") != kind:
         raise RefusedError(
-            f"{folder} is not the record of an {kind} but of a {str(info.get('kind'))[:20]}"
+            f"{folder} is not the record of {_article(kind)} but of a {str(info.get('kind'))[:20]}"
         )
     sums = info["files"]
     for name in {*NEEDED[kind], *sums}:
@@ -148,6 +199,10 @@ def verify(folder, kind):
                 f"the record {folder} is damaged: {name} is not the file that was saved"
             )
     return info
+
+
+def _article(kind):
+    return f"an {kind}" if kind == "attack" else f"a {kind}"
 
 
 def _read_record(folder):
@@ -240,8 +295,17 @@ def parse_options(content):
 
 
 def read_results(folder):
-    """The row of results.csv: {column: text}."""
-    return files.read_csv(folder / RESULTS)[0]
+    """The row of results.csv: {column: text}; RefusedError (exit 4) where it holds no such row."""
+    try:
+        with open(folder / RESULTS, newline="", encoding="utf-8") as file:
+            rows = files.read_rows(file, most=1)
+        if not rows:
+            raise ValueError("it has no row")
+        if None in rows[0] or None in rows[0].values():
+            raise ValueError("its row has another number of columns than the header")
+    except (OSError, ValueError, csv.Error) as error:
+        raise RefusedError(f"{folder / RESULTS} is damaged: {cut(error, 200)}") from error
+    return rows[0]
 
 
 def commit(folder):
@@ -253,9 +317,10 @@ def commit(folder):
     names, old = _listed(state), _listed(folder)
     (folder / RECORD).unlink(missing_ok=True)
     for name in old - names:  # left by a run with other options
-        (folder / name).unlink(missing_ok=True)
+        if (folder / name).is_symlink() or not (folder / name).is_dir():
+            (folder / name).unlink(missing_ok=True)
     for name in names:
-        if (state / name).exists():
+        if (state / name).is_file():
             os.replace(state / name, folder / name)
     os.replace(state / RECORD, folder / RECORD)
     os.replace(state, folder / FINISHED)  # at once: a killed clean-up leaves no state/ behind
@@ -265,15 +330,27 @@ def commit(folder):
 def _listed(folder):
     """The names of the files that record.json lists; none where it cannot be read."""
     try:
-        return {Path(name).name for name in json.loads((folder / RECORD).read_text())["files"]}
+        names = _read_json(folder / RECORD)["files"]
+        return {name for name in names if Path(name).name == name not in ("", "..")}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _read_json(path):
+    """The content of a JSON file within the limits of a record's; OSError or ValueError where it is
+    none."""
+    if refusal := _refusal(path):
+        raise ValueError(refusal)
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_begun(state):
     """What an interrupted run works on; {} where nothing says it."""
     try:
-        begun = json.loads((state / BEGUN).read_text())
+        begun = _read_json(state / BEGUN)
     except (OSError, ValueError):
         return {}
     return begun if isinstance(begun, dict) else {}

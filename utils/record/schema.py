@@ -1,17 +1,20 @@
 """What the files of a record must hold: types, shapes and ranges. Records may come from others."""
 
 import io
+import re
 
 import torch
 
 from antidote_bench import models
 from antidote_bench.utils import files
 from antidote_bench.utils.data import sources
+from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.record.folder import RESULT_COLUMNS
 from antidote_bench.utils.text import cut
 
 LARGEST_SIDE = 4096  # pixels
 MOST_ROWS = 100_000  # of a log.csv
+SHA256 = re.compile("[0-9a-f]{64}")
 LONGEST = 200  # characters of a value in a message
 
 
@@ -19,7 +22,14 @@ def check_options(made):
     """Check the options in an attack's config.yaml; ValueError says which one is wrong."""
     _require(made.get("dataset") in sources.NAMES, "dataset", f"one of {sources.NAMES}", made)
     _require(isinstance(made.get("dataset_path"), str), "dataset_path", "text", made)
-    _require(made.get("model") in models.names(), "model", "the name of a network", made)
+    _require(models.is_name(made.get("model")), "model", "the name of a network", made)
+    if models.is_file(made["model"]):
+        digest = made.get("model_sha256")
+        right = isinstance(digest, str) and SHA256.fullmatch(digest)
+        _require(right, "model_sha256", "a digest of 64 hexadecimal digits", made)
+    for name in ("mean", "std"):
+        _require(_is_normalisation(made, name), name, "null or three numbers", made)
+    _require(made.get("mirror") in (None, True, False), "mirror", "null, true or false", made)
     for name, lowest in (("image_size", 8), ("width", 1)):
         value = made.get(name)
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -46,7 +56,8 @@ def check_facts(info):
     _require(right and set(prints) == {"train", "test"}, "data.fingerprint", "two digests", data)
     names = data.get("class_names", [])
     right = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    _require(right, "data.class_names", "a list of names", data)
+    right = right and len(names) in (0, data["classes"])
+    _require(right, "data.class_names", "a list of names, one for each class", data)
 
 
 def check_results(row):
@@ -100,6 +111,14 @@ def _check_whole(file, name, tensor, count, low, high):
         right = low <= int(tensor.min()) and int(tensor.max()) <= high
     if not right:
         raise ValueError(f"{file}: {name} must be int64, {count} of them, {low} to {high}")
+
+
+def _is_normalisation(made, name):
+    value = made.get(name)
+    try:
+        return value is None or isinstance(value, str) and models.channels(value, name) is not None
+    except ConfigError:
+        return False
 
 
 def _require(right, name, what, values):

@@ -7,13 +7,11 @@ resized crop and a blur act on rows and columns separately, so that each is two 
 matrices, which every image has of its own.
 """
 
-import math
-
 import torch
 
+from antidote_bench.utils.data.loader import draw_boxes, products, resized_crops
+
 LUMA = 0.2989, 0.587, 0.114  # weights of red, green and blue, as in torchvision
-# crops drawn for an image: the first one that fits is taken, or the whole image where none fits
-TRIES = 10
 
 
 def views(
@@ -66,49 +64,6 @@ def views(
 def pairs(view):
     """An `augment` for batches: n images become 2n, a first view of each and then a second one."""
     return lambda images, generator, **_: view(torch.cat([images, images]), generator)
-
-
-def draw_boxes(height, width, scale, ratio, numbers):
-    """(top, left, height, width) of a random crop of every image, each N, in whole pixels.
-
-    The area is uniform and the ratio is uniform in its logarithm. They are drawn again where a side
-    would be too long. `numbers(columns)` gives N,columns random numbers of [0, 1).
-    """
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers(TRIES))
-    narrowest, widest = map(math.log, ratio)
-    shape = torch.exp(narrowest + (widest - narrowest) * numbers(TRIES))
-    wide, high = (area * shape).sqrt().round(), (area / shape).sqrt().round()
-    fits = (wide >= 1) & (wide <= width) & (high >= 1) & (high <= height)
-    first, any_fits = fits.to(torch.uint8).argmax(1, keepdim=True), fits.any(1)
-    wide = torch.where(any_fits, wide.gather(1, first)[:, 0], width)
-    high = torch.where(any_fits, high.gather(1, first)[:, 0], height)
-    down, right = numbers(2).unbind(1)
-    return (down * (height - high + 1)).floor(), (right * (width - wide + 1)).floor(), high, wide
-
-
-def resized_crops(images, top, left, height, width):
-    """The crop of every image with these corners and sides (each N), resized to the whole size."""
-    rows = _linear(top, height, images.shape[2])
-    columns = _linear(left, width, images.shape[3])
-    return products(images, rows, columns)
-
-
-def _linear(start, length, size):
-    """N,size,size: row i has the weights of a line's pixels in pixel i of the resized crop.
-
-    Pixels are areas: the centre i + 1/2 of `size` stands over (i + 1/2) length / size. Beyond the
-    outermost centres of a crop, their values go on.
-    """
-    pixels = torch.arange(size, device=start.device, dtype=torch.float32)
-    inside = ((pixels + 0.5) * (length / size)[:, None] - 0.5).clamp(min=0)
-    places = start[:, None] + torch.minimum(inside, length[:, None] - 1)
-    return (1 - (places[..., None] - pixels).abs()).clamp(min=0)
-
-
-def products(images, rows, columns):
-    """images N,C,H,W times the matrices `rows` N,H,H along the height and `columns` N,W,W along the
-    width."""
-    return rows[:, None] @ images @ columns.mT[:, None]
 
 
 def recoloured(images, jitter, numbers):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from antidote_bench.models import Architecture
 from antidote_bench.utils import checkpoint, files
 from antidote_bench.utils.data.dataset import Spec, Split
 from antidote_bench.utils.record.folder import OWN
@@ -17,7 +18,8 @@ class Defender:
 
     `train` is the training set as the defender finds it: its labels may be the attacker's, and its
     `truth` equals them. `clean` is a few images that are known to be clean, at positions
-    `clean_index` of the training set. `model` and `width` name the victim's architecture. `state`
+    `clean_index` of the training set; there are none where the clean images are from another
+    source. `model` and `width` are what `models.build` takes for the victim's architecture. `state`
     is a folder for checkpoints, `shared` one for what other runs on the same training set may use
     too. `report(stage, model)` has the evaluator measure a model and log it; it returns nothing.
     `measure(model)`, which returns the evaluator's {acc, asr, ra}, is None unless the run is marked
@@ -28,7 +30,7 @@ class Defender:
     train: Split
     clean: Split
     clean_index: torch.Tensor
-    model: str
+    model: str | Architecture
     width: int | None
     state: Path
     shared: Path

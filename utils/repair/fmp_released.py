@@ -14,6 +14,7 @@ from antidote_bench.models import Normalize
 from antidote_bench.utils import seeds
 from antidote_bench.utils.data.loader import augmentation
 from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair.layers import traced
 
 FEW = 32  # scored images
 
@@ -41,14 +42,14 @@ def block_sums(model, images):
     kept. Raises ConfigError where torch.fx cannot trace the model.
     """
     try:
-        traced = torch.fx.symbolic_trace(model)
+        graph = traced(model)
     except Exception as error:  # tracing fails in whatever way the model's own code does
         raise ConfigError(
             f"alias_sum does not apply, torch.fx cannot trace the model: {error}; "
             "--alias_sum false leaves it out"
         ) from error
     modules, wanted, maps = dict(model.named_modules()), {}, {}
-    for node in traced.graph.nodes:
+    for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d):
             sums = [user for user in node.users if _is_sum(user) and user.args[0] is node]
             wanted[sums[0] if sums else node] = node.target
@@ -60,7 +61,7 @@ def block_sums(model, images):
                 maps[wanted[node]] = value
             return value
 
-    Keeper(traced).run(images)
+    Keeper(graph).run(images)
     return maps
 
 

@@ -5,13 +5,15 @@ They can be read and switched off.
 
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
-from antidote_bench.utils.data.loader import EVALUATION_BATCH, batches, evaluating
+from antidote_bench.utils.data.loader import batches, evaluating, evaluation_batch, halving
 from antidote_bench.utils.device import exact
 from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.features import last_linear
 
 
 @contextmanager
@@ -35,10 +37,14 @@ def convolutions(model):
 def batch_norms(model):
     """{qualified name: nn.BatchNorm2d} in the order in which the model holds them.
 
+    They have scales, shifts and running statistics.
+
     Raises ConfigError (exit 2) where it has none.
     """
     norms = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats
     }
     if not norms:
         raise ConfigError(
@@ -46,6 +52,22 @@ def batch_norms(model):
             "prune; fp and ft need none"
         )
     return norms
+
+
+def require_batch_norms(model, record, config):
+    """ConfigError (exit 2) where the model has no batch norm; for `run.defend`."""
+    batch_norms(model)
+
+
+def require_convolutions(model, record, config):
+    """ConfigError (exit 2) where the model has no convolution; for `run.defend`."""
+    if not convolutions(model):
+        raise ConfigError("the defense does not apply: the model has no convolution; ft needs none")
+
+
+def require_features(model, record, config):
+    """ConfigError (exit 2) where no linear layer makes the logits; for `run.defend`."""
+    last_linear(model)
 
 
 def feature_maps(model, images):
@@ -69,6 +91,19 @@ def feature_maps(model, images):
     return outputs
 
 
+class _Tracer(torch.fx.Tracer):
+    """Follows no layer into its own code, those of other libraries included."""
+
+    def is_leaf_module(self, module, qualified_name):
+        is_layer = isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d)
+        return is_layer or super().is_leaf_module(module, qualified_name)
+
+
+def traced(model):
+    """The graph of a model as torch.fx sees it; whatever tracing raises."""
+    return torch.fx.GraphModule(model, _Tracer().trace(model))
+
+
 def paired_norms(model):
     """{convolution: batch norm} where that BatchNorm2d alone reads the convolution's output.
 
@@ -77,7 +112,7 @@ def paired_norms(model):
     """
     modules = dict(model.named_modules())
     try:
-        nodes = torch.fx.symbolic_trace(model).graph.nodes
+        nodes = traced(model).graph.nodes
     except Exception as error:  # tracing fails in whatever way the model's own code does
         print(
             f"warning: no batch norm is pruned, torch.fx cannot trace the model: {error}",
@@ -178,22 +213,35 @@ def outliers(scores, u):
 
 
 @torch.no_grad()
-def watch_norms(model, split, function):
-    """Call function(name, values n,C,h,w) with the input of each batch norm, batch by batch.
+def watch_norms(model, split, make, norms=None):
+    """{batch norm: make(name)}, after add(values n,C,h,w) of it has got all inputs of that layer.
 
-    All images of `split` pass the model, in evaluation mode and float32.
+    `norms`, {name: batch norm}, are by default all of the model; those that do not run are left
+    out. All images of `split` pass the model batch by batch, in evaluation mode and float32.
     """
-    handles = [
-        norm.register_forward_pre_hook(lambda _module, inputs, name=name: function(name, inputs[0]))
-        for name, norm in batch_norms(model).items()
-    ]
-    try:
-        with evaluating(model), exact():
-            for images, _, _ in batches(split, EVALUATION_BATCH):
+    norms = batch_norms(model) if norms is None else norms
+
+    def pass_over_all(size):
+        watchers = {}
+
+        def look(_module, inputs, name):
+            if name not in watchers:
+                watchers[name] = make(name)
+            watchers[name].add(inputs[0])
+
+        handles = [
+            norm.register_forward_pre_hook(partial(look, name=name)) for name, norm in norms.items()
+        ]
+        try:
+            for images, _, _ in batches(split, size):
                 model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return watchers
+
+    with evaluating(model), exact():
+        return halving(pass_over_all, evaluation_batch(model, split.images))
 
 
 class Moments:

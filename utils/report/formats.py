@@ -6,6 +6,7 @@ import itertools
 import re
 from typing import NamedTuple
 
+from antidote_bench.utils.files import as_cell
 from antidote_bench.utils.report import published
 from antidote_bench.utils.report.runs import METRICS, TABLE
 from antidote_bench.utils.report.tables import FOOTNOTES, IN_TRAINING, ORACLE, UNTRAINED, spread
@@ -33,7 +34,6 @@ CSV_PUBLISHED = [
     *(f"{name}_{part}" for name in METRICS for part in ("published", "difference")),
     "usable", "source", "note",
 ]  # fmt: skip
-FORMULA = tuple("=+-@\t\r＝＋－＠")  # what makes a spreadsheet run a cell
 TEXT_WIDTH = 120  # characters; further columns go into a further block
 
 
@@ -75,7 +75,7 @@ def to_sheet(table, tables, reported):
         runs = [table.cells.get((column, key), []) for column in table.columns]
         label_and_marks = label + table.marks[key]
         rows.append((label_and_marks, [[show(each, name) for name in METRICS] for each in runs]))
-        theirs = [published.find(reported, table.about, column, key) for column in table.columns]
+        theirs = [published.find(reported, table, column, key) for column in table.columns]
         if any(theirs):
             rows += beside(label, runs, theirs)
             notes += sources(theirs)
@@ -150,7 +150,7 @@ def cells_csv(tables, reported):
     for table in tables:
         for column, row in itertools.product(table.columns, table.rows):
             runs, options = table.cells.get((column, row), []), dict(row[1])
-            theirs = published.find(reported, table.about, column, row)
+            theirs = published.find(reported, table, column, row)
             rows.append(
                 [
                     *table.about.values(),
@@ -185,24 +185,12 @@ def csv_text(header, rows):
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(header)
     for row in rows:
-        writer.writerow([csv_cell(cell) for cell in row])
+        writer.writerow([as_cell(_rounded(cell)) for cell in row])
     return lines.getvalue()
 
 
-def csv_cell(cell):
-    """A cell that no spreadsheet takes for a formula: an apostrophe stands before such a text."""
-    if isinstance(cell, float):
-        return round(cell, 6)
-    return f"'{cell}" if isinstance(cell, str) and is_formula(cell) else cell
-
-
-def is_formula(text):
-    """Whether a text, which is no number, begins like a formula."""
-    try:
-        float(text)
-    except ValueError:
-        return text.startswith(FORMULA)
-    return False
+def _rounded(cell):
+    return round(cell, 6) if isinstance(cell, float) else cell
 
 
 # ---------- layouts ----------

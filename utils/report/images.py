@@ -5,42 +5,44 @@ import dataclasses
 import io
 import struct
 import zlib
+from pathlib import Path
 
-from antidote_bench.utils.config import Training
+from antidote_bench.utils.config import FromScratch
 from antidote_bench.utils.errors import RefusedError, UserError
 from antidote_bench.utils.record import folder
 from antidote_bench.utils.report.tables import name_all
 from antidote_bench.utils.text import one_line
 
 LARGEST_FILE, LARGEST_IMAGE = 2**24, 2**23  # bytes, pixels
+OWN = {folder.PREVIEW, folder.SCORES_CHART}  # images with a place of their own on the page
+MOST_ADDED = 3  # images that one run adds
 WIDEST, FEW = 1200, 24  # pixels on the page; half as many where there are more than a few images
 MOST, ROOM = 60, 3 * 2**20  # images of one kind, and characters for them: below 10 MB on the page
-LOOKS_THE_SAME = {field.name for field in dataclasses.fields(Training)} | {
-    "recipe", "label_smoothing", "pad", "n_test", "model", "width",
+LOOKS_THE_SAME = {field.name for field in dataclasses.fields(FromScratch)} | {
+    "recipe", "n_test", "model", "width",
 }  # fmt: skip
 
 
 class Album:
-    """`triggers`: an image per data set and trigger; `scores`: one per cell of a defense with one.
+    """`triggers`: an image per data set and trigger; `scores`: one per cell of a defense with one;
+    `added`: the other images that runs have added to their records, each of one run.
 
-    `unshown` counts the images that are not on the page; `refused` is [(path, why)] of the files
-    that cannot be used.
+    `judged`: the scores of each cell of a detector. `unshown` counts the images that are not on
+    the page; `refused` is [(path, why)] of the files that cannot be used.
     """
 
-    def __init__(self, tables):
+    def __init__(self, tables, detections=()):
         self.refused, self.unshown = [], 0
-        self.triggers = self._embed(folder.PREVIEW, triggers(tables))
-        self.scores = self._embed(folder.SCORES_CHART, scores(tables))
+        self.triggers = self._embed(one_name(folder.PREVIEW, triggers(tables)))
+        self.scores = self._embed(one_name(folder.SCORES_CHART, scores(tables)))
+        self.added = self._embed(added(tables))
+        self.judged = self._embed(one_name(folder.SCORES_CHART, judged(detections)))
 
-    def _embed(self, name, wanted):
-        """The facts of [(facts, runs)] with {path, source, size} of the first sound image."""
-        wanted = [
-            (facts, [run for run in runs if name in run.record["files"]]) for facts, runs in wanted
-        ]
-        wanted = [(facts, runs) for facts, runs in wanted if runs]
+    def _embed(self, wanted):
+        """The facts of [(facts, name, runs)] with {path, source, size} of the first sound image."""
         widest = WIDEST if len(wanted) <= FEW else WIDEST // 2
         embedded, room = [], ROOM
-        for facts, runs in wanted[:MOST]:
+        for facts, name, runs in wanted[:MOST]:
             image = self._first(name, runs, widest) if room > 0 else None
             if image:
                 room -= len(image["source"])
@@ -57,6 +59,33 @@ class Album:
         return None
 
 
+def one_name(name, wanted):
+    """[(facts, name, runs)] of [(facts, runs)], only the runs that have a file of that name."""
+    having = [
+        (facts, name, [run for run in runs if name in run.record["files"]])
+        for facts, runs in wanted
+    ]
+    return [(facts, name, runs) for facts, name, runs in having if runs]
+
+
+def added(tables):
+    """[({file, caption}, name, [run])] of the images that defenses have added to their records."""
+    wanted = []
+    for table in tables:
+        for (column, row), runs in table.cells.items():
+            for run in runs:
+                names = sorted(name for name in run.record["files"] if is_added_image(name))
+                for name in names[: MOST_ADDED if run.victim else 0]:
+                    caption = f"{name} of {table.rows[row]} on {table.columns[column]}"
+                    wanted.append(({"file": name, "caption": caption}, name, [run]))
+    return wanted
+
+
+def is_added_image(name):
+    """Whether a file that a record lists is an image without a place of its own on the page."""
+    return Path(name).name == name and name.endswith(".png") and name not in OWN
+
+
 def triggers(tables):
     """[({dataset, attack, caption}, runs)] of all victims, those with the same trigger together."""
     groups = {}
@@ -64,15 +93,16 @@ def triggers(tables):
         for (column, _), runs in table.cells.items():
             name, settings = column
             visible = tuple(pair for pair in settings if pair[0] not in LOOKS_THE_SAME)
-            attacks = groups.setdefault(table.about["dataset"], {})
+            attacks, _ = groups.setdefault(table.about["dataset"], ({}, runs[0].class_names))
             attacks.setdefault((name, visible), []).extend(
                 run for run in runs if run.victim is None
             )
     wanted = []
-    for dataset, attacks in sorted(groups.items()):
-        labels = name_all(set(attacks))
+    for dataset, (attacks, names) in sorted(groups.items()):
+        labels = name_all(set(attacks), names)
         for key in sorted(attacks, key=labels.get):
-            caption = f"{labels[key]}, {dataset}"
+            target = next((run.target for run in attacks[key]), None)
+            caption = f"{labels[key]}, {dataset}" + (f", target {target}" if target else "")
             facts = {"dataset": dataset, "attack": key[0], "caption": caption}
             wanted.append((facts, attacks[key]))
     return wanted
@@ -90,6 +120,23 @@ def scores(tables):
             }
             wanted.append(({**table.about, **facts}, [run for run in runs if run.victim]))
     return wanted
+
+
+def judged(tables):
+    """[({dataset, model, attack, caption}, runs)] of the cells of detectors."""
+    return [
+        (
+            {
+                "dataset": table.about["dataset"],
+                "model": table.about["model"],
+                "attack": column[0],
+                "caption": f"{table.rows[row]} on {table.columns[column]}",
+            },
+            runs,
+        )
+        for table in tables
+        for (column, row), runs in table.cells.items()
+    ]
 
 
 def encode(run, name, widest):

@@ -271,7 +271,8 @@ function detailsRow(cell, width) {
     const head = METRICS.map((name) => `${name.toUpperCase()} ${percent(run[name])}`).join("  ");
     return el("article", {}, el("div", {}, `${head}  `, el("span", { class: "soft" }, `seeds: ${run.seeds}`)),
       el("div", { class: "command" }, ...command),
-      el("dl", {}, ...list.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
+      el("dl", {}, ...list.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
+      ...DATA.added.filter((image) => image.path === run.path).map(figure));
   })));
   return el("tr", { class: "details" }, el("td", { class: "details", colspan: width }, box));
 }
@@ -541,11 +542,27 @@ function curveChart(cell, kind, ...title) {
 
 /* ---------- images, failures, the rest ---------- */
 
+function figure(image) {
+  const caption = el("figcaption", {}, image.caption, " ", el("small", {}, image.path));
+  return el("figure", {}, caption, el("img", { src: image.source, width: image.size[0], height: image.size[1], alt: image.caption, decoding: "async" }));
+}
+
 function drawImages(box, images) {
   const shown = images.filter((image) => wanted(image, ["dataset", "model", "attack", "defense"]));
-  byId(box).replaceChildren(...shown.map((image) => el("figure", {}, el("figcaption", {}, image.caption, " ", el("small", {}, image.path)),
-    el("img", { src: image.source, width: image.size[0], height: image.size[1], alt: image.caption, decoding: "async" }))));
+  byId(box).replaceChildren(...shown.map(figure));
   if (!shown.length) byId(box).append(soft("None of this choice."));
+}
+
+function drawDetections() {
+  const shown = DATA.detections.filter((table) => wanted(table, ["dataset", "model"]));
+  byId("detection-tables").replaceChildren(...shown.flatMap((table) => {
+    const row = (cells, tag) => el("tr", {}, ...cells.map((text, place) => el(place ? tag : "th", place ? { class: "number" } : {}, text)));
+    const body = el("tbody", {}, ...table.rows.map((cells) => row(cells, "td")));
+    const grid = el("table", {}, el("thead", {}, row(table.header, "th")), body);
+    return [el("h3", {}, table.title), soft(table.about), el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": table.title }, grid)];
+  }));
+  if (!shown.length) byId("detection-tables").append(soft("None of this choice."));
+  drawImages("detection-images", DATA.judged);
 }
 
 function list(title, lines) {
@@ -587,6 +604,7 @@ function startPage() {
   ].join("; ");
   if (!DATA.scores.length) byId("scores").remove();
   if (!DATA.triggers.length) byId("triggers").remove();
+  if (!DATA.detections.length) byId("detection").remove();
   for (const section of document.querySelectorAll("main section"))
     byId("sections").append(el("a", { href: `#${section.id}` }, section.querySelector("h2").textContent));
   switcher(byId("heat-metric"), { acc: "ACC", asr: "ASR", ra: "RA" }, "heat", drawHeat);
@@ -602,6 +620,7 @@ function draw() {
   drawCurves();
   if (byId("triggers")) drawImages("trigger-images", DATA.triggers);
   if (byId("scores")) drawImages("score-images", DATA.scores);
+  if (byId("detection")) drawDetections();
   drawFailures();
 }
 

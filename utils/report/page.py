@@ -14,7 +14,7 @@ from antidote_bench.utils import config as options
 from antidote_bench.utils import parsing
 from antidote_bench.utils.errors import UserError
 from antidote_bench.utils.record import folder
-from antidote_bench.utils.report import palette, published
+from antidote_bench.utils.report import detections, palette, published
 from antidote_bench.utils.report.curves import curve, finite
 from antidote_bench.utils.report.images import Album
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
@@ -34,11 +34,11 @@ FACTS = {
 }
 
 
-def build(tables, left_out, reported):
+def build(tables, left_out, reported, judged=()):
     """The page as text.
 
     `tables` are as compare.py groups them, `left_out` is [(path, why)], `reported` the published
-    numbers, or {}.
+    numbers, or {}, and `judged` are the tables of detectors.
     """
     try:
         import jinja2
@@ -57,7 +57,7 @@ def build(tables, left_out, reported):
             style=style,
             script_hash=digest(script),
             style_hash=digest(style),
-            data=escaped(everything(tables, left_out, reported)),
+            data=escaped(everything(tables, left_out, reported, judged)),
         )
     )
 
@@ -74,11 +74,11 @@ def escaped(value):
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def everything(tables, left_out, reported):
+def everything(tables, left_out, reported, judged=()):
     """What the page shows, as plain data."""
     runs = [run for table in tables for cell in table.cells.values() for run in cell]
-    album = Album(tables)
-    points = min(POINTS, max(ALL_POINTS // len(runs), 2))
+    album = Album(tables, judged)
+    points = min(POINTS, max(ALL_POINTS // max(len(runs), 1), 2))
     cells, gaps = [], []
     for number, table in enumerate(tables):
         lacking = {(column, row): counts for column, row, *counts in missing(table)}
@@ -103,6 +103,9 @@ def everything(tables, left_out, reported):
         "missing": gaps[:GAPS],
         "triggers": album.triggers,
         "scores": album.scores,
+        "added": album.added,
+        "detections": [as_detections(table) for table in judged],
+        "judged": album.judged,
         "unshown": album.unshown,
         "left_out": [[one_line(path), one_line(why)] for path, why in refused],
     }
@@ -130,6 +133,15 @@ def as_table(table):
     }
 
 
+def as_detections(table):
+    """A table of detectors as text."""
+    return {
+        "dataset": table.about["dataset"],
+        "model": table.about["model"],
+        **detections.to_grid(table)._asdict(),
+    }
+
+
 def ordered(table):
     """The table's keys of cells with runs, in the order of display."""
     columns, rows = list(table.columns), list(table.rows)
@@ -139,7 +151,7 @@ def ordered(table):
 def as_cell(table, number, key, reported, points):
     """One row of the leaderboard."""
     runs, (column, row) = table.cells[key], key
-    theirs = published.find(reported, table.about, column, row)
+    theirs = published.find(reported, table, column, row)
     before = None
     if row != NONE:
         victims = [run.victim for run in runs]
@@ -163,7 +175,8 @@ def as_cell(table, number, key, reported, points):
 
 def as_run(run, points):
     """One seed of a cell: its numbers, where they come from, and its curve."""
-    facts = {label: run.record.get(name) for name, label in FACTS.items()}
+    facts = {"target": run.target}
+    facts |= {label: run.record.get(name) for name, label in FACTS.items()}
     if isinstance(versions := run.record.get("versions"), dict):
         facts["versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
     return {
@@ -199,15 +212,15 @@ def command(run):
     if not script:
         return None
     try:
-        if (
-            isinstance(stated, str)
-            and stated.startswith(f"python {script} ")
-            and stated == one_line(shlex.join(shlex.split(stated)))
-        ):
+        words = shlex.split(stated) if isinstance(stated, str) else []
+        starts = [parsing.start(script, installed) for installed in (False, True)]
+        begins = any(words[: len(start)] == start and len(words) > len(start) for start in starts)
+        if begins and stated == one_line(shlex.join(words)):
             return stated
     except ValueError:  # a quotation without end
         pass
-    return one_line(shlex.join(["python", script, "--yaml_path", str(run.path / folder.OPTIONS)]))
+    words = [*parsing.start(script), "--yaml_path", str(run.path / folder.OPTIONS)]
+    return one_line(shlex.join(words))
 
 
 def script_of(run):

@@ -30,15 +30,16 @@ def read():
     return rows
 
 
-def find(reported, about, column, row):
+def find(reported, table, column, row):
     """What was published for a cell of a table, None where nothing was.
 
-    Of the settings only the poison ratio counts. `reported` is what `read` returns, or {}.
+    The data set must be the one of that name, and not another that is called like it. Of the
+    settings only the poison ratio counts. `reported` is what `read` returns, or {}.
     """
     attack, options = column[0], dict(column[1])
     try:
         pratio = float(options.get("pratio", "nan"))
     except ValueError:
         return None
-    key = (about["dataset"], about["model"], attack, pratio, row[0])
+    key = (table.dataset, table.about["model"], attack, pratio, row[0])
     return reported.get(key) if options.get("label_mode") == "all2one" else None

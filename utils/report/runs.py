@@ -9,7 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from antidote_bench.utils.config import NOT_IDENTITY, SEEDS
+from antidote_bench.utils import config
+from antidote_bench.utils.config import NOT_IDENTITY, SEEDS, Attack, default_of
 from antidote_bench.utils.errors import RefusedError
 from antidote_bench.utils.files import read_rows
 from antidote_bench.utils.record import folder
@@ -22,7 +23,7 @@ from antidote_bench.utils.report.content import (
     require_size,
     short,
 )
-from antidote_bench.utils.text import one_line
+from antidote_bench.utils.text import name_of_class, one_line
 
 METRICS = ("acc", "asr", "ra")
 TABLE = ("dataset", "model", "recipe", "precision")
@@ -32,13 +33,25 @@ OF_DEFENSE = ("stage", "selection", "prior", "clean_budget", "recipe")
 NEEDED = {*TABLE, *METRICS, *OF_ATTACK, *OF_DEFENSE, "attack", "defense", "variant", "seconds"}
 NONE = ("none", ())
 DATA_MARK = 12  # digits
+OWN_DATA = "own"  # mark of a user's own data set where nothing else is known of it
 LOWEST = 64  # levels of folders that are searched
 TOO_LOW = f"more than {LOWEST} levels below the folder that was given: give it itself"
 LEADS_OUT = "a link out of the folders that were given: give the folder that it leads to as well"
-# options that change no result; the last two are of single defenses, which nothing here may import
-UNSHOWN = NOT_IDENTITY | {"score_batch", "together", "dataset_name"}
-OFF_BEFORE = {"allow_other_data"}  # switches that older records lack: off is the same as absent
+# options that change no result, or are in another one; those in the last line are of single
+# scripts, which nothing here may import
+UNSHOWN = NOT_IDENTITY | {
+    "dataset_name",
+    *("score_batch", "together", "source", "triggered_path", "poisoned_share"),
+}
+# options that older records lack, with the value that is the same as none
+AS_BEFORE = {
+    (name, str(default_of(Config, name)))
+    for Config in (Attack, config.Defense, config.Detection)
+    for name in Config.__dataclass_fields__
+    if config.declared(Config, name, "identity") == config.CHANGED
+}
 LARGEST_TABLE, MOST_ROWS = 2**26, 100_000  # bytes and rows of a table of results
+LONGEST_NUMBER = 9  # digits of a class
 LONGEST_NAME = 500  # characters of a run in it
 
 
@@ -70,14 +83,47 @@ class Run:
         return self.record["files"].get(folder.WEIGHTS)
 
     @property
+    def data_facts(self):
+        """What the record of the victim says about its data set, {} where it says nothing."""
+        facts = self.attack.record.get("data")
+        return facts if isinstance(facts, dict) else {}
+
+    @property
     def data(self):
         """A mark of the victim's data set, which its pixels decide; empty where nothing says it."""
-        facts = self.attack.record.get("data")
-        prints = facts.get("fingerprint") if isinstance(facts, dict) else None
+        prints = self.data_facts.get("fingerprint")
         if not prints:
-            return (self.attack.row.get("data_fingerprint") or "")[:DATA_MARK]
+            own = OWN_DATA if self.known_data == "folder" else ""
+            return (self.attack.row.get("data_fingerprint") or own)[:DATA_MARK]
         text = json.dumps(prints, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:DATA_MARK]
+
+    @property
+    def known_data(self):
+        """The data set that the option --dataset names: another one may be called like it."""
+        options = self.attack.config
+        if options.get("dataset") == "folder" or options.get("dataset_name"):
+            return options.get("dataset", default_of(Attack, "dataset"))
+        return self.attack.row["dataset"]
+
+    @property
+    def class_names(self):
+        """The names of the classes, in the order of their numbers; () where nothing says them."""
+        names = self.data_facts.get("class_names")
+        right = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return tuple(names) if right else ()
+
+    @property
+    def target(self):
+        """The class that the attacker wants, with its name; None where there is not one."""
+        number = self.attack.row.get("target")
+        return named(number, self.class_names) if number and not self.clean else None
+
+
+def named(number, names):
+    """The text `number` of a class with its name, if it is one."""
+    is_number = number.isdecimal() and len(number) <= LONGEST_NUMBER
+    return name_of_class(number, names) if is_number else one_line(number)
 
 
 def find_runs(folders):
@@ -123,7 +169,8 @@ def read_run(path, known):
     `known` holds the runs that were read before: {absolute path: run}.
     """
     record = load(path, folder.RECORD, parse_record)
-    if record.get("format") != folder.FORMAT or record.get("kind") not in ("attack", "defense"):
+    is_readable = record.get("format") in folder.FORMATS
+    if not is_readable or record.get("kind") not in ("attack", "defense"):
         raise RefusedError(
             f"{folder.RECORD} is of format {reason(repr(record.get('format')))}, kind "
             f"{reason(repr(record.get('kind')))}"
@@ -191,6 +238,7 @@ def read_table(path):
             "--results writes one"
         )
     victims, runs, left_out = {}, [], []
+    rows = [row for row in rows if not row.get("detection")]  # report/detections.py reads those
     for row in sorted(rows, key=lambda row: row["defense"] != "none"):
         name = one_line(row["run"])[:LONGEST_NAME]
         try:
@@ -268,7 +316,7 @@ def settings(run, results):
     options = {
         name: value
         for name, value in run.config.items()
-        if name not in unshown and not (name in OFF_BEFORE and value == str(False))
+        if name not in unshown and (name, value) not in AS_BEFORE
     }
     options |= {name: run.row[name] for name in results}
     return tuple(sorted((name, value) for name, value in options.items() if value))

@@ -68,7 +68,7 @@ def overview_grid(table, tables, reported):
                 " to ".join(dict.fromkeys(map(str, counts(table, key)))),
             ]
         )
-        theirs = [published.find(reported, table.about, column, key) for column in table.columns]
+        theirs = [published.find(reported, table, column, key) for column in table.columns]
         if any(theirs):
             cells = map(published_means, theirs, clean.values())
             rows.append([f"{label}, published", "–", *cells, "–", "–", "–"])
@@ -171,7 +171,7 @@ def attacks_grid(table, tables, reported):
     for column, label in table.columns.items():
         runs = victims(table, column)
         share = poisoned(runs[0])
-        theirs = published.find(reported, table.about, column, NONE)
+        theirs = published.find(reported, table, column, NONE)
         rows.append(
             [
                 label + table.marks[column],
@@ -199,7 +199,7 @@ def attacks_csv(table, reported):
     """The rows of ATTACKS_CSV, and the published numbers if there are any."""
     for column, label in table.columns.items():
         runs = victims(table, column)
-        theirs = published.find(reported, table.about, column, NONE)
+        theirs = published.find(reported, table, column, NONE)
         yield [
             *table.about.values(),
             label,

@@ -6,7 +6,15 @@ import os
 import statistics
 from typing import NamedTuple
 
-from antidote_bench.utils.report.runs import NONE, OF_ATTACK, OF_DEFENSE, TABLE, keys
+from antidote_bench.utils.report.runs import (
+    NONE,
+    OF_ATTACK,
+    OF_DEFENSE,
+    OWN_DATA,
+    TABLE,
+    keys,
+    named,
+)
 
 WEAK, UNTRAINED, IN_TRAINING, ORACLE = "*", "§", "†", "‡"
 FOOTNOTES = {
@@ -35,6 +43,7 @@ class Table(NamedTuple):
     cells: dict  # (column key, row key) -> runs
     clean: frozenset  # column keys of the victims that were trained without poison
     untrained: frozenset  # folders of the victims that have not learned their task
+    dataset: str  # the data set that the option --dataset names; empty where the runs differ in it
 
 
 def group(runs):
@@ -42,12 +51,15 @@ def group(runs):
     runs, tables, marks = list(runs), {}, {}
     for run in runs:
         marks.setdefault(run.attack.row["dataset"], set()).add(run.data)
+    only = {}
     for name, known in marks.items():
-        if name in CLASSES and len(known) == 2:
+        pixels = known - {"", OWN_DATA}
+        if name in CLASSES and len(pixels) == 1:
             known.discard("")  # a table of results names no pixels, and of these sets there is one
+            (only[name],) = pixels
     for run in runs:
         (name, *rest, mark), *cell = keys(run)
-        mark = mark if mark in marks[name] else next(iter(marks[name]))
+        mark = mark if mark in marks[name] else only[name]
         tables.setdefault((name, *rest, mark), {}).setdefault(tuple(cell), []).append(run)
     return [to_table(describe(key, marks), tables[key]) for key in sorted(tables)]
 
@@ -71,7 +83,8 @@ def shortest(mark, known):
 
 def to_table(about, cells):
     """`cells` with labels, order and marks."""
-    columns, rows = (name_all(set(keys)) for keys in zip(*cells, strict=True))
+    names = next(iter(cells.values()))[0].class_names
+    columns, rows = (name_all(set(keys), names) for keys in zip(*cells, strict=True))
     attacks = {key: [] for key in columns}
     for (column, _), runs in cells.items():
         attacks[column] += [run.attack for run in runs]
@@ -88,7 +101,9 @@ def to_table(about, cells):
     for key in rows:
         pairs = {("stage", "in-training"): IN_TRAINING, ("selection", "oracle"): ORACLE}
         marks[key] = "".join(mark for pair, mark in pairs.items() if pair in key[1])
-    return Table(about, columns, rows, marks, cells, clean, bad)
+    known = {run.known_data for runs in cells.values() for run in runs}
+    dataset = known.pop() if len(known) == 1 else ""
+    return Table(about, columns, rows, marks, cells, clean, bad, dataset)
 
 
 # ---------- victims that have not learned their task ----------
@@ -114,11 +129,10 @@ def near_chance(run):
 
 def classes(run):
     """The number of classes of a victim's data set, None where nothing says it."""
-    facts = run.record.get("data")
-    count = facts.get("classes") if isinstance(facts, dict) else None
+    count = run.data_facts.get("classes")
     if isinstance(count, int) and count > 1:
         return count
-    return CLASSES.get(run.row["dataset"])
+    return CLASSES.get(run.known_data)
 
 
 def constant(run):
@@ -189,14 +203,18 @@ def reached(row):
     return f" [{100 * got:.1f} % poisoned]" if got < asked - 0.001 else ""
 
 
-def name_all(keys):
+def name_all(keys, class_names=()):
     """{(name, settings): label}: the name, and in brackets what tells it from its namesakes."""
+
+    def shown_value(key):
+        return named(options[key], class_names) if key == "attack_target" else options[key]
+
     labels = {}
     for name, pairs in keys:
         options = dict(pairs)
         shown = telling([dict(others) for other, others in keys if other == name])
         words = [
-            options[key] if key == "label_mode" else f"{key} {options[key]}"
+            options[key] if key == "label_mode" else f"{key} {shown_value(key)}"
             for key in shown
             if key in options
         ]

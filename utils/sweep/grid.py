@@ -1,11 +1,14 @@
-"""The runs of a grid, attacks x defenses x data sets x seeds, each a command that you can type."""
+"""The runs of a grid, attacks x defenses and detectors x data sets x seeds, each a command that you
+can type."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -14,15 +17,20 @@ from pathlib import Path
 import yaml
 
 from antidote_bench import models
-from antidote_bench.utils import config, parsing
-from antidote_bench.utils.data import sources
+from antidote_bench.utils import config, files, parsing
+from antidote_bench.utils.data import facts, sources, target
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
 from antidote_bench.utils.record import claim, folder
 from antidote_bench.utils.record.folder import DONE, NEW, PARTIAL
 from antidote_bench.utils.sweep.launchers import INTERRUPTED, last_exit_code
+from antidote_bench.utils.text import cut
 
-AXES = ("dataset", "model", "pratio", "seed", "attack", "defense")
-OPTIONS = ("attack_options", "defense_options")
+ON_VICTIMS = {
+    "defense": folder.DEFENSES,
+    "detection": folder.DETECTIONS,
+}  # kinds, and their folders
+AXES = ("dataset", "model", "pratio", "seed", "attack", *ON_VICTIMS)
+OPTIONS = ("attack_options", *(f"{kind}_options" for kind in ON_VICTIMS))
 FAILED, OTHER, RECORDED = "failed", "other", "recorded"  # states beside those of a run's folder
 STATES = (NEW, PARTIAL, FAILED, OTHER, RECORDED, DONE)
 LONGEST = 120  # characters of a folder's name
@@ -30,7 +38,7 @@ LOGS = ".sweep"  # folder of the logs, below that of the records
 CHOSEN = {  # options that a sweep gives to its runs itself
     "record_path": "is the sweep's own: give it to sweep.py, before --",
     "save_folder_name": "is the sweep's own: it names the folder of a run after its options",
-    "result_file": "is the sweep's own: a defense repairs the victims of the grid",
+    "result_file": "is the sweep's own: the victims of the grid are what is repaired or judged",
 }
 # facts about a victim, beside its seeds, that change no default of a defense
 ONLY_VICTIMS = {"pratio", "attack_target", "label_mode"}
@@ -38,9 +46,10 @@ ONLY_VICTIMS = {"pratio", "attack_target", "label_mode"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of `attack/<script>.py` or `defense/<script>.py` with `options`.
+    """One run of `attack/<script>.py`, `defense/<script>.py` or `detection/<script>.py` with
+    `options`.
 
-    `victim` is the run that a defense repairs, None for an attack.
+    `victim` is the run that a defense repairs or a detector judges, None for an attack.
     """
 
     kind: str
@@ -54,12 +63,14 @@ class Cell:
         """The run's folder, below that of the records."""
         if self.victim is None:
             return Path(self.name)
-        return Path(self.victim.name, folder.DEFENSES, self.name)
+        return Path(self.victim.name, ON_VICTIMS[self.kind], self.name)
 
     @property
     def log(self):
         """The file for what the script prints, below the folder of the records."""
-        parts = [self.victim.name, self.name] if self.victim else [self.name]
+        # a detector may be called like a defense
+        kind = [self.kind] if self.kind == "detection" else []
+        parts = [self.victim.name, *kind, self.name] if self.victim else [self.name]
         return Path(LOGS, f"{'/'.join(parts)}.log")
 
     def words(self, record_path):
@@ -70,14 +81,30 @@ class Cell:
             "save_folder_name": self.name,
             **({"result_file": self.victim.name} if self.victim else {}),
         }
+        own = str(self.victim.options.get("model")) if self.victim else ""
+        if models.is_file(own):  # the grid names the file, and so may its defenses
+            places["model_file"] = own
         return [f"{self.kind}/{self.script}.py", *parsing.words({**given, **places})]
 
     def command(self, record_path):
         """The command as you type it."""
-        return shlex.join(["python", *self.words(record_path)])
+        script, *words = self.words(record_path)
+        return shlex.join([*parsing.start(script), *words])
 
 
 # ---------- the runs of a grid ----------
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 00014, the name of a class say, as the options do: as 14, and not to the base 8."""
+
+    def construct_yaml_int(self, node):
+        digits = self.construct_scalar(node)
+        decimal = digits.isascii() and digits.isdecimal()
+        return int(digits) if decimal else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read(path):
@@ -87,12 +114,11 @@ def read(path):
     grid.
     """
     try:
-        grid = yaml.safe_load(Path(path).read_text())
+        grid = files.read_yaml(path, _Loader)
     except FileNotFoundError as error:
         raise MissingError(f"there is no grid {path}: config/sweep holds some") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"the grid {path} cannot be read: {why}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the grid {path} cannot be read: {cut(error, 200)}") from error
     _check_keys(grid, path, {*AXES, *OPTIONS, "include", "exclude"})
     for part in _as_list(grid.get("include")):
         _check_keys(part, f"{path}, include", {*AXES, *OPTIONS})
@@ -100,11 +126,12 @@ def read(path):
 
 
 def cells(grid, extra=None):
-    """Every run of a grid once, each victim before its defenses, and all of the first seed first.
+    """Every run of a grid once, each victim before what works on it, and all of the first seed
+    first.
 
     `extra` are options of all runs, which no name shows. `include` adds grids, which take from the
     whole grid what they do not say. A run that fits an entry of `exclude` is left out, and with a
-    victim its defenses.
+    victim what works on it.
     """
     excludes = _as_list(grid.get("exclude"))
     used, runs = set(), {}
@@ -161,8 +188,18 @@ def _check_cell(cell, record_path):
         if cell.kind == "attack":
             models.check(options.model, options.width)
             sources.check(options.dataset)
+            _check_target(options)
     except ConfigError as error:
         raise ConfigError(f"{error} (in {cell.command(record_path)})") from error
+
+
+def _check_target(options):
+    """ConfigError if the target of an attack is named and no class of the data set; where the data
+    set is not there yet, the attack says so."""
+    if isinstance(options.attack_target, str):
+        with contextlib.suppress(MissingError):
+            names = sources.class_names(options.dataset, options.dataset_path)
+            target.class_number(options.attack_target, names, options.dataset)
 
 
 def _config_of(cell):
@@ -194,7 +231,8 @@ def _product(grid, extra):
         if attack[0] is not None:
             victim = _victim(entries, attack, common, seed, extra)
             yield victim
-            yield from _defenses(grid, victim, seed, extra)
+            for kind in ON_VICTIMS:
+                yield from _on_victim(kind, grid, victim, seed, extra)
 
 
 def _victim(entries, attack, common, seed, extra):
@@ -213,18 +251,16 @@ def _victim(entries, attack, common, seed, extra):
     return Cell("attack", str(name), _with_seeds(options, seeds, extra), _name(shown))
 
 
-def _defenses(grid, victim, seed, extra):
-    """The runs of all defenses on a victim."""
-    entries = _entries(grid, "defense")
-    common_options = _variants(grid.get("defense_options"))
+def _on_victim(kind, grid, victim, seed, extra):
+    """The runs of all defenses or detectors on a victim."""
+    entries = _entries(grid, kind)
+    common_options = _variants(grid.get(f"{kind}_options"))
     for (name, own), common in itertools.product(entries, common_options):
         if name is not None:
             options = {**common, **own}
             seeds = {"random_seed": seed, "data_seed": seed}
             options_of_run = _with_seeds(options, seeds, extra)
-            yield Cell(
-                "defense", str(name), options_of_run, _name([name, *_others(options)]), victim
-            )
+            yield Cell(kind, str(name), options_of_run, _name([name, *_others(options)]), victim)
 
 
 def _with_seeds(options, seeds, extra):
@@ -276,7 +312,7 @@ def _fits(cell, entry):
     facts = {**victim.options, "attack": victim.script, "seed": victim.options["random_seed"]}
     if cell.victim:
         facts |= {key: value for key, value in cell.options.items() if key not in config.SEEDS}
-        facts["defense"] = cell.script
+        facts[cell.kind] = cell.script
     return all(
         key in facts and _number(facts[key]) in map(_number, _as_list(value))
         for key, value in entry.items()
@@ -326,6 +362,18 @@ def states(runs, record_path):
     return {cell.path: _state(cell, reader) for cell in runs}
 
 
+def fingerprints(runs, record_path):
+    """{path of an attack: the fingerprint of the data set that its command names}, without those
+    that nothing tells: nothing is decoded for it."""
+    reader, found = _Reader(record_path), {}
+    for cell in runs:
+        options = reader.parsed(cell) if cell.kind == "attack" else {}
+        if options.get("dataset", "digits") != "digits":
+            names = ("dataset", "dataset_path", "image_size", "cache_path")
+            found[cell.path] = reader.data(*(options[name] for name in names)).get("fingerprint")
+    return {path: prints for path, prints in found.items() if prints}
+
+
 def _state(cell, reader):
     of_folder = folder.state_of(reader.record_path / cell.path)
     if of_folder == DONE:
@@ -337,21 +385,41 @@ def _state(cell, reader):
 def _is_this(cell, reader):
     """Whether the complete run in a cell's folder is the one that its command makes.
 
-    A defense must also have repaired the victim that is there now.
+    It must be on the data set that the command names, and a defense must have repaired the victim
+    that is there now.
     """
     place = reader.record_path / cell.path
     try:
-        if not _same(reader.saved(place), reader.parsed(cell), _config_of(cell)):
+        run, victim = reader.record(place), reader.record(reader.place_of_victim(cell))
+        options = reader.parsed(cell)
+        if isinstance(options.get("attack_target"), str):
+            names = victim["data"]["class_names"]
+            number = target.class_number(options["attack_target"], names, options["dataset"])
+            options = {**options, "attack_target": number}
+        if not _same(reader.saved(place), options, _config_of(cell)):
             return False
-        if cell.victim is None:
-            return True
-        repair, victim = (
-            json.loads((each / folder.RECORD).read_text())
-            for each in (place, reader.record_path / cell.victim.path)
-        )
-        return repair["victim_sha256"] == victim["files"][folder.WEIGHTS]
+        if _is_on_other_data(cell, options, victim, reader):
+            return False
+        return cell.victim is None or run["victim_sha256"] == victim["files"][folder.WEIGHTS]
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return False  # the script says what is wrong with it
+
+
+def _is_on_other_data(cell, options, victim, reader):
+    """Whether the data set that a command names is not the one of the record `victim`.
+
+    Nothing is decoded for it. Where neither the cache nor the image files tell it, the set is the
+    same if it lies where the record says; otherwise it has to be compared, as the script does.
+    """
+    made, root = reader.saved(reader.place_of_victim(cell)), options["dataset_path"]
+    if root is None or made["dataset"] == "digits" or options.get("allow_other_data"):
+        return False
+    here = reader.data(made["dataset"], root, made["image_size"], options["cache_path"])
+    if not here:  # elsewhere, on another machine say, the run was made
+        return False
+    other = facts.is_other(victim["data"], victim.get("data_listing"), here)
+    moved = os.path.realpath(root) != os.path.realpath(made["dataset_path"])
+    return moved if other is None else other
 
 
 def _same(saved, parsed, Config):
@@ -366,11 +434,28 @@ def _same(saved, parsed, Config):
 
 
 class _Reader:
-    """The options of runs: each config.yaml is read once, each set of options is parsed once."""
+    """What is known of runs and data sets: each file is read once, each set of options is parsed
+    once, and each data set is listed once."""
 
     def __init__(self, record_path):
         self.record_path = record_path
-        self._saved, self._parsed = {}, {}
+        self._saved, self._parsed, self._records, self._data = {}, {}, {}, {}
+
+    def place_of_victim(self, cell):
+        """The folder of the attack of a cell, which may be the cell itself."""
+        return self.record_path / (cell.victim or cell).path
+
+    def record(self, place):
+        """The content of the record.json of a run."""
+        if place not in self._records:
+            self._records[place] = json.loads((place / folder.RECORD).read_text())
+        return self._records[place]
+
+    def data(self, *where):
+        """What is known of a data set without decoding it; `where` is what `facts.known` takes."""
+        if where not in self._data:
+            self._data[where] = facts.known(*where)
+        return self._data[where]
 
     def saved(self, place):
         """The options in the config.yaml of a run."""

@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from antidote_bench.utils import files
-from antidote_bench.utils.config import ROOT
+from antidote_bench.utils import files, parsing
+from antidote_bench.utils.config import IMPORT_PATH, ROOT
 from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.record import claim, folder
 
@@ -122,7 +122,8 @@ def _logged(job, log, threads, until):
     """The exit code of a job's command, which the log states too."""
     begin, place = time.monotonic(), log.tell()
     now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
-    print(f"# {now} on {host}: python {' '.join(job.words)}", file=log, flush=True)
+    words = [*parsing.start(job.words[0]), *job.words[1:]]
+    print(f"# {now} on {host}: {' '.join(words)}", file=log, flush=True)
     code = _run(job, log, threads, until)
     if code == ConfigError.code and HELD in job.log.read_bytes()[place:].decode(errors="replace"):
         print("# its end is waited for", file=log)
@@ -140,7 +141,8 @@ def last_exit_code(log):
 
 def _run(job, log, threads, until):
     """The exit code of a job's command."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    paths = filter(None, [str(IMPORT_PATH), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     with subprocess.Popen(
@@ -317,7 +319,7 @@ def _outcome(ray, ended):
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None  # a full disk, say, which is no fault of the command's
     except ray.exceptions.RayError:
-        return -signal.SIGKILL
+        return -9  # as by SIGKILL, which Windows does not name
 
 
 LAUNCHERS = {"ray": with_ray, "serial": in_order}

@@ -1,0 +1,62 @@
+"""The class that an attack aims at, given by its number or by its name; imports no torch."""
+
+import dataclasses
+import difflib
+
+from antidote_bench.utils.data import sources
+from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.text import name_of_class, printable, quoted
+
+
+def resolved(config, names):
+    """The options of an attack with the number of its target, which they may name.
+
+    `names` are those of all classes, in the order of their numbers. Raises ConfigError (exit 2)
+    where the target is not one of them.
+    """
+    number = class_number(config.attack_target, names, config.dataset)
+    text = str(number)
+    one_target = config.label_mode == "all2one"
+    if one_target and text == str(config.attack_target) and text in names and names[number] != text:
+        sources.say(
+            f"note: attack_target {text} is the class {name_of_class(number, names)}; the class "
+            f"that is called {text} has the number {names.index(text)}"
+        )
+    return dataclasses.replace(config, attack_target=number)
+
+
+def class_number(wanted, names, data):
+    """The number of a class, which `wanted` is already or which the class of that name has.
+
+    `names` are those of the classes of the data set `data`, in the order of their numbers. Raises
+    ConfigError (exit 2), which suggests the nearest names.
+    """
+    if isinstance(wanted, int):
+        if wanted < len(names):
+            return wanted
+        raise ConfigError(
+            f"attack_target {wanted} is not a class of {data}: it has 0 to {len(names) - 1}"
+        )
+    name = sources.normalized(printable(wanted))
+    numbers = [number for number, each in enumerate(names) if each == name]
+    if len(numbers) == 1:
+        return numbers[0]
+    if numbers:
+        raise ConfigError(
+            f"attack_target {quoted(name)} is the name of several classes of {data}: give the "
+            f"number, {' or '.join(map(str, numbers))}"
+        )
+    raise ConfigError(
+        f"attack_target {quoted(name)} is not a class of {data}: {_hint(name, names)}"
+    )
+
+
+def _hint(name, names):
+    """The names that are most like `name`, and what else a class can be given by."""
+    alike = {each.casefold(): number for number, each in enumerate(names)}
+    near = difflib.get_close_matches(name.casefold()[:100], alike, 3, 0.5)
+    if near:
+        shown = ", ".join(name_of_class(alike[each], names) for each in near)
+        return f"the nearest are {shown}; a number from 0 to {len(names) - 1} is right too"
+    first, last = (name_of_class(number, names) for number in (0, len(names) - 1))
+    return f"give the name or the number of one of its classes, {first} to {last}"
