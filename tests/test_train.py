@@ -260,11 +260,12 @@ def test_compiled_training_ends_with_the_same_weights():
     assert plain.state_dict().keys() == compiled.state_dict().keys()
 
 
-def test_a_compiler_that_is_missing_is_named(monkeypatch):
-    from torch._inductor.exc import InvalidCxxCompiler  # only here: loading it takes seconds
+def test_a_compiler_that_is_missing_is_named():
+    from torch._inductor import config  # only here: loading it takes seconds
+    from torch._inductor.exc import InvalidCxxCompiler
 
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/bin/false"))
-    text, code = launch._explain(InvalidCxxCompiler())
+    with config.patch({"cpp.cxx": (None, "/bin/false")}):
+        text, code = launch._explain(InvalidCxxCompiler())
     assert code == 1 and re.fullmatch(
         r"torch.compile failed and needs .*/bin/false.*; --compile none avoids it", text
     )
