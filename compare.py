@@ -30,7 +30,7 @@ from pathlib import Path
 from antidote_bench.utils.errors import MissingError, RefusedError, UserError
 from antidote_bench.utils.files import write
 from antidote_bench.utils.report import detections, formats, page, published, ranking, summaries
-from antidote_bench.utils.report.runs import read_all, read_table, search
+from antidote_bench.utils.report.runs import in_table, read_all, read_table, search
 from antidote_bench.utils.report.tables import group
 from antidote_bench.utils.text import one_line
 
@@ -90,13 +90,14 @@ def read(places):
     damaged += refused
     for path in results:
         try:
-            more, refused = read_table(path)
+            rows = read_table(path)
         except RefusedError as error:
             damaged.append((path, error))
             continue
-        runs, damaged = runs + more, damaged + refused
-        more, refused = detections.read_table(path)
-        detected, damaged = detected + more, damaged + refused
+        more, refused = in_table(path, rows)
+        judged, unusable = detections.in_table(path, rows, more)
+        runs, detected = runs + more, detected + judged
+        damaged += [*refused, *unusable]
     return runs, detected, left_out + damaged, len(paths) + len(results)
 
 

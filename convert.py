@@ -25,7 +25,7 @@ import sys
 from typing import get_type_hints
 
 from antidote_bench.utils import parsing
-from antidote_bench.utils.config import ROOT, Attack
+from antidote_bench.utils.config import Attack, scripts
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.exchange.options import (
     FromBackdoorBench,
@@ -112,8 +112,7 @@ def _attack(words):
     names += [after for flag, after in zip(words, words[1:], strict=False) if flag == "--trigger"]
     if not names:
         return None
-    known = sorted(path.stem for path in (ROOT / "attack").glob("[a-z]*.py"))
-    known.remove("clean")
+    known = [name for name in scripts("attack") if name != "clean"]
     if names[-1] not in known:
         raise ConfigError(f"unknown trigger {quoted(names[-1])}; there are {', '.join(known)}")
     return importlib.import_module(f"antidote_bench.attack.{names[-1]}")
@@ -126,10 +125,13 @@ def _with_options(Config, attack):
     hints, fields = get_type_hints(attack.Config), attack.Config.__dataclass_fields__
     changed = sorted(name for name in names if name in Attack.__dataclass_fields__)
     return dataclasses.make_dataclass(
-        "Config", [(name, hints[name], _copy(fields[name])) for name in changed],
-        bases=(Config, attack.Config), frozen=True, kw_only=True,
+        "Config",
+        [(name, hints[name], _copy(fields[name])) for name in changed],
+        bases=(Config, attack.Config),
+        frozen=True,
+        kw_only=True,
         namespace={"__module__": attack.__name__, "__doc__": Config.__doc__},
-    )  # fmt: skip
+    )
 
 
 def _copy(field):

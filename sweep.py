@@ -62,7 +62,7 @@ def sweep(options, rest):
     """
     until = _deadline(options.minutes)
     records = options.record_path
-    cells = grid.cells(grid.read(options.grid), _pairs(rest))
+    cells = grid.cells(grid.read(options.grid), _for_all(rest))
     grid.check(cells, records)
     states = _states(cells, options)
     if options.dry_run:
@@ -238,10 +238,9 @@ def _mark(prints):
 
 def _without_places(command):
     """A command without the options that say where files lie on this machine."""
-    words = shlex.split(command)
-    first = 3 if words[1] == "-m" else 2
-    kept = {name: value for name, value in _pairs(words[first:]).items() if name not in PLACES}
-    return shlex.join([*words[:first], *parsing.words(kept)])
+    first, given = parsing.taken_apart(command)
+    kept = {name: value for name, value in given.items() if name not in PLACES}
+    return shlex.join([*first, *parsing.words(kept)])
 
 
 def _jobs(cells, states, options):
@@ -327,18 +326,14 @@ def _count(states):
     return f"{len(states)} runs: {words}"
 
 
-def _pairs(words):
-    """{option: value} of words such as --option value or --option=value."""
-    pairs, left = {}, iter(words)
-    for word in left:
-        name, equals, value = word.partition("=")
-        value = value if equals else next(left, None)
-        if not name.startswith("--") or value is None:
-            raise ConfigError(
-                f"after -- come pairs of --option and value, and this is {' '.join(words)!r}"
-            )
-        pairs[name[2:]] = value
-    return pairs
+def _for_all(words):
+    """{option: value} of the words after --, which are options of every script."""
+    try:
+        return parsing.pairs(words)
+    except ValueError as error:
+        raise ConfigError(
+            f"after -- come pairs of --option and value, and this is {' '.join(words)!r}"
+        ) from error
 
 
 def _parser():
@@ -385,8 +380,8 @@ def _add_launcher_options(parser):
     )
     parser.add_argument(
         "--address",
-        help="of a running Ray cluster (auto: the one that this machine belongs to); by default "
-        "one is started here",
+        help="of a running Ray cluster (auto: the one that this machine belongs to); by default, "
+        "and without RAY_ADDRESS, one is started here",
     )
     parser.add_argument("--cpus", type=float, default=1, help="CPU cores per run (default: 1)")
     parser.add_argument(

@@ -1,8 +1,10 @@
 """What there is: attacks, defenses, detectors and models, with the facts to choose them by."""
 
+import dataclasses
 import difflib
 import importlib
 import re
+from typing import get_args, get_type_hints
 
 import pandas
 
@@ -32,8 +34,8 @@ def list_defenses(**facts) -> pandas.DataFrame:
 
 
 def list_detectors(**facts) -> pandas.DataFrame:
-    """All detectors: `idea`, `arxiv`, `judges` (data, input or model), `needs_clean_images` and
-    `needs_training_set`.
+    """All detectors: `idea`, `arxiv`, `judges` (data, input or model, or several where it is an
+    option), `needs_clean_images` and `needs_training_set`.
 
     Only those that have the `facts`, list_detectors(judges="model") say.
     """
@@ -51,7 +53,7 @@ def list_models(**facts) -> pandas.DataFrame:
         name: {
             "source": "torchvision" if name in models.TORCHVISION else "antidote",
             "default_width": models.DEFAULT_WIDTH.get(name),
-            "smallest_image": 32 if name in models.FROM_32_PIXELS else 8,
+            "smallest_image": models.SMALLEST.get(name, models.LEAST_SIDE),
         }
         for name in models.names()
     }
@@ -59,14 +61,9 @@ def list_models(**facts) -> pandas.DataFrame:
     return _having(frame, facts)
 
 
-def names(kind: str) -> list[str]:
-    """The scripts of a folder, attack, defense or detection."""
-    return sorted(path.stem for path in (config.ROOT / kind).glob("[a-z]*.py"))
-
-
 def module(kind: str, name: str):
     """The module of a script; ConfigError where there is none of that name."""
-    known = names(kind)
+    known = config.scripts(kind)
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}? there are " if near else "there are "
@@ -76,7 +73,7 @@ def module(kind: str, name: str):
 
 def _listed(kind, facts_of, facts):
     rows = {}
-    for name in names(kind):
+    for name in config.scripts(kind):
         script = module(kind, name)
         paper = re.search(r"arXiv\s+(\d{4}\.\d{4,5})", script.__doc__)
         about = {
@@ -108,12 +105,18 @@ def _facts_of_defense(Config):
 
 
 def _facts_of_detector(Config):
-    options = (Config or config.Detection)(result_file="")
+    Config = Config or config.Detection
+    options = Config(result_file="")
+    choices = get_args(get_type_hints(Config)["judges"]) if "judges" in _options(Config) else ()
     return {
-        "judges": options.judges,
+        "judges": ", ".join(choices) or options.judges,
         "needs_clean_images": options.holds_clean,
         "needs_training_set": options.needs_train_set,
     }
+
+
+def _options(Config):
+    return {field.name for field in dataclasses.fields(Config)}
 
 
 def _framed(rows, columns):
@@ -126,5 +129,5 @@ def _having(frame, facts):
     for name, value in facts.items():
         if name not in frame:
             raise ConfigError(f"unknown fact {name!r}; there are {', '.join(frame)}")
-        frame = frame[frame[name] == value]
+        frame = frame[[each == value or value in str(each).split(", ") for each in frame[name]]]
     return frame

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from antidote_bench import models
-from antidote_bench.utils import config, files
+from antidote_bench.utils import config, files, parsing
 from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError, UserError
 from antidote_bench.utils.launch import guard
 from antidote_bench.utils.record import claim, folder
@@ -108,10 +107,7 @@ def card(info, options, row, repository):
         start += " --dataset_path data"
     lines += ["", "This is a record of Antidote: the weights, the triggered images, and how both"]
     lines += ["were made. To put it into `record/` and repair the model:", "", "```bash"]
-    lines += [
-        'pip install "antidote-bench[hub]"',
-        f"python -m antidote_bench.hub pull {repository}",
-    ]
+    lines += ['pip install -e ".[hub]"', f"python -m antidote_bench.hub pull {repository}"]
     return "\n".join([*lines, start, "```", ""])
 
 
@@ -183,28 +179,21 @@ def _operations(path, info, options, readme):
 
 
 def _shared(name, value):
-    """The value of an option as it may leave this machine: without the folder of a file."""
+    """The value of an option as it may leave this machine: of a path its last part."""
     if name in PLACES and value:
         return PLACES[name]
-    if name == "model" and models.is_file(str(value)):
-        return Path(value).name
-    return value
+    is_path = isinstance(value, str) and ("/" in value or os.sep in value)
+    return Path(value).name if is_path else value
 
 
 def _without_places(command):
-    """A command without the options that say where files lie; None where it is none."""
+    """A command without what says where files lie; None where it is none."""
     try:
-        words = iter(shlex.split(command))
+        first, given = parsing.taken_apart(command)
     except (ValueError, TypeError, AttributeError):
         return None
-    kept = []
-    for word in words:
-        option, equals, _ = word.partition("=")
-        if option.removeprefix("--") not in PLACES:
-            kept.append(Path(word).name if models.is_file(word) else word)
-        elif not equals:
-            next(words, None)
-    return shlex.join(kept)
+    kept = {name: _shared(name, value) for name, value in given.items() if name not in PLACES}
+    return shlex.join([*first, *parsing.words(kept)])
 
 
 def _fetch(repository, revision, largest_gb, target):
@@ -260,8 +249,8 @@ def _hub(repository):
         )
     except ImportError as error:
         raise ConfigError(
-            "sharing records needs the package huggingface_hub: pip install "
-            "'antidote-bench[hub]' or pip install huggingface_hub brings it"
+            "sharing records needs the package huggingface_hub: pip install 'huggingface_hub>=1.0' "
+            "brings it"
         ) from error
     api = hub.HfApi(library_name="antidote-bench")
     try:

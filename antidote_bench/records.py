@@ -15,7 +15,7 @@ from torch import nn
 from antidote_bench import models
 from antidote_bench.utils import checkpoint, evaluation, files, parsing
 from antidote_bench.utils import device as devices
-from antidote_bench.utils.config import Defense
+from antidote_bench.utils.config import Defense, scripts
 from antidote_bench.utils.data.dataset import Spec, Split
 from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError
 from antidote_bench.utils.evaluation import TestSets
@@ -81,6 +81,8 @@ class Record:
     """positions of the triggered images in the test set"""
     settings: Defense = field(repr=False)
     """where the data set lies, the device and the precision, as `load` was told"""
+    precision: str
+    """that the network computes in here, fp32 or bf16"""
     new_network: Callable[[], nn.Module] = field(repr=False)
     """makes a network like the victim, with random weights"""
 
@@ -158,10 +160,11 @@ def load(record: str | Path, **options) -> Record:
     RefusedError where the record is damaged.
     """
     words = parsing.words({**options, "result_file": record})
-    settings, device = devices.setup(parsing.parse(Defense, words))
+    settings = parsing.parse(Defense, words)
+    resolved, device = devices.setup(settings)
     path = settings.record
     info = contents.open_record(path)
-    loaded = contents.load(path, settings, device, info)
+    loaded = contents.load(path, resolved, device, info)
     _, measures = contents.read_measures(path, info)
     return Record(
         path,
@@ -177,6 +180,7 @@ def load(record: str | Path, **options) -> Record:
         loaded.test_sets,
         loaded.backdoor_index,
         settings,
+        resolved.precision,
         partial(models.build, loaded.name, loaded.spec, loaded.width),
     )
 
@@ -189,7 +193,7 @@ def evaluate(model: nn.Module, on: Record | TestSets, precision: str | None = No
     record, and fp32 without one. The network stays on its device, which must be that of the images,
     and in its mode.
     """
-    test_sets, usual = (on.test_sets, on.settings.precision) if isinstance(on, Record) else (on, "")
+    test_sets, usual = (on.test_sets, on.precision) if isinstance(on, Record) else (on, "")
     precision = precision or usual or "fp32"
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision must be fp32 or bf16, not {quoted(precision)}")
@@ -268,7 +272,7 @@ def _rebuilt(record, path, info):
     from antidote_bench import catalogue
 
     name = info["name"]
-    if name not in catalogue.names("defense"):
+    if name not in scripts("defense"):
         raise RefusedError(f"{path} is of a defense {quoted(name)}, which is not known here")
     weights = checkpoint.from_bytes(layout.read_checked(path, layout.WEIGHTS, info), path)
     rebuild = getattr(catalogue.module("defense", name), "rebuild", None)

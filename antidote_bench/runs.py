@@ -62,7 +62,11 @@ def _run_on(record, kind, name, options):
     if not isinstance(record, Record):
         known = {field.name for field in dataclasses.fields(config.Defense)}
         record = load(record, **{key: value for key, value in options.items() if key in known})
-    given = {key: getattr(record.settings, key) for key in SHARED}
+    told = {key: getattr(record.settings, key) for key in SHARED}
+    # defaults are left out: a file of options may say otherwise
+    given = {
+        key: value for key, value in told.items() if value != config.default_of(config.Defense, key)
+    }
     given |= {**options, "result_file": record.path}
     module, parsed = options_for(kind, name, given)
     folder = parsed.save_folder_name or name

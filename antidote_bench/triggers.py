@@ -12,7 +12,7 @@ from antidote_bench import catalogue
 from antidote_bench.runs import options_for
 from antidote_bench.utils import checkpoint, parsing, run
 from antidote_bench.utils import device as devices
-from antidote_bench.utils.config import Attack
+from antidote_bench.utils.config import Attack, scripts
 from antidote_bench.utils.data import dataset, target
 from antidote_bench.utils.errors import ConfigError, RefusedError, UserError
 from antidote_bench.utils.poisoning import poison
@@ -90,7 +90,7 @@ def of_record(record) -> Trigger:
     What a record says is read as options of an attack that is here; nothing in it is executed.
     """
     script = Path(parsing.script("attack", record.attack)).stem
-    if script not in catalogue.names("attack"):
+    if script not in scripts("attack"):
         raise ConfigError(f"{record.path} names no attack that is known here: {record.attack!r}")
     module = catalogue.module("attack", script)
     # not those that every attack has: a trigger needs few of them, and some name files

@@ -11,7 +11,7 @@ See docs/attacks/clean.md.
 
 from dataclasses import dataclass
 
-from antidote_bench.utils.config import Attack, require
+from antidote_bench.utils.config import Attack, require, scripts
 from antidote_bench.utils.launch import launch
 
 
@@ -32,7 +32,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import importlib
-from pathlib import Path
 
 from antidote_bench.utils import run
 from antidote_bench.utils.errors import ConfigError
@@ -57,8 +56,7 @@ def make_trigger(config, spec, stage, parts=None):
 
 def _borrowed(config):
     """(the attack's module, its default options with those that all attacks share from `config`)"""
-    scripts = Path(__file__).parent.glob("[a-z]*.py")
-    names = sorted(path.stem for path in scripts if path.stem != "clean")
+    names = [name for name in scripts("attack") if name != "clean"]
     if config.trigger not in names:
         raise ConfigError(f"unknown trigger {config.trigger!r}; there are {', '.join(names)}")
     source = importlib.import_module(f"antidote_bench.attack.{config.trigger}")

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from antidote_bench.utils import files, parsing
+from antidote_bench.utils.config import scripts
 from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.launch import guard
 
@@ -64,7 +65,7 @@ def main(words=None):
 
 
 def parse(words):
-    names = sorted(path.stem for path in (ROOT / "defense").glob("[a-z]*.py"))
+    names = scripts("defense")
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--methods", nargs="+", default=names, metavar="DEFENSE")

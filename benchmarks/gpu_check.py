@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from antidote_bench.utils import files, parsing
+from antidote_bench.utils.config import scripts
 from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.launch import guard
 from antidote_bench.utils.record import folder as layout
@@ -97,11 +98,6 @@ def parse(words):
     chosen = options.methods or [name for _, name in known]
     options.methods = [(kind, name) for kind, name in known if name in chosen]
     return options
-
-
-def scripts(kind):
-    """The scripts of attack/ or defense/."""
-    return sorted(path.stem for path in (ROOT / kind).glob("[a-z]*.py"))
 
 
 def compare(kind, name, device, base):

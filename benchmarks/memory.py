@@ -32,6 +32,7 @@ import psutil
 from PIL import Image
 
 from antidote_bench.utils import files
+from antidote_bench.utils.config import scripts
 from antidote_bench.utils.errors import UserError
 from antidote_bench.utils.launch import guard
 from antidote_bench.utils.record import folder as layout
@@ -94,11 +95,6 @@ def parse(words):
     chosen = options.methods or [name for _, name in known]
     options.methods = [(kind, name) for kind, name in known if name in chosen]
     return options
-
-
-def scripts(kind):
-    """The scripts of attack/ or defense/."""
-    return sorted(path.stem for path in (ROOT / kind).glob("[a-z]*.py"))
 
 
 def read(path):

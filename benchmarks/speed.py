@@ -53,7 +53,7 @@ from torchvision.transforms.functional import to_pil_image
 from antidote_bench import models
 from antidote_bench.utils import device as devices
 from antidote_bench.utils import evaluation, files, optimizers, train
-from antidote_bench.utils.config import Attack
+from antidote_bench.utils.config import Attack, scripts
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.data.loader import EVALUATION_BATCH, augmentation, batches
 from antidote_bench.utils.parsing import words
@@ -329,7 +329,7 @@ def evaluate(options):
 def stamp(options):
     split = random_images(scaled(options, 10_000), options.at)
     index = torch.arange(len(split), device=options.at)
-    for name in sorted(path.stem for path in (ROOT / "attack").glob("[a-z]*.py")):
+    for name in scripts("attack"):
         trigger = closed_form(name, split)
         if trigger is None:
             continue

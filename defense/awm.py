@@ -90,10 +90,10 @@ from tqdm import tqdm
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.loader import (
+    Passes,
     evaluating,
-    evaluation_batch,
     gradient_batch,
-    halving,
+    predicted_classes,
     to_unit,
 )
 from antidote_bench.utils.device import exact
@@ -239,26 +239,16 @@ def perturbation(model, images, labels, draws, tau, config):
     It is the same for all images, and leads away from what config.inner_label says.
     """
     if config.inner_label == "predicted":  # for all images at once: here the model does not change
-        labels = predicted(model, images)
+        labels = predicted_classes(model, images)
     delta = torch.zeros_like(images[:1], requires_grad=True)
-    size = gradient_batch(model, images, draws.shape[1])
+    passes = Passes(gradient_batch(model, images, draws.shape[1]))
     for index in draws:
-        gradient = halving(partial(slope, model, images, labels, index, delta, config), size)
+        gradient = passes.run(partial(slope, model, images, labels, index, delta, config))
         with torch.no_grad():
             delta += config.perturbation_lr * gradient
     delta = delta.detach()
     # it is rescaled, not projected
     return delta * (tau / delta.abs().sum().clamp(min=1e-30)).clamp(max=1)
-
-
-def predicted(model, images):
-    """The classes n that the model predicts for images n,3,S,S."""
-
-    @torch.no_grad()
-    def predict(size):
-        return torch.cat([model(part).argmax(1) for part in images.split(size)])
-
-    return halving(predict, evaluation_batch(model, images))
 
 
 def slope(model, images, labels, index, delta, config, size):
@@ -279,7 +269,7 @@ def slope(model, images, labels, index, delta, config, size):
 
 def train_mask(mask, images, labels, draws, delta, optimizer, config):
     """Train the factors in place; the mean loss without the L1 penalty, a tensor."""
-    total, size = 0, gradient_batch(mask.model, images, 2 * draws.shape[1])
+    total, passes = 0, Passes(gradient_batch(mask.model, images, 2 * draws.shape[1]))
     for index in draws:
 
         def add_gradients(size, index=index):
@@ -289,7 +279,7 @@ def train_mask(mask, images, labels, draws, delta, optimizer, config):
                 for part in index.split(max(1, size // 2))
             )
 
-        total += halving(add_gradients, size)
+        total += passes.run(add_gradients)
         optimizer.step()
         mask.clamp()
     return total / len(draws)

@@ -57,12 +57,12 @@ from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import (
+    Passes,
     batch_sizes,
     batch_slices,
     evaluating,
-    evaluation_batch,
     gradient_batch,
-    halving,
+    predicted_classes,
     to_unit,
 )
 from antidote_bench.utils.device import exact
@@ -129,14 +129,14 @@ def unlearn(model, images, labels, config, *, on_round=None):
         generator = seeds.generator("i_bau", config.random_seed, number, device=labels.device)
         parts = torch.randperm(len(images), generator=generator, device=labels.device).split(sizes)
         delta = find_perturbation(model, images, parts, config)
-        size = max(1, gradient_batch(model, images, GRAPHS * max(sizes)) // GRAPHS)
+        passes = Passes(max(1, gradient_batch(model, images, GRAPHS * max(sizes)) // GRAPHS))
         total = 0
         for part in parts:
             mask = draw_mask(part, images.dtype, config.portion, generator)
             inner = images[parts[0]], labels[parts[0]]
             outer = images[part], labels[part], mask
             step = partial(step_gradients, model, inner, outer, delta, weights, config)
-            loss, gradients = halving(step, size)
+            loss, gradients = passes.run(step)
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient
             optimizer.step()
@@ -158,20 +158,12 @@ def find_perturbation(model, images, parts, config):
     It starts at 0 and takes one step of ascent on every part, which are positions in `images`.
     """
     most = max(len(part) for part in parts)
-
-    @torch.no_grad()
-    def predict(size):  # the model does not change here
-        return [
-            torch.cat([model(images[some]).argmax(1) for some in part.split(size)])
-            for part in parts
-        ]
-
-    classes = halving(predict, evaluation_batch(model, images, most))
-    size = gradient_batch(model, images, most)
+    classes = predicted_classes(model, images)  # the model does not change here
+    passes = Passes(gradient_batch(model, images, most))
     delta = torch.zeros_like(images[:1], requires_grad=True)
-    for part, predicted in zip(parts, classes, strict=True):
-        ascend = partial(slope_of_gain, model, images[part], predicted, delta, config.penalty)
-        gradient = halving(ascend, size)
+    for part in parts:
+        ascend = partial(slope_of_gain, model, images[part], classes[part], delta, config.penalty)
+        gradient = passes.run(ascend)
         with torch.no_grad():
             delta += config.perturbation_lr * gradient
     return delta.detach()
@@ -212,10 +204,7 @@ def inner_losses(model, images, labels, penalty, size):
         loss = F.cross_entropy(model(images[part] + delta), labels[part])
         return share * (penalty * delta.square().sum() - loss)
 
-    return [
-        partial(inner, part=part, share=(part.stop - part.start) / len(images))
-        for part in batch_slices(len(images), size)
-    ]
+    return parts_of(inner, len(images), size)
 
 
 def draw_mask(part, dtype, portion, generator):
@@ -235,9 +224,15 @@ def outer_losses(model, images, labels, mask, size):
     def outer(delta, part, share):
         return share * F.cross_entropy(model(images[part] + mask[part] * delta), labels[part])
 
+    return parts_of(outer, len(images), size)
+
+
+def parts_of(function, count, size):
+    """`function(delta, part, share)` for each part of `size` images of `count`, as functions of
+    delta; `share` is that of the part's images."""
     return [
-        partial(outer, part=part, share=(part.stop - part.start) / len(images))
-        for part in batch_slices(len(images), size)
+        partial(function, part=part, share=(part.stop - part.start) / count)
+        for part in batch_slices(count, size)
     ]
 
 

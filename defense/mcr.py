@@ -74,10 +74,6 @@ POSITIONS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.5)
 REPORTS = 20  # networks in the middle of the curve that the evaluator measures during training
 
 
-def check(model, record, config):
-    selection.hold_out(record.clean, config)
-
-
 def repair(model, record, config):
     work, held_out = selection.hold_out(record.clean, config)
     tuned = fine_tune(model, work, record, config)
@@ -235,4 +231,4 @@ def choose_position(model, curve, work, held_out, record, config):
 
 
 def main(config):
-    run.defend(__name__, config, repair, check=check)
+    run.defend(__name__, config, repair)

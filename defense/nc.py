@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from antidote_bench.utils.config import option
+from antidote_bench.utils.detection.options import SearchOptions
 from antidote_bench.utils.launch import launch
 from antidote_bench.utils.repair.options import FineTuningOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FineTuningOptions):
+class Config(SearchOptions, FineTuningOptions):
     adds: ClassVar[dict[str, str]] = {
         "triggers.csv": "of every `class` the `norm` of its trigger's mask, the anomaly `index`, "
         "whether it was `flagged`, and its `success`, the share of the clean images that the "
@@ -32,20 +33,6 @@ class Config(FineTuningOptions):
 
     batch_size: int = 256
     """images per step of the fine-tuning"""
-    search_epochs: int = option(80, at_least=1)
-    """epochs on the clean images, at most, in which the trigger of a class is searched"""
-    search_batch: int = option(32, at_least=1, unit="images")
-    """images per step of the search"""
-    together: int = option(10, identity=False, at_least=1, unit="classes")
-    """classes whose triggers are searched at once; changes speed and memory only"""
-    search_lr: float = option(0.1, above=0)
-    """learning rate of the search"""
-    penalty: float = option(1e-3, above=0)
-    """lambda, weight of the mask's size, at the start of the search"""
-    goal: float = option(0.98, above=0, at_most=1)
-    """share of the images that a trigger must lead to its class"""
-    threshold: float = option(2.0, at_least=0)
-    """anomaly index above which a small trigger is flagged"""
     share: float = option(0.2, above=0, at_most=1)
     """share of the clean images that a flagged trigger is put on"""
 

@@ -13,13 +13,12 @@ Deviates in the logarithm, and in when a search ends; see docs/detection/nc.md.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from antidote_bench.utils.config import option
-from antidote_bench.utils.detection.options import ModelOptions
+from antidote_bench.utils.detection.options import ModelOptions, SearchOptions
 from antidote_bench.utils.launch import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions):
+class Config(SearchOptions, ModelOptions):
     adds: ClassVar[dict[str, str]] = {
         "evidence.safetensors": "of every class the `mask` (1, S, S) and the `pattern` (3, S, S) "
         "of its trigger in [0, 1] pixels, the mask's `norm`, the paper's anomaly `index`, and the "
@@ -28,20 +27,8 @@ class Config(ModelOptions):
         "paper's own rule takes the class for a target",
     }
 
-    search_epochs: int = option(80, at_least=1)
-    """epochs on the clean images, at most, in which the trigger of a class is searched"""
-    search_batch: int = option(16, at_least=1, unit="images")
+    search_batch: int = 16
     """images per step of the search"""
-    together: int = option(10, identity=False, at_least=1, unit="classes")
-    """classes whose triggers are searched at once; changes speed and memory only"""
-    search_lr: float = option(0.1, above=0)
-    """learning rate of the search"""
-    penalty: float = option(1e-3, above=0)
-    """lambda, weight of the mask's size, at the start of the search"""
-    goal: float = option(0.98, above=0, at_most=1)
-    """share of the images that a trigger must lead to its class"""
-    threshold: float = option(2.0, at_least=0)
-    """anomaly index above which the paper's own rule takes a small trigger for a backdoor"""
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ from antidote_bench.utils.charts import class_title, trigger_chart
 from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.dataset import balanced_subset
 from antidote_bench.utils.data.loader import (
+    Passes,
     batches,
     evaluation_batch,
     gradient_batch,
@@ -209,7 +210,7 @@ def train(model, split, state, rows, optimizer, epoch, config):
     device, positions, classes = split.labels.device, rows.tolist(), state.classes[rows]
     generator = seeds.generator("pixel batches", config.random_seed, epoch, device=device)
     most = (config.search_batch + 1) * len(positions)
-    size = gradient_batch(model, split.images, most)
+    passes = Passes(gradient_batch(model, split.images, most))
     for images, labels, _ in batches(split, config.search_batch, generator=generator):
         other = (labels[:, None] != classes).float()  # n,k
         weight = other / other.sum(0).clamp(min=1)
@@ -224,7 +225,7 @@ def train(model, split, state, rows, optimizer, epoch, config):
                 losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
                 (losses.view(wanted.shape) * weight[part, some]).sum().backward()
 
-        halving(add_gradients, size)
+        passes.run(add_gradients)
         optimizer.step()
 
 

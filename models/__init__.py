@@ -62,8 +62,9 @@ HELPERS = {
     "timm_nets",
     "torchvision_nets",
 }
-# smaller images shrink to nothing in them
-FROM_32_PIXELS = {"convnext_tiny", "densenet161", "vgg19_bn"}
+# sides in pixels below which images shrink to nothing in a network; the others take LEAST_SIDE
+SMALLEST = {"airbench": 9, "convnext_tiny": 32, "densenet161": 32, "vgg19_bn": 32}
+LEAST_SIDE = 8
 LONGEST_NAME = 4096  # characters of the name of a model
 # the models whose width can be chosen
 DEFAULT_WIDTH = {"airbench": 64, "preactresnet18": 64, "resnet9": 64}
@@ -226,10 +227,10 @@ def _network(own, spec, width):
         if is_file(name):
             raise RefusedError(f"the file of the model {label(name)} must be named by the user")
         check(name, width)
-    if name in FROM_32_PIXELS and spec.size < 32:
+    if spec.size < SMALLEST.get(name, 0):
         raise ConfigError(
-            f"{name} needs images of at least 32 pixels, not {spec.size}: choose another model or "
-            "size"
+            f"{name} needs images of at least {SMALLEST[name]} pixels, not {spec.size}: choose "
+            "another model or size"
         )
     if own.file or timm_nets.matches(name):
         from antidote_bench.models.layers import without_inplace

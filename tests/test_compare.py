@@ -1158,7 +1158,7 @@ def test_committed_results_hold_no_untrained_victim():
         with open(path) as file:
             if not file.readline().startswith("run,"):
                 continue
-        for table in tables.group(runs.read_table(path)[0]):
+        for table in tables.group(runs.in_table(path, runs.read_table(path))[0]):
             assert not table.untrained, path
 
 

@@ -3,6 +3,8 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 import zlib
 
@@ -14,6 +16,7 @@ from PIL import Image
 from antidote_bench.utils.data import dataset, images, sources
 from antidote_bench.utils.data.memmap import MemmapImages
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
+from tests.helpers import ROOT
 
 
 def folders(place, splits=("train", "test"), classes=("ant", "bee"), count=3, size=(20, 14)):
@@ -296,6 +299,17 @@ def test_every_format_of_the_installed_pillow_is_read(tmp_path, ending):
     Image.fromarray(ramp).convert("RGB").save(tmp_path / f"a.{ending}")
     found = np.asarray(images.read_rgb(tmp_path / f"a.{ending}")).astype(int)
     assert found.shape == (32, 32, 3) and abs(found - ramp[..., None]).max() < 16
+
+
+def test_the_first_image_of_a_process_may_have_any_format(tmp_path):
+    Image.new("RGB", (4, 4), (10, 20, 30)).save(tmp_path / "a.tga")
+    code = (
+        "import sys; from antidote_bench.utils.data import images;"
+        "print(images.read_rgb(sys.argv[1]).getpixel((0, 0)))"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "a.tga"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "(10, 20, 30)\n", done.stderr
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])

@@ -177,7 +177,7 @@ def test_the_device_computes_what_the_cpu_computes(kind, name, toy, victim):
 @pytest.mark.parametrize("name", sorted(set(models.names()) - set(models.TORCHVISION)))
 def test_model(name):
     """Networks of this project, forwards and backwards."""
-    size, width = (32 if name in models.FROM_32_PIXELS else 16), None
+    size, width = max(16, models.SMALLEST.get(name, 0)), None
     width = 4 if name in models.DEFAULT_WIDTH else None
     spec = SimpleNamespace(classes=3, size=size, mean=(0.5,) * 3, std=(0.2,) * 3)
     with FakeDevice() as device:

@@ -197,8 +197,12 @@ def test_the_card_says_what_is_known():
 def test_the_folder_of_a_model_from_a_file_stays_here():
     assert hub._shared("model", "/home/me/nets.py:wide") == "nets.py:wide"
     assert hub._shared("model", "resnet9") == "resnet9"
-    command = "python attack/badnet.py --model /home/me/nets.py:wide --cache_path /x --epochs 2"
-    there = "python attack/badnet.py --model nets.py:wide --epochs 2"
+    for option in ("pretrained", "trigger_path", "clean_record", "reflection_folder"):
+        assert hub._shared(option, "/home/me/a.png") == "a.png"
+    assert hub._shared("pratio", 0.1) == 0.1 and hub._shared("trigger_path", None) is None
+    command = "python attack/badnet.py --model /home/me/nets.py:wide --cache_path /x"
+    command += " --pretrained=/me/w --epochs 2"
+    there = "python attack/badnet.py --model nets.py:wide --pretrained w --epochs 2"
     assert hub._without_places(command) == there
     assert hub._without_places("an 'open quotation") is None
 

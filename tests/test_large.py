@@ -19,6 +19,7 @@ import yaml
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
+from antidote_bench import models
 from antidote_bench.attack.badnet import Config as BadNet
 from antidote_bench.utils import config, estimate, parsing, plan, train
 from antidote_bench.utils.data import dataset, loader
@@ -323,7 +324,7 @@ def test_a_dry_run_of_a_defense_does_so_too(own, tmp_path, capsys):
     ("words", "sentence"),
     [
         (["--model", "vgg19_bn", "--image_size", 25], "at least 32 pixels, not 25"),
-        (["--model", "airbench", "--image_size", 8], "does not train on images of 8 pixels"),
+        (["--model", "airbench", "--image_size", 8], "at least 9 pixels, not 8"),
         (["--model", "mobilenet_v3_large", "--batch_size", 1], "--batch_size must be 2 or more"),
     ],
 )
@@ -333,6 +334,13 @@ def test_a_network_that_cannot_train_is_refused_before_anything_is_made(
     words = [*own, "--width", "null", *words, *dry]
     with pytest.raises(ConfigError, match=sentence):
         main(*words)
+    assert not list((tmp_path / "record").glob("*"))
+
+
+def test_a_network_of_which_nothing_is_known_is_tried(own, tmp_path, monkeypatch):
+    monkeypatch.delitem(models.SMALLEST, "airbench")
+    with pytest.raises(ConfigError, match="does not train on images of 8 pixels"):
+        main(*own, "--width", "null", "--model", "airbench", "--image_size", 8)
     assert not list((tmp_path / "record").glob("*"))
 
 

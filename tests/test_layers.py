@@ -63,6 +63,7 @@ DEFENDER = {
     "data.loader",
     "data.memmap",
     "repair",
+    "detection.options",
     "detection.signatures",
     "detection.clusters",
     "detection.triggers",

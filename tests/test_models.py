@@ -517,7 +517,7 @@ def test_impossible_width_is_refused(call, name, width):
         call(name, width)
 
 
-@pytest.mark.parametrize("name", sorted(models.FROM_32_PIXELS))
-def test_too_small_images_are_refused(name):
-    with pytest.raises(ConfigError, match="at least 32 pixels"):
-        models.build(name, spec(24))
+@pytest.mark.parametrize(("name", "side"), models.SMALLEST.items())
+def test_too_small_images_are_refused(name, side):
+    with pytest.raises(ConfigError, match=f"at least {side} pixels"):
+        models.build(name, spec(side - 1))

@@ -228,6 +228,20 @@ def test_a_detector_is_the_one_of_the_script(record, mine, places, run):
     assert "spectral" not in set(record.results["defense"])
 
 
+def test_a_file_of_options_counts_as_for_the_script(record, tmp_path):
+    (tmp_path / "options.yaml").write_text("precision: fp32\nu: 2.5\n")
+    repaired = antidote_bench.run_defense(
+        record, "clp", yaml_path=tmp_path / "options.yaml", save_folder_name="from_file"
+    )
+    assert (repaired.options["precision"], repaired.options["u"]) == ("fp32", 2.5)
+
+
+def test_detectors_of_two_kinds_are_listed_under_both():
+    for kind in ("data", "input"):
+        assert "cd" in antidote_bench.list_detectors(judges=kind).index
+    assert "cd" not in antidote_bench.list_detectors(judges="model").index
+
+
 def test_results_are_a_frame_of_numbers(record, mine, tmp_path):
     frame = record.results
     assert set(frame["defense"]) >= {"none"} and frame["run"].iloc[0] == str(mine)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 import yaml
@@ -600,6 +601,21 @@ def test_the_run_under_way_leaves_a_checkpoint(tmp_path, engine):
     assert ended == [("short", 0)]
     assert until((tmp_path / "long.checkpoint").is_file, 10)
     assert not (tmp_path / "short.checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "joined"),
+    [(None, {}, "local"), ("auto", {}, "auto"), (None, {"RAY_ADDRESS": "auto"}, "auto")],
+)
+def test_a_ray_of_its_own_leaves_that_of_another_sweep_alone(
+    monkeypatch, address, environment, joined
+):
+    """Two sweeps on one machine: the second one must not join the first one's."""
+    monkeypatch.setattr(launchers.os, "environ", dict(environment))
+    ray = mock.Mock()
+    with launchers._connected(ray, address):
+        pass
+    assert ray.init.call_args.args == (joined,)
 
 
 STOPPABLE = """

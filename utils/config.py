@@ -469,6 +469,11 @@ RECIPE = tuple(
 )
 
 
+def scripts(kind):
+    """The names of the scripts in the folder attack, defense or detection, sorted."""
+    return sorted(path.stem for path in (ROOT / kind).glob("[a-z]*.py"))
+
+
 def default_of(Config, name):
     """The default of an option."""
     return Config.__dataclass_fields__[name].default

@@ -64,14 +64,9 @@ def from_weights(command, config, attack=None):
 
 def _known_trigger(config, data, attack, state):
     """The `Poisoning` of a model whose training set is unknown, and whose trigger may be known."""
-    nothing = torch.empty(0, dtype=torch.long, device=data.test.labels.device)
-    none = data.test[nothing]
     share = config.poisoned_share
     n_poison = None if share is None else round(share * len(data.train))
-    poisoning = contents.Poisoning(
-        data.train, nothing, nothing, n_poison, TestSets(data.test, none), nothing, nothing,
-        None, {},
-    )  # fmt: skip
+    poisoning = _without_triggers(data)._replace(n_poison=n_poison)
     relabel = poison.relabelling(config.label_mode, config.attack_target, data.spec.classes)
     if attack:
         parts, extra = _parts(config, data, attack, state)
@@ -147,9 +142,16 @@ def from_backdoorbench(command, config):
         poisoning = _changed(config, data, result.train, result.test, result.counts)
         facts = {"from": "backdoorbench", "file": folder.resolve().name, "notes": notes}
         _measure_and_save(
-            command, config, data, model, poisoning, facts, device, place,
+            command,
+            config,
+            data,
+            model,
+            poisoning,
+            facts,
+            device,
+            place,
             stored=result.train is not None,
-        )  # fmt: skip
+        )
 
 
 def _as_there(config, result, folder):
@@ -182,8 +184,9 @@ def _as_there(config, result, folder):
 
 def _attack_in(name):
     """The name of the attack that a folder's name contains, the longest one; empty: none."""
-    scripts = [path.stem for path in (options.ROOT / "attack").glob("[a-z]*.py")]
-    return max((each for each in scripts if each in name.lower()), key=len, default="")
+    return max(
+        (each for each in options.scripts("attack") if each in name.lower()), key=len, default=""
+    )
 
 
 def _labelling(test, classes, place):
@@ -204,11 +207,9 @@ def _changed(config, data, train, test, counts, kept=None):
 
     `kept` is a mask of the changed training images that are no poison, but keep their label.
     """
-    device = data.train.labels.device
-    nothing = torch.empty(0, dtype=torch.long, device=device)
-    split, index, cover = data.train, nothing, nothing
-    n_poison = None
+    poisoning = _without_triggers(data)
     if train is not None:
+        device = data.train.labels.device
         place = order.positions(data.train, train, counts[attack_result.TRAIN], "training")
         place, images, labels, truth = (part.to(device) for part in train._replace(index=place))
         own = data.train.labels.clone()
@@ -219,12 +220,26 @@ def _changed(config, data, train, test, counts, kept=None):
             kept &= config.label_mode == "all2one"
         kept = kept.to(device)
         index, cover = place[~kept].sort().values, place[kept].sort().values
-        n_poison = len(index)
-    poisoning = contents.Poisoning(
-        split, index, cover, n_poison, TestSets(data.test, data.test[nothing]), nothing,
-        nothing, None, {},
-    )  # fmt: skip
+        poisoning = poisoning._replace(
+            train=split, index=index, cover_index=cover, n_poison=len(index)
+        )
     return _with_tests(poisoning, data, test, counts[attack_result.TEST])
+
+
+def _without_triggers(data):
+    """The `Poisoning` of a data set in which no image is known to be changed."""
+    nothing = torch.empty(0, dtype=torch.long, device=data.test.labels.device)
+    return contents.Poisoning(
+        train=data.train,
+        index=nothing,
+        cover_index=nothing,
+        n_poison=None,
+        test_sets=TestSets(data.test, data.test[nothing]),
+        backdoor_index=nothing,
+        target_index=nothing,
+        parts=None,
+        facts={},
+    )
 
 
 def _with_tests(poisoning, data, found, count):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from antidote_bench.utils.data.loader import mixed_precision, to_unit
+from antidote_bench.utils.data.loader import BACKWARD, Saved, mixed_precision, to_unit
 from antidote_bench.utils.errors import ConfigError, is_out_of_memory
 from antidote_bench.utils.text import cut
 
@@ -17,9 +17,7 @@ LONGEST = 8.0  # seconds after which even that one is broken off
 FIRST = 2  # images of the first batch: batch normalisation needs more than one
 SAFE_SIDE = 32  # pixels
 GROWTH = 4  # from one measured batch to the next
-# weights, their gradients and the optimizer's state; as in utils/data/loader.py, a backward pass
-# takes a quarter beside what was saved for it
-COPIES, BACKWARD = 3, 1.25
+COPIES = 3  # of the weights: themselves, their gradients and the optimizer's state
 
 
 class Cost(NamedTuple):
@@ -85,25 +83,15 @@ def train_once(model, images, labels, precision, optimizer=None, limit=math.inf)
     images float n,3,S,S in [0, 1], labels n. Raises ConfigError (exit 2) where the network does not
     take them. The step is broken off when time.perf_counter() exceeds `limit`.
     """
-    kept = {}
 
-    def saved():
-        others = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        return sum(size for place, size in kept.items() if place not in others)
-
-    def look(tensor):
+    def look():
         if time.perf_counter() > limit:
-            raise _BrokenOffError(saved())
-        return tensor
+            raise _BrokenOffError(saved.count())
 
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return look(tensor)
-
+    saved = Saved(model, look)
     model.train()
     try:
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, look)
-        with hooks, mixed_precision(images.device, precision):
+        with saved.hooks(), mixed_precision(images.device, precision):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
     except (ValueError, RuntimeError, IndexError) as error:
@@ -115,7 +103,7 @@ def train_once(model, images, labels, precision, optimizer=None, limit=math.inf)
     model.zero_grad(set_to_none=True)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
-    return saved()
+    return saved.count()
 
 
 def require_trainable(make_model, batch, side):

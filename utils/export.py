@@ -55,7 +55,7 @@ def _write_training(folder, config, loaded, names):
             label,
             original,
             words[kind],
-        )  # fmt: skip
+        )
         for number, label, original, kind in zip(
             index.tolist(), labels, truth, kinds[index].tolist(), strict=True
         )

@@ -134,6 +134,28 @@ def start(script, installed=config.INSTALLED):
     return ["python", "-m", f"{config.PACKAGE}.{module}"]
 
 
+def taken_apart(command):
+    """(the words that start the script, {option: value}) of a command that a record holds.
+
+    Raises ValueError where it is none.
+    """
+    found = shlex.split(command)
+    first = next((place for place, word in enumerate(found) if word.startswith("--")), len(found))
+    return found[:first], pairs(found[first:])
+
+
+def pairs(found):
+    """{option: value} of words such as --option value or --option=value; ValueError for others."""
+    given, left = {}, iter(found)
+    for word in left:
+        name, equals, value = word.partition("=")
+        value = value if equals else next(left, None)
+        if not name.startswith("--") or value is None:
+            raise ValueError(f"no pairs of --option and value: {' '.join(found)!r}")
+        given[name[2:]] = value
+    return given
+
+
 def words(given):
     """Options as the words of a command."""
     written = []

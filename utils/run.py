@@ -28,7 +28,9 @@ from antidote_bench.utils.poisoning.attacker import Attacker, prepare_once
 from antidote_bench.utils.poisoning.poison import Cover
 from antidote_bench.utils.record import claim, contents, flagged, results
 from antidote_bench.utils.record import folder as layout
+from antidote_bench.utils.repair import selection
 from antidote_bench.utils.repair.defender import Defender
+from antidote_bench.utils.repair.options import SelectionOptions
 from antidote_bench.utils.text import cut
 
 # the clean model behind a trigger is not the victim of any seed a user would give
@@ -276,6 +278,8 @@ def defend(script, config, repair, check=None):
             loaded = loaded._replace(train=train_set)
         if isinstance(config, Training):
             estimate.require_trainable(lambda: loaded.model, config.batch_size, loaded.spec.size)
+        if isinstance(config, SelectionOptions):
+            selection.hold_out(held.split, config)  # raises where there are too few
         if check:
             check(loaded.model, _defender(config, loaded, held, folder, info, marked), config)
         victim, facts = info["files"][layout.WEIGHTS], contents.facts_of_clean(held, marked)

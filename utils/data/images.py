@@ -63,7 +63,8 @@ def formats():
 @cache
 def extensions(only=None):
     """How the names of image files end, in lower case: of all `formats`, or of one of them."""
-    chosen = formats() if only is None else (only,)
+    known = formats()  # it has Pillow load all formats, whose endings are not known before
+    chosen = known if only is None else (only,)
     found = {ending for ending, name in Image.EXTENSION.items() if name in chosen}
     return frozenset(found | {".mpo"} if "JPEG" in chosen else found)
 

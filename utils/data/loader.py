@@ -100,6 +100,16 @@ def forward_all(model, split, function, precision="fp32"):
         return halving(pass_over_all, evaluation_batch(model, split.images))
 
 
+@torch.no_grad()
+def predicted_classes(model, images):
+    """The classes n that `model`, in the mode it is in, predicts for float images n,3,S,S."""
+
+    def predict(size):
+        return torch.cat([model(part).argmax(1) for part in images.split(size)])
+
+    return halving(predict, evaluation_batch(model, images))
+
+
 def evaluation_batch(model, images, most=None):
     """How many images like `images` one forward pass of `model` takes without a gradient.
 
@@ -153,42 +163,74 @@ def _forward_bytes(model, image):
 
 def _gradient_bytes(model, image):
     """About the memory that a forward and a backward pass take for each image."""
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with evaluating(model), torch.enable_grad(), hooks:
+    saved = Saved(model)
+    with evaluating(model), torch.enable_grad(), saved.hooks():
         _output = model(image.clone().requires_grad_())  # alive, so that no storage is used twice
-    for parameter in model.parameters():
-        saved.pop(parameter.untyped_storage().data_ptr(), None)
-    return BACKWARD * sum(saved.values())
+    return BACKWARD * saved.count()
+
+
+class Saved:
+    """Counts the bytes that autograd keeps of forward passes, without the weights of `model`.
+
+    `look()` is called for every tensor that is saved or taken out again.
+    """
+
+    def __init__(self, model, look=lambda: None):
+        self._model, self._look, self._sizes = model, look, {}
+
+    def hooks(self):
+        """The context for the passes that are counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def count(self):
+        """Bytes; a storage that several tensors share counts once."""
+        weights = {part.untyped_storage().data_ptr() for part in self._model.parameters()}
+        return sum(size for place, size in self._sizes.items() if place not in weights)
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self._sizes[storage.data_ptr()] = storage.nbytes()
+        return self._unpack(tensor)
+
+    def _unpack(self, tensor):
+        self._look()
+        return tensor
 
 
 def halving(function, size):
-    """function(size); where memory runs out, once more with half the size, down to 1.
+    """`Passes(size).run(function)`, for work that is done once."""
+    return Passes(size).run(function)
 
-    `function` must be able to begin again. Raises UserError (exit 1) where memory runs out at 1.
-    """
-    while True:
-        try:
-            return function(size)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise UserError(
-                    "out of memory with a single image in a pass: it takes a smaller --model, "
-                    "smaller images (--image_size), or a machine with more free memory"
-                ) from error
-        # here nothing refers to what the failed pass has left
-        print(f"out of memory: from {size} to {(size + 1) // 2} images in a pass", file=sys.stderr)
-        size = (size + 1) // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+class Passes:
+    """Work in passes of at most `size` images; where memory runs out, `size` is halved for good."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def run(self, function):
+        """function(size); where memory runs out, once more with half the size, down to 1.
+
+        `function` must be able to begin again. Raises UserError (exit 1) where memory runs out at
+        1.
+        """
+        while True:
+            try:
+                return function(self.size)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.size == 1:
+                    raise UserError(
+                        "out of memory with a single image in a pass: it takes a smaller --model, "
+                        "smaller images (--image_size), or a machine with more free memory"
+                    ) from error
+            # here nothing refers to what the failed pass has left
+            half = (self.size + 1) // 2
+            print(f"out of memory: from {self.size} to {half} images in a pass", file=sys.stderr)
+            self.size = half
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def mixed_precision(device, precision):

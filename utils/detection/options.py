@@ -28,6 +28,26 @@ class InputOptions(DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Options of Neural Cleanse's search for the trigger of each class, in triggers.py."""
+
+    search_epochs: int = option(80, at_least=1)
+    """epochs on the clean images, at most, in which the trigger of a class is searched"""
+    search_batch: int = option(32, at_least=1, unit="images")
+    """images per step of the search"""
+    together: int = option(10, identity=False, at_least=1, unit="classes")
+    """classes whose triggers are searched at once; changes speed and memory only"""
+    search_lr: float = option(0.1, above=0)
+    """learning rate of the search"""
+    penalty: float = option(1e-3, above=0)
+    """lambda, weight of the mask's size, at the start of the search"""
+    goal: float = option(0.98, above=0, at_most=1)
+    """share of the images that a trigger must lead to its class"""
+    threshold: float = option(2.0, at_least=0)
+    """anomaly index above which the paper's own rule takes a small trigger for a backdoor"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions(Detection):
     """Options of a detector that says whether a model holds a backdoor."""
 

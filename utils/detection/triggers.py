@@ -13,6 +13,7 @@ from antidote_bench.utils import seeds
 from antidote_bench.utils.charts import class_title, trigger_chart
 from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.loader import (
+    Passes,
     batch_slices,
     batches,
     evaluation_batch,
@@ -149,7 +150,7 @@ def train_triggers(model, split, state, rows, optimizer, epoch, config):
     device, positions = split.labels.device, rows.tolist()
     generator = seeds.generator("trigger batches", config.random_seed, epoch, device=device)
     most = (config.search_batch + 1) * len(positions)  # a last single image joins a batch
-    size = gradient_batch(model, split.images, most)
+    passes = Passes(gradient_batch(model, split.images, most))
     for images, _, _ in batches(split, config.search_batch, generator=generator):
 
         def add_gradients(size, images=images):
@@ -160,7 +161,7 @@ def train_triggers(model, split, state, rows, optimizer, epoch, config):
                 weight = (part.stop - part.start) / len(images)
                 (losses.sum() if weight == 1 else weight * losses.sum()).backward()
 
-        halving(add_gradients, size)
+        passes.run(add_gradients)
         optimizer.step()
 
 

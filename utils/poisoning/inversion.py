@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from antidote_bench.utils import seeds
-from antidote_bench.utils.data.loader import gradient_batch, halving, mixed_precision, to_unit
+from antidote_bench.utils.data.loader import Passes, gradient_batch, mixed_precision, to_unit
 from antidote_bench.utils.features import features_of, last_features, last_linear
 from antidote_bench.utils.poisoning import patterns
 
@@ -109,7 +109,7 @@ def minimise(
     generator = seeds.generator("pattern batches", seed, device=device)
     pattern = start.to(device).clone().requires_grad_()
     optimizer = torch.optim.Adam([pattern], rate)
-    size = gradient_batch(model, train.images, batch)
+    passes = Passes(gradient_batch(model, train.images, batch))
     for _ in tqdm(range(steps), desc="pattern", disable=None):
         index = torch.randint(len(train), (batch,), generator=generator, device=device)
 
@@ -121,7 +121,7 @@ def minimise(
                 weight = len(part) / batch
                 (cost if weight == 1 else weight * cost).backward()
 
-        halving(add_gradients, size)
+        passes.run(add_gradients)
         optimizer.step()
         if low is not None:
             pattern.data.clamp_(low, high)

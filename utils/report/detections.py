@@ -12,23 +12,14 @@ from antidote_bench.utils.config import SEEDS
 from antidote_bench.utils.errors import MissingError, RefusedError
 from antidote_bench.utils.files import read_rows
 from antidote_bench.utils.record import folder
-from antidote_bench.utils.report.content import (
-    UNUSABLE,
-    load,
-    parse_config,
-    parse_record,
-    reason,
-    short,
-)
+from antidote_bench.utils.report.content import load, parse_config, parse_record, reason, short
 from antidote_bench.utils.report.formats import Grid, csv_text, grids
 from antidote_bench.utils.report.runs import (
     LONGEST_NAME,
-    MOST_ROWS,
     OF_ATTACK,
     TABLE,
     Run,
     options_of,
-    parse_row,
     read_run,
     read_victim,
     settings,
@@ -167,41 +158,27 @@ def parse_detection(row):
     return row, numbers
 
 
-def read_table(path):
-    """(runs, [(path, why it is left out)]) of the detections in a table of results.
+def in_table(path, rows, runs):
+    """(runs, [(path, why it is left out)]) of the detections in the rows of a table of results.
 
-    sweep.py --results writes one. Whether it is one at all was asked before.
+    `runs` are the attacks and defenses of the same table, their victims among them.
     """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = read_rows(file, MOST_ROWS)
-    except (OSError, *UNUSABLE):
-        return [], []
-    victims, runs, left_out = {}, [], []
-    for row in rows:
-        if row.get("defense") == "none":
-            victims[one_line(row["run"])[:LONGEST_NAME]] = row
+    victims, found, left_out = {run.path: run for run in runs}, [], []
     for row in rows:
         if not row.get("detection"):
             continue
         name = one_line(row["run"])[:LONGEST_NAME]
         try:
-            victim = _victim_in_table(path, victims[name.split("/")[0]])
+            victim = victims[path / name.split("/")[0]]
             values, numbers = parse_detection(row)
             options = options_of(values, victim) | {"random_seed": values["detection_seed"]}
             record = {"files": {}, "command": values["command"]}
-            runs.append(Detected(path / name, values, numbers, options, record, victim))
+            found.append(Detected(path / name, values, numbers, options, record, victim))
         except KeyError:
             left_out.append((path / name, "the table has no row of its victim"))
         except ValueError as error:
             left_out.append((path / name, reason(error)))
-    return runs, left_out
-
-
-def _victim_in_table(path, row):
-    values, numbers = parse_row(row)
-    record = {"files": {}, "command": values["command"]}
-    return Run(path / values["run"], values, numbers, options_of(values, None), record, None)
+    return found, left_out
 
 
 # ---------- tables ----------

@@ -226,7 +226,7 @@ def command(run):
 def script_of(run):
     """The script behind a run, None where attack/ or defense/ holds none of its name."""
     kind = "defense" if run.victim else "attack"
-    names = {path.stem for path in (options.ROOT / kind).glob("[a-z]*.py")}
+    names = options.scripts(kind)
     own = run.row[kind]
     if own in names or kind == "attack" and own.removeprefix("clean_") in names:
         return parsing.script(kind, own)

@@ -5,11 +5,10 @@ import io
 import json
 import math
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from antidote_bench.utils import config
+from antidote_bench.utils import config, parsing
 from antidote_bench.utils.config import NOT_IDENTITY, SEEDS, Attack, default_of
 from antidote_bench.utils.errors import RefusedError
 from antidote_bench.utils.files import read_rows
@@ -221,10 +220,9 @@ def parse_row(row):
 
 
 def read_table(path):
-    """(runs, [(path, why it is left out)]) of a table with a row for every run.
+    """The rows of a table of results, which sweep.py --results writes, as dicts.
 
-    sweep.py --results writes one. Such runs have no folder: their options are those of the command
-    in the row. RefusedError where it is another file.
+    RefusedError where it is another file.
     """
     require_size(path, LARGEST_TABLE)
     try:
@@ -237,8 +235,16 @@ def read_table(path):
             "it is no table of results, which has columns run, command and defense; sweep.py "
             "--results writes one"
         )
+    return rows
+
+
+def in_table(path, rows):
+    """(runs, [(path, why it is left out)]) of the attacks and defenses in the rows of a table.
+
+    Such runs have no folder: their options are those of the command in the row.
+    """
     victims, runs, left_out = {}, [], []
-    rows = [row for row in rows if not row.get("detection")]  # report/detections.py reads those
+    rows = [row for row in rows if not row.get("detection")]
     for row in sorted(rows, key=lambda row: row["defense"] != "none"):
         name = one_line(row["run"])[:LONGEST_NAME]
         try:
@@ -260,9 +266,7 @@ def read_table(path):
 
 def options_of(row, victim):
     """{option: value as text} of the run in a row: its seeds, learning rate, and its command's."""
-    words = shlex.split(row["command"])[2:]
-    pairs = zip(words, words[1:], strict=False)
-    options = {word[2:]: value for word, value in pairs if word.startswith("--")}
+    _, options = parsing.taken_apart(row["command"])
     columns = {
         "random_seed": "defense_seed" if victim else "seed",
         "data_seed": "data_seed",

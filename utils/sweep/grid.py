@@ -176,7 +176,7 @@ def check(runs, record_path):
 
 def _check_cell(cell, record_path):
     """ConfigError unless the script of a run exists and takes its options."""
-    names = sorted(path.stem for path in (config.ROOT / cell.kind).glob("[a-z]*.py"))
+    names = config.scripts(cell.kind)
     if cell.script not in names:
         raise ConfigError(f"unknown {cell.kind} {cell.script!r}; there are {', '.join(names)}")
     for name, why in CHOSEN.items():

@@ -219,10 +219,10 @@ def _first_free(left, codes, until, say):
 def with_ray(jobs, *, until=None, say=lambda line: None, address=None, cpus=1, gpus=None):
     """Yield (job, exit code) as jobs end, many at once; TimeIsUp after the moment `until`.
 
-    Each takes `cpus` cores and `gpus` GPUs (a fraction shares one). Without an `address` Ray is
-    started here, for as long as this takes; with one the jobs go to a running cluster, whose
-    machines see the same folders. A job whose machine dies is started again on another one. `say`
-    gets a line when a job starts.
+    Each takes `cpus` cores and `gpus` GPUs (a fraction shares one). Without an `address`, and
+    without RAY_ADDRESS, Ray is started here, for as long as this takes; with one the jobs go to
+    a running cluster, whose machines see the same folders. A job whose machine dies is started
+    again on another one. `say` gets a line when a job starts.
     """
     try:
         import ray
@@ -285,7 +285,11 @@ def log_size(log):
 
 @contextlib.contextmanager
 def _connected(ray, address):
-    """Ray, started here or joined at an `address`."""
+    """Ray, started here or joined at an `address`.
+
+    Without one Ray itself would join whatever cluster runs on this machine, another sweep's too.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # a run gets the priority that it would get if you typed it
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -297,7 +301,7 @@ def _connected(ray, address):
         if address and re.fullmatch(r"[^:/]+:\d+", address):
             host, port = address.split(":")
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=False, logging_level="error", **local)
+        ray.init(address or "local", log_to_driver=False, logging_level="error", **local)
         signal.signal(signal.SIGTERM, own_handler)  # that of Ray ends everything at once
     except (OSError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
