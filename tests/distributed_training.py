@@ -18,6 +18,7 @@ from antidote_bench.utils.data import loader
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.data.memmap import MemmapImages
 from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.launch import leave
 from tests.test_train import SPEC, Double, model, options, split, weights
 
 
@@ -134,3 +135,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

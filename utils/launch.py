@@ -42,7 +42,11 @@ def launch(Config):
         obey_signals()
         module.main(options)
 
-    code = guard(work, debug="--debug" in sys.argv, Config=Config)
+    leave(guard(work, debug="--debug" in sys.argv, Config=Config))
+
+
+def leave(code):
+    """End this process with the exit code; never returns."""
     # under torchrun threads of gloo may outlive the interpreter, which then aborts a finished run
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
