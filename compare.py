@@ -86,7 +86,7 @@ def read(places):
     left_out += links
     others, judged = detections.split(paths)
     runs, damaged = read_all(others)
-    detected, refused = detections.read_all(judged)
+    detected, refused = detections.read_all(judged, runs)
     damaged += refused
     for path in results:
         try:

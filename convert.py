@@ -8,7 +8,8 @@
 
 from-weights: a state dict, .safetensors or a file of torch.save, becomes a record that defenses and
 compare.py work on. Without --trigger or --triggered_path its ASR and RA are empty.
-from-backdoorbench: a folder of BackdoorBench's record/ with attack_result.pt becomes a record.
+from-backdoorbench: a folder of BackdoorBench's record/ with attack_result.pt becomes a record, or
+one of a defense below it with defense_result.pt.
 from-images: a victim is trained on the poisoned set in a folder with images.csv.
 to-images: the poisoned training set and the test sets of a record as image folders, with a list.
 to-backdoorbench: a record as BackdoorBench's defenses load it.
@@ -28,6 +29,7 @@ from antidote_bench.utils import parsing
 from antidote_bench.utils.config import Attack, scripts
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.exchange.options import (
+    Export,
     FromBackdoorBench,
     FromImages,
     FromWeights,
@@ -38,13 +40,13 @@ from antidote_bench.utils.launch import guard, obey_signals
 from antidote_bench.utils.text import quoted
 
 SCRIPT = "convert.py"
-# command: its options, and the option that its first word stands for
+# command: its options; a function of its name does it
 COMMANDS = {
-    "from-weights": (FromWeights, "source"),
-    "from-backdoorbench": (FromBackdoorBench, "source"),
-    "from-images": (FromImages, "source"),
-    "to-images": (ToImages, "result_file"),
-    "to-backdoorbench": (ToBackdoorBench, "result_file"),
+    "from-weights": FromWeights,
+    "from-backdoorbench": FromBackdoorBench,
+    "from-images": FromImages,
+    "to-images": ToImages,
+    "to-backdoorbench": ToBackdoorBench,
 }
 
 
@@ -58,29 +60,23 @@ def convert(argv):
         raise ConfigError(
             f"there is no command {quoted(command)}: the commands are {', '.join(COMMANDS)}"
         )
-    Config, first = COMMANDS[command]
+    Config = COMMANDS[command]
+    leaves = issubclass(Config, Export)
     if words and not words[0].startswith("-"):
-        words = [f"--{first}", *words]
-    _refuse_share(command, words)
-    attack = _attack(words) if command == "from-weights" else None
+        words = ["--result_file" if leaves else "--source", *words]
+    attack = _attack(words) if Config is FromWeights else None
     if attack:
         Config = _with_options(Config, attack)
     config = parsing.parse(Config, words, _description(command), SCRIPT)
-    from antidote_bench.utils import convert as imports  # heavy
-    from antidote_bench.utils import export
+    from antidote_bench.utils.protocol import exports, imports  # heavy
 
     obey_signals()
-    typed = shlex.join([*parsing.start(SCRIPT), *argv])
-    if command == "from-weights":
-        imports.from_weights(typed, config, attack)
-    elif command == "from-backdoorbench":
-        imports.from_backdoorbench(typed, config)
-    elif command == "from-images":
-        imports.from_images(typed, config)
-    elif command == "to-images":
-        export.to_images(config)
+    function = command.replace("-", "_")
+    if leaves:
+        getattr(exports, function)(config)
     else:
-        export.to_backdoorbench(config)
+        typed = shlex.join([*parsing.start(SCRIPT), *argv])
+        getattr(imports, function)(typed, config)
 
 
 def _description(command):
@@ -99,12 +95,6 @@ def _description(command):
     return text[start:end]
 
 
-def _refuse_share(command, words):
-    if command in ("from-weights", "from-backdoorbench"):
-        if any(word.partition("=")[0] == "--pratio" for word in words):
-            raise ConfigError("pratio is an option of attacks: here --poisoned_share states it")
-
-
 def _attack(words):
     """The module of the attack whose trigger --trigger names, None where it names none."""
     given = [word.partition("=") for word in words]
@@ -119,18 +109,28 @@ def _attack(words):
 
 
 def _with_options(Config, attack):
-    """`Config` with the options of an attack, also where it has its own default for one of all."""
+    """`Config` with the options of an attack, also where it has its own default for one of all.
+
+    The attack's share of poisoned images, which it may check, is its default: what is known of the
+    model stands in `poisoned_share`.
+    """
     parents = [each for each in attack.Config.__mro__ if issubclass(each, Attack)]
     names = {name for each in parents[:-1] for name in inspect.get_annotations(each)}
     hints, fields = get_type_hints(attack.Config), attack.Config.__dataclass_fields__
-    changed = sorted(name for name in names if name in Attack.__dataclass_fields__)
+    kept = {field.name for field in dataclasses.fields(Config)}
+    changed = sorted(name for name in names if name in kept)
     return dataclasses.make_dataclass(
         "Config",
         [(name, hints[name], _copy(fields[name])) for name in changed],
         bases=(Config, attack.Config),
         frozen=True,
         kw_only=True,
-        namespace={"__module__": attack.__name__, "__doc__": Config.__doc__},
+        namespace={
+            "__module__": attack.__name__,
+            "__doc__": Config.__doc__,
+            "attack_module": attack,
+            "pratio": fields["pratio"].default,
+        },
     )
 
 

@@ -16,7 +16,8 @@ from antidote_bench.utils.poisoning.options import CleanModelOptions
 
 def list_attacks(**facts) -> pandas.DataFrame:
     """All attacks: `idea`, `arxiv` (number of the paper), `clean_label` (labels stay true),
-    `all2all` (whether every class can have a target of its own) and `uses_clean_model`.
+    `all2all` (whether every class can have a target of its own), `one2one` (whether the trigger can
+    be for one class alone) and `uses_clean_model`.
 
     Only those that have the `facts`, list_attacks(clean_label=True) say.
     """
@@ -67,7 +68,8 @@ def module(kind: str, name: str):
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}? there are " if near else "there are "
-        raise ConfigError(f"unknown {kind} {name!r}; {hint}{', '.join(known)}")
+        what = {"detection": "detector"}.get(kind, kind)
+        raise ConfigError(f"unknown {what} {name!r}; {hint}{', '.join(known)}")
     return importlib.import_module(f"{config.PACKAGE}.{kind}.{name}")
 
 
@@ -86,9 +88,11 @@ def _listed(kind, facts_of, facts):
 
 def _facts_of_attack(Config):
     Config = Config or config.Attack
+    refused = {"all2all", "one2one"} if Config.clean_label else set(Config.refused_modes)
     return {
         "clean_label": Config.clean_label,
-        "all2all": not (Config.clean_label or Config.why_all2one),
+        "all2all": "all2all" not in refused,
+        "one2one": "one2one" not in refused,
         "uses_clean_model": issubclass(Config, CleanModelOptions),
     }
 

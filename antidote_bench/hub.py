@@ -128,12 +128,15 @@ def _banner(row):
 
 def _facts(options, row):
     """What the card says about a victim, by the words for it."""
+    one_source = row["label_mode"] == "one2one"
+    usual = config.default_of(config.Attack, "source_class")
     facts = {
         "attack": row["attack"],
         "data set": row["dataset"],
         "model": row["model"],
         "labels": row["label_mode"],
         "target class": row["target"],
+        "source class": str(options.get("source_class", usual)) if one_source else "",
         "poisoned images": row["n_poison"],
         "their share of the training set": _percent(row["pratio_effective"]),
         "training": row["recipe"],

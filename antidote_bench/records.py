@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from antidote_bench import models
+from antidote_bench.models.examine import modes_kept
 from antidote_bench.utils import checkpoint, evaluation, files, parsing
 from antidote_bench.utils import device as devices
 from antidote_bench.utils.config import Defense, scripts
@@ -31,6 +32,13 @@ TEXT = (
     "stage", "selection", "prior", "device", "version", "config_hash", "detection", "judges",
     "suspects",
 )  # fmt: skip
+
+
+def is_image(images):
+    """Whether a tensor has the values of images: uint8, or float in [0, 1], up to rounding."""
+    if images.dtype == torch.uint8 or not len(images):
+        return images.dtype == torch.uint8 or images.is_floating_point()
+    return images.is_floating_point() and -0.001 <= images.min() and images.max() <= 1.001
 
 
 class Measures(NamedTuple):
@@ -156,9 +164,11 @@ def load(record: str | Path, **options) -> Record:
 
     `options` are those that every defense has: `record_path`, `dataset_path`, `cache_path`,
     `device`, `precision`, `download` and others. Every file is checked first, and nothing in the
-    record is executed. Raises MissingError where the record or its data set is not there, and
-    RefusedError where the record is damaged.
+    record is executed. Raises ConfigError for a wrong option, MissingError where the record or its
+    data set is not there, and RefusedError where the record is damaged.
     """
+    if not isinstance(record, str | Path):
+        raise ConfigError(f"a record is a folder's path or its name, not {_kind(record)}")
     words = parsing.words({**options, "result_file": record})
     settings = parsing.parse(Defense, words)
     resolved, device = devices.setup(settings)
@@ -191,9 +201,14 @@ def evaluate(model: nn.Module, on: Record | TestSets, precision: str | None = No
     `on` is a record, or test sets of your own: TestSets(Split(images, labels, truth), the same with
     triggers), images uint8, or float in [0, 1]. `precision` is fp32 or bf16, by default that of the
     record, and fp32 without one. The network stays on its device, which must be that of the images,
-    and in its mode.
+    and in its mode. Raises ConfigError where the arguments are others.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, not {_kind(model)}")
+    if not isinstance(on, Record | TestSets):
+        raise ConfigError(f"a model is evaluated on a Record or TestSets, not {_kind(on)}")
     test_sets, usual = (on.test_sets, on.precision) if isinstance(on, Record) else (on, "")
+    _require_test_sets(test_sets)
     precision = precision or usual or "fp32"
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision must be fp32 or bf16, not {quoted(precision)}")
@@ -203,7 +218,46 @@ def evaluate(model: nn.Module, on: Record | TestSets, precision: str | None = No
             f"the model is on {there.device} and the images are on {here}: move the model there "
             f"with .to({str(here)!r})"
         )
+    _require_logits(model, test_sets.test, on.spec.classes if isinstance(on, Record) else None)
     return _measures(evaluation.evaluate(model, test_sets, precision))
+
+
+def _kind(value):
+    return f"an object of the class {type(value).__name__}"
+
+
+def _require_test_sets(test_sets):
+    """ConfigError unless the parts of `TestSets` that someone has made are right."""
+    for name, split in test_sets._asdict().items():
+        if split is None and name not in ("test", "backdoor"):
+            continue
+        if not isinstance(split, Split):
+            raise ConfigError(f"{name} of the test sets must be a Split, not {_kind(split)}")
+        counts = {len(part) for part in (split.images, split.labels, split.truth)}
+        if len(counts) > 1:
+            raise ConfigError(f"{name} must have a label and a true class for every image")
+        images = split.images
+        if torch.is_tensor(images) and len(images) and not is_image(images):
+            raise ConfigError(f"{name} must have images of uint8, or float in [0, 1]")
+
+
+def _require_logits(model, split, classes):
+    """ConfigError where a model returns anything but the logits of images, N,classes."""
+    if not len(split):
+        return
+    device = split.labels.device
+    images = split[torch.arange(min(len(split), 2), device=device)].images.to(device)
+    with modes_kept(model), torch.no_grad():
+        logits = model.eval()(images / 255 if images.dtype == torch.uint8 else images)
+    found = tuple(logits.shape) if torch.is_tensor(logits) else _kind(logits)
+    least = classes or int(split.truth.max()) + 1
+    right = torch.is_tensor(logits) and logits.ndim == 2 and len(logits) == len(images)
+    if not right or logits.shape[1] < least or classes and logits.shape[1] != classes:
+        wanted = f"({len(images)}, {classes or f'{least} or more'})"
+        raise ConfigError(
+            f"the model must turn {len(images)} images into logits of shape {wanted}, and returns "
+            f"{found}"
+        )
 
 
 def results(*folders: str | Path) -> pandas.DataFrame:
@@ -226,7 +280,11 @@ def detections(*folders: str | Path) -> pandas.DataFrame:
 
 def _search(folders):
     """((folders of attacks and defenses, folders of detectors), [(path, why it is left out)])"""
+    if not folders:
+        raise ConfigError("name one folder or more, record say")
     for folder in folders:
+        if not isinstance(folder, str | Path):
+            raise ConfigError(f"a folder is text or a Path, not {_kind(folder)}")
         if not Path(folder).is_dir():
             raise MissingError(f"there is no folder {folder}")
     paths, links = runs.search(folders)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from antidote_bench import catalogue
+from antidote_bench.records import is_image
 from antidote_bench.runs import options_for
 from antidote_bench.utils import checkpoint, parsing, run
 from antidote_bench.utils import device as devices
@@ -45,10 +46,11 @@ class Trigger:
         if not torch.is_tensor(images) or images.ndim != 4 or tuple(images.shape[1:]) != wanted:
             shape = tuple(getattr(images, "shape", ())) or type(images).__name__
             raise ConfigError(f"images must be a tensor N,3,{self.size},{self.size}, not {shape}")
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ConfigError(f"images must be uint8 or float in [0, 1], not {images.dtype}")
+        if not is_image(images):
+            raise ConfigError(f"images must be uint8, or float in [0, 1]: these are {images.dtype}")
         if index is None:
-            index = torch.arange(len(images), device=images.device)
+            index = torch.arange(len(images))
+        index = torch.as_tensor(index, device=images.device)
         if index.shape != (len(images),):
             raise ConfigError(f"index must have the position of each of the {len(images)} images")
         if not len(images):  # not every trigger takes an empty batch
@@ -74,8 +76,9 @@ def trigger(name: str, **options) -> Trigger:
     config = target.resolved(config, data.spec.class_names)
     make = partial(module.make_trigger, config, data.spec, "test")
     if hasattr(module, "prepare"):
-        among = data.train.truth == config.attack_target if config.clean_label else None
-        index = poison.choose(data.train.truth, config.pratio, config.poison_seed, among=among)
+        truth = data.train.truth
+        among = poison.poisonable(truth, config)
+        index = poison.choose(truth, config.pratio, config.poison_seed, among=among)
         find_clean_model = partial(run.clean_model, config, data.spec, device)
         attacker = Attacker(data.spec, data.train, index, find_clean_model)
         with tempfile.TemporaryDirectory() as state:
@@ -95,7 +98,7 @@ def of_record(record) -> Trigger:
     module = catalogue.module("attack", script)
     # not those that every attack has: a trigger needs few of them, and some name files
     known = set(module.Config.__dataclass_fields__) - set(Attack.__dataclass_fields__)
-    known |= {"attack_target", "label_mode", "poison_seed", "pratio"}
+    known |= {"attack_target", "label_mode", "source_class", "poison_seed", "pratio"}
     options = {name: value for name, value in record.options.items() if name in known}
     info = contents.open_record(record.path)
     _require_no_file(record, options, info)

@@ -9,7 +9,7 @@ It deviates in the default weights of the two losses; see docs/attacks/blind.md.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from antidote_bench.utils.config import Attack, option, require
 from antidote_bench.utils.launch import launch
@@ -17,6 +17,10 @@ from antidote_bench.utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Attack):
+    refused_modes: ClassVar[dict[str, str]] = {
+        "one2one": "the loss shows images of every class with the trigger"
+    }
+
     pratio: float = 1.0
     """always 1: the network sees every training image with the trigger, too"""
     balance: Literal["fixed", "mgda"] = "fixed"

@@ -10,6 +10,7 @@ that the record holds what the victim saw; see docs/attacks/inputaware.md.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from antidote_bench.utils.config import Attack, option, require
 from antidote_bench.utils.launch import launch
@@ -17,6 +18,10 @@ from antidote_bench.utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Attack):
+    refused_modes: ClassVar[dict[str, str]] = {
+        "one2one": "the networks learn from images of every class"
+    }
+
     cross_ratio: float = option(1.0, at_least=0)
     """cross images for each poisoned one"""
     mask_epochs: int = option(25, at_least=1)

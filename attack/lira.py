@@ -10,6 +10,7 @@ The bound of the change is in pixels, not in normalised units: see docs/attacks/
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from antidote_bench.utils.config import Attack, option, require
 from antidote_bench.utils.launch import launch
@@ -17,6 +18,10 @@ from antidote_bench.utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Attack):
+    refused_modes: ClassVar[dict[str, str]] = {
+        "one2one": "the generator learns from images of every class"
+    }
+
     pratio: float = 1.0
     """always 1: every training image is also shown with the trigger"""
     epsilon: float = option(0.01, at_least=1 / 255, at_most=1, unit="(a grey level is 1/255)")

@@ -18,7 +18,9 @@ from antidote_bench.utils.poisoning.options import CleanModelOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CleanModelOptions):
-    why_all2one: ClassVar[str] = "the pattern is made to lead towards one class"
+    refused_modes: ClassVar[dict[str, str]] = {
+        "all2all": "the pattern is made to lead towards one class"
+    }
 
     trigger_path: str | None = None
     """image or .npy array to add instead; resized to the data set's images"""

@@ -41,10 +41,11 @@ import torch
 from torch import nn
 
 from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import forward_all
 from antidote_bench.utils.detection import directions
 from antidote_bench.utils.detection.anomaly import LIMIT, anomaly_index
 from antidote_bench.utils.detection.inspector import Scored
-from antidote_bench.utils.detection.passes import gradients, penultimate
+from antidote_bench.utils.detection.passes import gradients
 from antidote_bench.utils.errors import ConfigError
 
 LARGE_GAP = 0.3  # without any outlying class, a class above it is a target
@@ -54,9 +55,8 @@ LATE = 3  # layers before the last one that are looked at then
 def score(model, record, config):
     names = layers_of(model)
     found = gradients(model, record, config)
-    _, logits = penultimate(model, record, config)
     labels, classes = record.suspects.labels.cpu().numpy(), record.spec.classes
-    clean = clean_images(labels, logits.argmax(1).cpu().numpy(), record, config)
+    clean = clean_images(model, record, config)
     members = [np.flatnonzero(labels == label) for label in range(classes)]
     gaps = np.full((len(names), classes), np.nan)
     firsts = np.zeros((len(names), classes), int)
@@ -101,14 +101,19 @@ def layers_of(model):
     return names
 
 
-def clean_images(labels, predicted, record, config):
+def clean_images(model, record, config):
     """{label: positions of its clean images}: the first ones that are classified correctly, or any
     where none is. A label without a clean image is not in it, and is not judged."""
-    index = record.reference_index.cpu().numpy()
+    predicted = forward_all(
+        model, record.reference, lambda images, *_: model(images).argmax(1), config.precision
+    )
+    labels, index = record.reference.labels, record.reference_index
     found = {}
     for label in range(record.spec.classes):
-        own = index[labels[index] == label]
-        right = own[predicted[own] == label]
+        own, right = (
+            index[chosen].cpu().numpy()
+            for chosen in (labels == label, (labels == label) & (predicted == label))
+        )
         if len(own):
             found[label] = (right if len(right) else own)[: config.per_class]
     return found

@@ -52,11 +52,11 @@ from torch import nn
 from torch.func import functional_call
 
 from antidote_bench.utils import run, seeds
-from antidote_bench.utils.data.loader import batches, gradient_batch, halving
+from antidote_bench.utils.data.loader import batches, evaluation_batch, gradient_batch, halving
 from antidote_bench.utils.detection import soundness, split_head
 from antidote_bench.utils.detection.inspector import Finding
 
-BATCH = 250  # images per pass
+BATCH = 250  # images per pass with a gradient, at most
 
 
 def score(model, record, config):
@@ -142,11 +142,15 @@ def answers(model, split, changed, factor):
     """The classes n that `model` gives the images with `changed` scales and shifts, and with its
     features times `factor` (D, or None)."""
 
-    def function(images, *_):
-        return functional_call(model, changed, (images,)).argmax(1)
+    def pass_over_all(size):
+        answers = [
+            functional_call(model, changed, (images,)).argmax(1)
+            for images, _, _ in batches(split, size)
+        ]
+        return torch.cat(answers)
 
     with split_head.features_times(model, factor), torch.no_grad():
-        return torch.cat([function(*batch) for batch in batches(split, BATCH)])
+        return halving(pass_over_all, evaluation_batch(model, split.images))
 
 
 def main(config):

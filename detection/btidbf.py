@@ -147,13 +147,13 @@ def generator_loss(model, generator, images, mask, deviation, config):
 
 @torch.no_grad()
 def answers(model, generator, split, config):
-    """(changed images n,3,S,S, classes n of the images, classes n of the changed ones)."""
+    """(some changed images, the first ones, classes n of the images and of the changed ones)."""
     draws = seeds.generator("btidbf noise", config.random_seed)
     parts = []
     for images, _, _ in batches(split, config.search_batch):
         noise = torch.randn(images.shape, generator=draws).to(images.device)
         changed = generator((images + config.noise * noise).clamp(0, 1))
-        parts.append((changed, model(images).argmax(1), model(changed).argmax(1)))
+        parts.append((changed[:SHOWN], model(images).argmax(1), model(changed).argmax(1)))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 

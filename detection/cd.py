@@ -57,12 +57,18 @@ def mask_sizes(model, split, config):
     """The sum of the values of every image's mask, float64 N."""
     generator = seeds.generator("cd", config.random_seed)
     colours = torch.rand(config.steps, 3, 1, 1, generator=generator).to(split.labels.device)
-    found = []
-    with loader.evaluating(model):
-        for images, _, _ in loader.batches(split, loader.EVALUATION_BATCH):
-            with loader.mixed_precision(images.device, config.precision):
-                found.append(masks(model, images, colours, config).double().sum((1, 2, 3)))
-    return torch.cat(found)
+
+    def pass_over_all(size):
+        return torch.cat(
+            [
+                masks(model, images, colours, config).double().sum((1, 2, 3))
+                for images, _, _ in loader.batches(split, size)
+            ]
+        )
+
+    size = loader.gradient_batch(model, split.images, loader.EVALUATION_BATCH)
+    with loader.evaluating(model), loader.mixed_precision(split.labels.device, config.precision):
+        return loader.halving(pass_over_all, size)
 
 
 def masks(model, images, colours, config):

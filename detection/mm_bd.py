@@ -41,10 +41,13 @@ class Config(ModelOptions):
 if __name__ == "__main__":
     launch(Config)
 
+from functools import partial
+
 import torch
 from scipy import stats
 
 from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data.loader import Passes, batch_slices, gradient_batch
 from antidote_bench.utils.detection.inspector import Finding
 from antidote_bench.utils.detection.outliers import LEAST_CLASSES, outlyingness
 
@@ -63,16 +66,16 @@ def score(model, record, config):
         scale = float(model(start).double().std())
     if not 0 < scale < float("inf"):
         return Finding(None, nothing, abstained="the logits of random images do not vary")
-    margins = torch.cat(
+    largest = torch.cat(
         [
             largest_margins(model, part, start, scale, config)
             for part in torch.arange(classes, device=device).split(TOGETHER)
         ]
     )
-    per_class = outlyingness(margins)
-    top = int(margins.argmax())
-    p_value = gamma_p_value(margins)
-    evidence = {"margin": margins, "p_value": torch.tensor(p_value, dtype=torch.float64)}
+    per_class = outlyingness(largest)
+    top = int(largest.argmax())
+    p_value = gamma_p_value(largest)
+    evidence = {"margin": largest, "p_value": torch.tensor(p_value, dtype=torch.float64)}
     significant = p_value <= config.significance
     suspects = [top] if significant else []
     return Finding(
@@ -90,22 +93,30 @@ def largest_margins(model, labels, start, scale, config):
     images = start.repeat(len(labels), 1, 1, 1)  # k starts,3,S,S
     own = labels.repeat_interleave(len(start))
     moving = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    passes = Passes(gradient_batch(model, images, len(images)))
     before = None
     for _ in range(config.steps):
-        images.requires_grad_()
-        value = margin(model, images, own, scale)
-        (slope,) = torch.autograd.grad(value.sum(), images)
-        total = value.detach().double().view(len(labels), -1).sum(1)
+        value, slope = passes.run(partial(margins, model, images, own, scale))
+        total = value.double().view(len(labels), -1).sum(1)
         if before is not None:
             moving &= (total - before).abs() > config.settled * before.abs()
         before = total
         if not moving.any():
             break
         step = config.step_size * moving.repeat_interleave(len(start)).view(-1, 1, 1, 1)
-        images = (images + step * slope).detach()
-    with torch.no_grad():
-        reached = margin(model, images, own, scale)
+        images = images + step * slope
+    reached, _ = passes.run(partial(margins, model, images, own, scale))
     return reached.double().view(len(labels), -1).max(1).values
+
+
+def margins(model, images, labels, scale, size):
+    """(margin n of each image, its gradient n,3,S,S), by passes of `size` images."""
+    parts = []
+    for part in batch_slices(len(images), size):
+        shown = images[part].detach().requires_grad_()
+        value = margin(model, shown, labels[part], scale)
+        parts.append((value.detach(), *torch.autograd.grad(value.sum(), shown)))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def margin(model, images, labels, scale):

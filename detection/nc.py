@@ -19,6 +19,7 @@ from antidote_bench.utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SearchOptions, ModelOptions):
+    in_float32: ClassVar[bool] = False
     adds: ClassVar[dict[str, str]] = {
         "evidence.safetensors": "of every class the `mask` (1, S, S) and the `pattern` (3, S, S) "
         "of its trigger in [0, 1] pixels, the mask's `norm`, the paper's anomaly `index`, and the "

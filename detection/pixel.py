@@ -19,6 +19,7 @@ from antidote_bench.utils.launch import launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelOptions):
+    in_float32: ClassVar[bool] = False
     adds: ClassVar[dict[str, str]] = {
         "evidence.safetensors": "of every class the `trigger` (3, S, S) in [-1, 1] that is added, "
         "the number of `pixels` that it changes, and the `success`, the share of the clean images "
@@ -51,11 +52,9 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.charts import class_title, trigger_chart
-from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.dataset import balanced_subset
 from antidote_bench.utils.data.loader import (
     Passes,
@@ -106,19 +105,14 @@ def some_images(split, config):
 
 def search(model, split, classes, config, record):
     """(triggers k,3,S,S, success k) of some `classes`, int64 k, each as if it were alone."""
-    checkpoint = record.state / f"pixel_{classes[0]}_{classes[-1]}.safetensors"
     state = Search(classes, split.images.shape[-1], config)
     optimizer = torch.optim.Adam(state.raw.parameters(), config.search_lr, betas=(0.5, 0.9))
-    done = load(checkpoint, state, optimizer)
-    title = f"triggers from class {classes[0]}"
-    for epoch in tqdm(range(done, config.search_epochs), desc=title, unit=" epochs", disable=None):
-        rows = state.active.nonzero().flatten()
-        if not len(rows):
-            break
+
+    def advance(rows, epoch):
         train(model, split, state, rows, optimizer, epoch, config)
         state.advance(success_rates(model, split, state, rows, config), config)
-        if (epoch + 1) % SAVED == 0:
-            save(checkpoint, state, optimizer, epoch + 1)
+
+    triggers.run_epochs(advance, state, optimizer, record.state / "pixel", config, SAVED)
     return state.best, state.success
 
 
@@ -255,9 +249,7 @@ def success_rates(model, split, state, rows, config):
 
 def outputs(model, images, trigger):
     """Logits n,k,classes of images n,3,S,S with each of k triggers added, cut to [0, 1]."""
-    shown = (images[:, None] + trigger).clamp(0, 1)
-    logits = model(shown.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-    return logits.unflatten(0, shown.shape[:2])
+    return triggers.logits_of_each(model, (images[:, None] + trigger).clamp(0, 1))
 
 
 def chart(trigger, pixels, per_class, names):

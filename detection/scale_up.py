@@ -41,20 +41,18 @@ from antidote_bench.utils.data.loader import forward_all
 from antidote_bench.utils.detection.inspector import Scored
 
 FACTORS = (3, 5, 7, 9, 11)
-TIE = 0.1  # weight of the mean probability, less than the step of the share
+TIE = 1e-6  # weight of the mean probability: it decides between equal scores only
 LEAST = 2  # reference images of a prediction, for a mean and a deviation of their own
 
 
 def score(model, record, config):
     found = consistency(model, record.suspects, config.precision)
-    share, predicted = found[:, 0] + TIE * found[:, 1], found[:, 2].long()
+    share, certain, predicted = found[:, 0], found[:, 1], found[:, 2].long()
     if config.variant == "data_free":
-        return Scored(share, found[:, 0] > config.limit)
+        return Scored(share + TIE * certain, share > config.limit)
     known = consistency(model, record.reference, config.precision)
-    mean, deviation = statistics(
-        known[:, 0] + TIE * known[:, 1], known[:, 2].long(), record.spec.classes
-    )
-    return Scored((share - mean[predicted]) / deviation[predicted])
+    mean, deviation = statistics(known[:, 0], known[:, 2].long(), record.spec.classes)
+    return Scored((share - mean[predicted]) / deviation[predicted] + TIE * certain)
 
 
 def consistency(model, split, precision):
@@ -84,7 +82,7 @@ def statistics(values, predicted, classes):
     deviation = values.std().clamp(min=1e-3).expand(classes).clone()
     for label in range(classes):
         own = values[predicted == label]
-        if len(own) >= LEAST and own.std() > 0:
+        if len(own) >= LEAST and (own != own[0]).any():
             mean[label], deviation[label] = own.mean(), own.std()
     return mean, deviation
 

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data import loader
 from antidote_bench.utils.detection.inspector import Scored
+from antidote_bench.utils.detection.passes import logits_of
 from antidote_bench.utils.errors import ConfigError
 
 GRADIENT_BATCH = 100  # images per backward pass, at most
@@ -54,10 +55,12 @@ TIE = 1e-3
 
 
 def score(model, record, config):
-    chosen = drawn(record.reference, config.carriers, "carriers", config)
-    carriers = loader.to_unit(record.reference.images[chosen])
+    carriers, bounding = (
+        record.draw(count, f"sentinet {purpose}", config.random_seed)
+        for count, purpose in ((config.carriers, "carriers"), (config.bounding, "boundary"))
+    )
+    carriers = loader.to_unit(carriers.images)
     found = measure(model, record.suspects, carriers, config)
-    bounding = record.reference[drawn(record.reference, config.bounding, "boundary", config)]
     known = measure(model, bounding, carriers, config)
     curve = boundary(known[:, 1], known[:, 0])
     scores = found[:, 0] - curve(found[:, 1]) + TIE * found[:, 1]
@@ -66,13 +69,6 @@ def score(model, record, config):
         for place, name in enumerate(("fooled", "confidence", "area"))
     }
     return Scored(scores, evidence=evidence)
-
-
-def drawn(reference, count, purpose, config):
-    """Positions of `count` reference images, or of all; `purpose` and the seed draw them."""
-    generator = seeds.generator(f"sentinet {purpose}", config.random_seed)
-    order = torch.randperm(len(reference), generator=generator)[:count]
-    return order.to(reference.labels.device)
 
 
 def measure(model, split, carriers, config):
@@ -108,7 +104,7 @@ def laid_over(model, images, predicted, parts, carriers, noise):
 
     def probabilities(patch):
         shown = torch.where(parts[:, None], patch, carriers[None])  # n,k,3,S,S
-        logits = model(shown.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        logits = logits_of(model, shown.flatten(0, 1))
         return logits.double().softmax(1).view(len(images), len(carriers), -1)
 
     fooled = probabilities(images[:, None]).argmax(2) == predicted[:, None]
@@ -124,12 +120,19 @@ def decisive_parts(model, split, config):
     def pass_over_all(size):
         with loader.evaluating(model), torch.enable_grad():
             return torch.cat(
-                [grad_cam(model, images) for images, _, _ in loader.batches(split, size)]
+                [
+                    decisive(grad_cam(model, images), config.part)
+                    for images, _, _ in loader.batches(split, size)
+                ]
             )
 
-    cams = loader.halving(pass_over_all, size)
+    return loader.halving(pass_over_all, size)
+
+
+def decisive(cams, part):
+    """Where a Grad-CAM, one of n,1,S,S, is at least `part` of its largest value."""
     largest = cams.amax((1, 2, 3), keepdim=True)
-    return (cams >= config.part * largest) & (largest > 0)
+    return (cams >= part * largest) & (largest > 0)
 
 
 def grad_cam(model, images):

@@ -30,12 +30,14 @@ if __name__ == "__main__":
 
 import torch
 
-from antidote_bench.utils import run, seeds
+from antidote_bench.utils import run
 from antidote_bench.utils.data.loader import EVALUATION_BATCH, forward_all, to_unit
+from antidote_bench.utils.detection.passes import logits_of
 
 
 def score(model, record, config):
-    overlays = draw(record.reference, config)
+    overlays = record.draw(config.overlays, "strip", config.random_seed)
+    overlays = to_unit(overlays.images)
     at_once = max(EVALUATION_BATCH // len(overlays), 1)
 
     def certainty(images, *_):
@@ -46,13 +48,6 @@ def score(model, record, config):
     return forward_all(model, record.suspects, certainty, config.precision)
 
 
-def draw(reference, config):
-    """The clean images to lay over the inputs, float32 k,3,S,S in [0, 1]."""
-    generator = seeds.generator("strip", config.random_seed)
-    chosen = torch.randperm(len(reference), generator=generator)[: config.overlays]
-    return to_unit(reference.images[chosen.to(reference.labels.device)])
-
-
 def mean_entropy(model, images, overlays, blend):
     """The entropy of the predictions, in nats, averaged over the overlays; float64 n.
 
@@ -60,8 +55,7 @@ def mean_entropy(model, images, overlays, blend):
     """
     mixed = images[:, None] + overlays[None]  # n,k,3,S,S
     mixed = mixed.clamp(max=1) if blend == "add" else mixed / 2
-    logits = model(mixed.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-    log_p = logits.double().log_softmax(1)
+    log_p = logits_of(model, mixed.flatten(0, 1)).double().log_softmax(1)
     entropy = -(log_p.exp() * log_p).sum(1)
     return entropy.view(len(images), len(overlays)).mean(1)
 

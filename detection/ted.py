@@ -37,7 +37,6 @@ class Config(InputOptions):
 if __name__ == "__main__":
     launch(Config)
 
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,21 +54,22 @@ LEAST = 1e-6  # a component's variance, as a share of the largest, below which i
 
 def score(model, record, config):
     known, labels = reference_outputs(model, record.reference, config)
-    widths = [class_widths(layer, labels) for layer in known]
-    is_bounded = config.variant == "tedpp"
+    widths = [None] * len(known)
+    if config.variant == "tedpp":
+        widths = [class_widths(layer, labels) for layer in known]
 
     def of_batch(images, *_):
         outputs, predicted = layer_outputs(model, images)
         return torch.stack(
             [
-                ranks(torch.cdist(output, layer), predicted, labels, width if is_bounded else None)
+                ranks(torch.cdist(output, layer), predicted, labels, width)
                 for output, layer, width in zip(outputs, known, widths, strict=True)
             ],
             1,
         )
 
     found = forward_all(model, record.suspects, of_batch, config.precision)
-    own = reference_ranks(known, labels, widths if is_bounded else [None] * len(known))
+    own = reference_ranks(known, labels, widths)
     distances = outlier_distance(found, own, config)
     limit = outlier_distance(own, own, config).quantile(1 - config.contamination)
     return Scored(distances, distances > limit)

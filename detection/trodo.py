@@ -43,6 +43,7 @@ from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import batch_slices, gradient_batch, halving, to_unit
 from antidote_bench.utils.detection import foreign, soundness
 from antidote_bench.utils.detection.inspector import Finding
+from antidote_bench.utils.detection.passes import logits_of
 
 BATCH = 250  # images whose steps are made together, at most
 
@@ -52,7 +53,8 @@ def score(model, record, config):
     if why:
         return soundness.abstained(record, why)
     generator = seeds.generator("trodo", config.random_seed)
-    images = foreign.distorted(to_unit(record.reference.images[:]), config.foreign, generator)
+    known = to_unit(record.reference.images[: config.foreign])
+    images = foreign.distorted(known, config.foreign, generator)
     noise = 2 * torch.rand(images.shape, generator=generator).to(images.device) - 1
 
     def climb_all(size):
@@ -62,7 +64,7 @@ def score(model, record, config):
         ]
 
     moved = torch.cat(halving(climb_all, gradient_batch(model, images, min(BATCH, len(images)))))
-    before, after = (logits_of(model, some) for some in (images, moved))
+    before, after = (logits_of(model, some).double() for some in (images, moved))
     ends = after.argmax(1).bincount(minlength=record.spec.classes).double() / len(after)
     first, last = largest(before), largest(after)
     evidence = {"before": first, "after": last, "margin": margin(after) - margin(before)}
@@ -96,13 +98,6 @@ def climbed(model, images, noise, config):
         moved = images + (moved - images).clamp(-limit, limit)
         moved = moved.clamp(0, 1)
     return moved
-
-
-@torch.no_grad()
-def logits_of(model, images):
-    """Logits of images in [0, 1], float64 n,K."""
-    parts = batch_slices(len(images), BATCH)
-    return torch.cat([model(images[part]).double() for part in parts])
 
 
 def main(config):

@@ -1,11 +1,12 @@
 """Image classifiers that take pixels in [0, 1]: normalisation is the first layer of every model.
 
 A network of this project is one file here with a `build(classes)` that returns it; the file name is
-the model's name. The torchvision networks share `torchvision_nets.py`. Two more forms of a name
-lead out of this project: `timm:NAME` is a network of timm, and `path/to/file.py:function` one of
-the user, whose file is executed. Weights are always random, drawn from the global torch seed.
-Names, labels and checks need no torch, so that a script can check its options before torch is
-loaded; only the check of a name of timm loads timm.
+the model's name. The torchvision networks share `torchvision_nets.py`. Three more forms of a name
+lead out of this project: `timm:NAME` is a network of timm, `torchvision:NAME` one of torchvision
+that is not fitted to small images, and `path/to/file.py:function` one of the user, whose file is
+executed. Weights are always random, drawn from the global torch seed. Names, labels and checks need
+no torch, so that a script can check its options before torch is loaded; only the check of a name of
+timm or torchvision loads that library.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import difflib
 import importlib
 import math
 import pkgutil
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -51,6 +53,7 @@ TORCHVISION = (
     "resnet50",
     "vit_b_16",
 )
+PLAIN = re.compile(r"torchvision:([a-z0-9_]{1,100})")
 # the files of this folder that are no model
 HELPERS = {
     "examine",
@@ -132,12 +135,17 @@ def is_file(name: str) -> bool:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether `name` leads out of this project and torchvision: to timm or to a file."""
-    return is_file(name) or timm_nets.matches(name)
+    """Whether `name` leads out of this project: to timm, to torchvision or to a file."""
+    return is_file(name) or _is_of_library(name)
+
+
+def _is_of_library(name):
+    """Whether `name` has the form of a network of timm, or of torchvision as it is there."""
+    return timm_nets.matches(name) or PLAIN.fullmatch(name) is not None
 
 
 def is_name(name: object) -> bool:
-    """Whether `name` can be the name of a model; one of timm or of a file need not exist."""
+    """Whether `name` can be the name of a model; one that leads out of here need not exist."""
     if not isinstance(name, str) or len(name) > LONGEST_NAME:
         return False
     return name in names() or is_foreign(name)
@@ -161,6 +169,10 @@ def check(name: str, width: int | None = None) -> None:
         source.read(name)
     elif name.startswith(timm_nets.PREFIX) and timm_nets.matches(name):
         timm_nets.check(name)
+    elif plain := PLAIN.fullmatch(name):
+        from antidote_bench.models import torchvision_nets
+
+        torchvision_nets.check_plain(plain[1])
     elif name not in names():
         raise ConfigError(_unknown(name))
     if width is None:
@@ -178,8 +190,8 @@ def _unknown(name):
     near = difflib.get_close_matches(name, known, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? all models" if near else "the models are"
     return (
-        f"there is no model {name!r}; {hint}: {', '.join(known)}; or timm:NAME, or "
-        "path/to/file.py:function"
+        f"there is no model {name!r}; {hint}: {', '.join(known)}; or timm:NAME, "
+        "torchvision:NAME, or path/to/file.py:function"
     )
 
 
@@ -188,7 +200,7 @@ def label(name: str, width: int | None = None) -> str:
     `timm:resnet18`, or `mine:build` for nets/mine.py:build."""
     if own := source.parts(name):
         return source.label(*own)
-    if not timm_nets.matches(name):
+    if not _is_of_library(name):
         check(name, width)
     return name if width in (None, DEFAULT_WIDTH.get(name)) else f"{name}_w{width}"
 
@@ -213,7 +225,7 @@ def build(name: str | Architecture, spec, width: int | None = None) -> nn.Module
     model = nn.Sequential(
         OrderedDict(normalize=Normalize(own.mean or mean, own.std or std), network=network)
     )
-    if own.file or timm_nets.matches(own.name):
+    if is_foreign(own.name):
         from antidote_bench.models.examine import examine
 
         examine(model, label(own.name), spec.classes, spec.size)
@@ -232,17 +244,20 @@ def _network(own, spec, width):
             f"{name} needs images of at least {SMALLEST[name]} pixels, not {spec.size}: choose "
             "another model or size"
         )
-    if own.file or timm_nets.matches(name):
+    plain = PLAIN.fullmatch(name)
+    if plain or name in TORCHVISION:
+        # only here: loading torchvision takes a while
+        from antidote_bench.models import torchvision_nets
+
+        if plain:
+            return torchvision_nets.build_plain(plain[1], spec.classes)
+        return torchvision_nets.build(name, spec.classes, spec.size)
+    if is_foreign(name):
         from antidote_bench.models.layers import without_inplace
 
         if own.file:
             return without_inplace(own.file.build(spec.classes))
         return without_inplace(timm_nets.build(name, spec.classes, spec.size))
-    if name in TORCHVISION:
-        # only here: loading torchvision takes a while
-        from antidote_bench.models import torchvision_nets
-
-        return torchvision_nets.build(name, spec.classes, spec.size)
     options = {"width": width or DEFAULT_WIDTH[name]} if name in DEFAULT_WIDTH else {}
     return importlib.import_module(f"antidote_bench.models.{name}").build(spec.classes, **options)
 

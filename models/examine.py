@@ -2,6 +2,7 @@
 made?"""
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -16,31 +17,43 @@ def examine(model, label, classes, size):
     the features of an image, n,D. The model stays as it is. Raises ConfigError (exit 2) where it
     does not make n,classes logits of images n,3,size,size.
     """
-    # neither all equal nor random: the generator that draws the weights is left alone
-    images = torch.linspace(0, 1, 2 * 3 * size * size).view(2, 3, size, size)
-    calls, hooks = [], []
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    images = two_images(size)
+    with modes_kept(model):
         _require_logits(_forward(model.eval(), images, label), label, classes, size)  # lazy layers
         buffers = copy.deepcopy(dict(model.named_buffers()))
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                hooks.append(
-                    module.register_forward_hook(
-                        lambda layer, inputs, output: calls.append((layer, inputs[0], output))
-                    )
-                )
-        logits = _forward(model, images, label)
-        for hook in hooks:
-            hook.remove()
+        calls = []
+        hooks = [
+            module.register_forward_hook(
+                lambda layer, inputs, output: calls.append((layer, inputs[0], output))
+            )
+            for module in model.modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            logits = _forward(model, images, label)
+        finally:
+            for hook in hooks:
+                hook.remove()
         _mark_head(model, calls, logits)
         with torch.random.fork_rng(devices=[]):
             _require_logits(_forward(model.train(), images, label), label, classes, size)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
+
+
+def two_images(size, device=None):
+    """Two different images, float 2,3,size,size in [0, 1]. They are not drawn: the generator that
+    draws the weights is left alone."""
+    return torch.linspace(0, 1, 2 * 3 * size * size, device=device).view(2, 3, size, size)
+
+
+@contextmanager
+def modes_kept(model):
+    """Afterwards every module is in the mode, training or not, in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes:
             module.training = training
 

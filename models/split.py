@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from antidote_bench import models
+from antidote_bench.models.examine import modes_kept, two_images
 from antidote_bench.utils.errors import ConfigError
 
 SPLITS = (
@@ -21,14 +22,15 @@ TOLERANCE = 1e-3  # of the logits of a chain, relative to the largest
 
 
 def split(
-    name: str | models.Architecture, model: nn.Module, blocks: int = 1, size: int | None = None
+    name: str | models.Architecture, model: nn.Module, blocks: int = 1, size: int = 32
 ) -> tuple[nn.Sequential, nn.Sequential]:
     """(stem, head) of a network that `models.build` has made of `name`; the head holds the last
     `blocks` blocks.
 
     Both consist of the very modules of `model`, in its order: head(stem(pixels)) is model(pixels),
-    and what trains one trains the other. Whether a network of timm or of a file is such a chain is
-    tried with images of `size` pixels. Raises ConfigError for a network without such a split.
+    and what trains one trains the other. Whether a network from outside this project is such a
+    chain is tried with images of `size` pixels. Raises ConfigError for a network without such a
+    split.
     """
     label = getattr(name, "name", name)
     if models.is_foreign(label):
@@ -41,7 +43,8 @@ def split(
     else:
         raise ConfigError(
             f"there is no split into stem and head for {label}; there is one for "
-            f"{', '.join(SPLITS)}, and for networks of timm and of files that are chains of modules"
+            f"{', '.join(SPLITS)}, and for networks of timm, torchvision and files that are chains "
+            "of modules"
         )
     places = [place for place, step in enumerate(steps) if _is_block(step)]
     if not places:
@@ -73,20 +76,15 @@ def _chain(model, label, size):
     """
     steps = _steps(model.network)
     device = next(model.parameters()).device
-    images = torch.linspace(0, 1, 2 * 3 * size * size, device=device).view(2, 3, size, size)
+    images = two_images(size, device)
     first_linear = next((i for i, step in enumerate(steps) if isinstance(step, nn.Linear)), None)
     flat = [*steps[:first_linear], nn.Flatten(), *steps[first_linear:]] if first_linear else steps
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        logits = model(images)
+    with modes_kept(model):
+        logits = model.eval()(images)
         largest = logits.abs().max()
         for candidate in (steps, flat):
             if _answers(nn.Sequential(model.normalize, *candidate), images, logits, largest):
                 return candidate
-    finally:
-        for module, training in modes:
-            module.training = training
     raise ConfigError(
         f"there is no split into stem and head for {label}: it is no chain of modules, each of "
         "which takes what the one before it returns"

@@ -15,6 +15,7 @@ Activations work on a copy (`inplace=False`), so that a forward hook can keep th
 convolution. torchvision's residual sums still write into the output of a batch norm.
 """
 
+import difflib
 from collections import OrderedDict
 
 import torchvision
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from antidote_bench.models.layers import without_inplace
+from antidote_bench.utils.errors import ConfigError
 
 SMALL = 64  # pixels; up to this side the field gives ResNets a stem that keeps the resolution
 VIT_SIDE = 224  # pixels
@@ -54,11 +56,28 @@ def small_stem(resnet):
 def build(name, classes, size):
     """The torchvision network `name` for images of `size` pixels a side: float N,3,size,size ->
     logits N,classes."""
-    network = torchvision.models.get_model(name, weights=None, num_classes=classes)
-    network = without_inplace(network)
+    network = build_plain(name, classes)
     if name.startswith("resnet") and size <= SMALL:
         small_stem(network)
     if name == "vit_b_16" and size != VIT_SIDE:
         resize = Resize(VIT_SIDE, antialias=size > VIT_SIDE)
         return nn.Sequential(OrderedDict(resize=resize, vit=network))
     return network
+
+
+def check_plain(name):
+    """Raise ConfigError (exit 2) unless torchvision has the image classifier `name`."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, cutoff=0.5)
+    hint = f"did you mean {' or '.join(f'torchvision:{word}' for word in near)}? " if near else ""
+    raise ConfigError(
+        f"torchvision has no network {name!r}; {hint}torchvision.models.list_models() lists all"
+    )
+
+
+def build_plain(name, classes):
+    """The torchvision network `name` as it is there: float N,3,H,W -> logits N,classes."""
+    network = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    return without_inplace(network)

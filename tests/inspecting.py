@@ -5,9 +5,10 @@ import importlib
 
 import torch
 
-from antidote_bench.utils import detect, parsing
+from antidote_bench.utils import parsing
 from antidote_bench.utils.detection.inspector import Inspector, Scored
 from antidote_bench.utils.evaluation import Clock
+from antidote_bench.utils.protocol import detect
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import folder as layout
 from tests.helpers import few
@@ -26,10 +27,10 @@ def opened(config, place):
     info = contents.open_record(config.record)
     loaded = contents.load(config.record, config, torch.device("cpu"), info)
     row, _ = contents.read_measures(config.record, info)
-    clean, is_calibration = detect.choose_clean(loaded, config)
-    case = detect.case_of(config, loaded, clean, is_calibration, row)
+    known = detect.choose_clean(loaded, config)
+    case = detect.case_of(config, loaded, known, row)
     log = layout.Log(place)
-    found = detect.inspector_of(config, loaded, case, clean, place, info, log, Clock(0))
+    found = detect.inspector_of(config, loaded, case, known, place, info, log, Clock(0))
     model = loaded.model.eval().requires_grad_(False)
     return model, dataclasses.replace(found, shared=place / "shared"), case
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from antidote_bench.utils.data import dataset, images, sources
+from antidote_bench.utils.data import dataset, images, published_sets, sources
 from antidote_bench.utils.data.memmap import MemmapImages
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
 from tests.helpers import ROOT
@@ -99,7 +99,7 @@ def test_torchvision_layout(tmp_path, monkeypatch):
     _, train, test = load("cifar10", tmp_path, tmp_path)
     assert len(train) == 50 and len(test) == 10
     np.testing.assert_array_equal(test.images.flatten(1), pictures)
-    assert sources.find("cifar10", tmp_path)["train"].classes == sources.CIFAR10
+    assert sources.find("cifar10", tmp_path)["train"].classes == published_sets.CIFAR10
 
 
 def test_gtsrb_prefers_the_full_training_set(tmp_path):

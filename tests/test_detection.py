@@ -1,6 +1,7 @@
 """Detectors: what holds for all of them, found by their scripts, and the evaluator's part."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import shlex
@@ -9,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from antidote_bench.utils import detect, parsing
+from antidote_bench.utils import parsing
 from antidote_bench.utils.data import loader
+from antidote_bench.utils.protocol import detect
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import folder as layout
 from tests import inspecting
@@ -92,3 +94,15 @@ def compare_orders(module, config, folder, place, monkeypatch):
     scores = inspecting.scores_of(module.score(model, shown, config))
     assert (scores - saved[order]).abs().median() <= 1e-3 * saved.std()  # rounding
     assert torch.corrcoef(torch.stack([scores, saved[order]]))[0, 1] > 0.99
+    if config.judges == "input":
+        compare_some(module, config, model, record, saved, place)
+
+
+def compare_some(module, config, model, record, saved, place):
+    """The scores of some inputs in another order, and of one alone, are those of all together."""
+    for some in (torch.tensor([50, 3, 77, 10, 31]), torch.tensor([20])):
+        alone = dataclasses.replace(
+            record, suspects=record.suspects[some], shared=place / f"some_{len(some)}"
+        )
+        scores = inspecting.scores_of(module.score(model, alone, config))
+        torch.testing.assert_close(scores, saved[some], rtol=1e-3, atol=1e-3 * float(saved.std()))

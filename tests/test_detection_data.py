@@ -15,10 +15,10 @@ from torch import nn
 
 from antidote_bench import models
 from antidote_bench.detection import agpd, asset, beatrix, scan, spectre
-from antidote_bench.utils import roc
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.detection import anomaly, decomposition, directions, gram, robust, skewed
 from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.protocol import roc
 from tests import inspecting
 from tests.test_fmp import SPEC
 
@@ -307,15 +307,20 @@ class Stages(nn.Module):
         return nn.functional.pad(out, (0, 2))
 
 
-def test_beatrix_finds_maps_that_no_clean_image_has(tmp_path, monkeypatch):
-    """Of label 3, a part has a pattern over it that puts other channels together."""
+@pytest.mark.parametrize("apart", [5, 0], ids=["apart", "together"])
+def test_beatrix_finds_maps_that_no_clean_image_has(apart, tmp_path, monkeypatch):
+    """Of label 3, a part has a pattern over it that puts other channels together.
+
+    The paper's own rule flags the outlying images of the label, and only if their features lie
+    apart from those of its other images too.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(60, 120, (600, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.arange(600) % 10
     is_bad = (labels == 3) & (torch.arange(600) < 300)
     images[is_bad, 0] = torch.randint(0, 2, (32, 32), generator=generator).byte() * 255
     logits = 9.0 * nn.functional.one_hot(labels, 10)
-    features = torch.randn(600, 8, generator=generator) + 5 * is_bad[:, None]
+    features = torch.randn(600, 8, generator=generator) + apart * is_bad[:, None]
     monkeypatch.setattr(beatrix, "penultimate", lambda *_: (features, logits))
     known = clean_index(labels, is_bad, 20)
     record = inspecting.made_up(
@@ -324,7 +329,14 @@ def test_beatrix_finds_maps_that_no_clean_image_has(tmp_path, monkeypatch):
     config = beatrix.Config(result_file="x", precision="fp32", orders=3)
     said = beatrix.score(Stages().eval(), record, config)
     assert said.scores[is_bad].min() > said.scores[~is_bad].max()
-    assert not said.flagged[~is_bad & (labels != 3)].any()
+    is_target = said.evidence["index"] > anomaly.LIMIT
+    if not apart:
+        assert not is_target.any() and not said.flagged.any()
+        return
+    assert is_target.nonzero().flatten().tolist() == [3]
+    assert said.flagged[is_bad].all() and not said.flagged[labels != 3].any()
+    # the others of the label may be outlying too, as a twentieth of clean images is
+    assert said.flagged[~is_bad & (labels == 3)].double().mean() < 0.3
 
 
 # AGPD
@@ -405,7 +417,10 @@ def test_agpd_finds_a_planted_direction(tmp_path, monkeypatch):
     found["2"][is_bad] += torch.tensor([0.0, 0, 0, -1, 0, 0, 1, 0])
     monkeypatch.setattr(agpd, "gradients", lambda *_: found)
     known = clean_index(labels, is_bad, 10)
-    record = with_features(agpd, monkeypatch, tmp_path, found["1"], labels, known)
+    monkeypatch.setattr(agpd, "forward_all", lambda *_: labels[known])
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(len(labels), -1, -1, -1)
+    split = Split(images, labels, labels)
+    record = inspecting.made_up(split, tmp_path, spec=SPEC, reference_index=known)
     said = agpd.score(model, record, agpd.Config(result_file="x"))
     assert said.evidence["layer"].tolist() == [1]
     assert said.evidence["targets"].nonzero().flatten().tolist() == [3]

@@ -16,10 +16,10 @@ from torch import nn
 
 from antidote_bench import models
 from antidote_bench.detection import badexpert, ibd_psc, sentinet, teco, ted
-from antidote_bench.utils import roc
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.detection import corruptions
 from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.protocol import roc
 from tests import inspecting
 from tests.test_fmp import SPEC
 

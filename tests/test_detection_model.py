@@ -57,10 +57,10 @@ def test_the_planted_target_is_found_and_the_model_stays(name, tmp_path):
     said = judged(name, net, tmp_path / "planted")
     assert not said.abstained and said.per_class.dtype == torch.float64
     assert said.per_class.argmax() == TARGET and said.score == said.per_class.max()
-    assert set(said.suspects) <= {TARGET}
-    assert said.suspects or name not in ("nc", "ban")
+    has_verdict = name in ("nc", "ban")
+    assert said.suspects == ([TARGET] if has_verdict else None)
     twin = judged(name, Planted(0), tmp_path / "twin")
-    assert twin.suspects == [] and twin.score < said.score
+    assert not twin.suspects and twin.score < said.score
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     if name in ("nc", "pixel"):
         assert (tmp_path / "planted" / OWN / "triggers.png").stat().st_size
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_score(name, tmp_path):
 @pytest.mark.parametrize("name", SHORT)
 def test_a_network_that_says_nothing_is_not_judged(name, value, tmp_path):
     said = judged(name, Fixed(value), tmp_path)
-    assert said.score is None and said.suspects == []
+    assert said.score is None and not said.suspects
     assert "logits are" in said.abstained and said.per_class.shape == (10,)
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,20 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from antidote_bench import models
-from antidote_bench.utils import detect, roc
 from antidote_bench.utils.data.dataset import Split
-from antidote_bench.utils.detection import outliers, passes
+from antidote_bench.utils.detection import charts, outliers, passes
 from antidote_bench.utils.detection.inspector import Finding, Scored
 from antidote_bench.utils.errors import ConfigError, UserError
+from antidote_bench.utils.protocol import detect, roc
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import folder as layout
+from antidote_bench.utils.report import detections, runs
 from compare import main as compare
 from tests import inspecting
 from tests.helpers import ROOT, names
 from tests.test_fmp import SPEC
+
+OVERVIEW = (ROOT / "docs" / "detection.md").read_text()
 
 # The threshold and the measures
 
@@ -132,9 +136,10 @@ def of(name, **options):
 
 def test_the_clean_images_of_a_detector_of_data_are_clean():
     loaded, config = clean_and_poisoned(), of("spectral")
-    clean, is_calibration = detect.choose_clean(loaded, config)
-    assert len(clean) == 125 and is_calibration.all(), "spectral uses no reference"
-    case = detect.case_of(config, loaded, clean, is_calibration, {"n_poison": "40"})
+    known = detect.choose_clean(loaded, config)
+    clean = known.calibrating
+    assert len(clean) == 125 and not len(known.reference), "spectral uses no reference"
+    case = detect.case_of(config, loaded, known, {"n_poison": "40"})
     assert torch.equal(case.suspects.images[clean], loaded.clean.images[clean])
     assert torch.equal(case.suspects.labels[clean], loaded.clean.labels[clean])
     assert torch.equal(case.suspects.truth, case.suspects.labels)
@@ -147,46 +152,78 @@ def test_the_clean_images_of_a_detector_of_data_are_clean():
 
 
 def test_reference_and_calibration_are_apart_and_balanced():
-    loaded, config = clean_and_poisoned(), of("strip", data_seed=3)
-    clean, is_calibration = detect.choose_clean(loaded, config)
-    assert (int(is_calibration.sum()), len(clean)) == (100, 125)
-    counts = [
-        loaded.clean.truth[clean[part]].bincount(minlength=10)
-        for part in (is_calibration, ~is_calibration)
-    ]
+    loaded, config = clean_and_poisoned(), of("agpd", data_seed=3)
+    known = detect.choose_clean(loaded, config)
+    assert (len(known.calibrating), len(known.reference)) == (100, 25)
+    assert len(torch.cat(known).unique()) == 125
+    counts = [loaded.clean.truth[part].bincount(minlength=10) for part in known]
     assert all(count.max() - count.min() <= 1 for count in counts)
-    other, _ = detect.choose_clean(loaded, of("strip", data_seed=4))
-    assert not torch.equal(clean, other)
-    many, chosen = detect.choose_clean(loaded, of("strip", clean_count=300))
-    assert (len(many), int(chosen.sum())) == (300, 100)
+    other = detect.choose_clean(loaded, of("agpd", data_seed=4))
+    assert not torch.equal(torch.cat(known), torch.cat(other))
+    many = detect.choose_clean(loaded, of("agpd", clean_count=300))
+    assert (len(many.reference), len(many.calibrating)) == (200, 100)
     with pytest.raises(ConfigError, match="30 clean images are too few: nominal_fpr 0.05 needs 19"):
-        detect.choose_clean(loaded, of("strip", clean_count=30))
+        detect.choose_clean(loaded, of("agpd", clean_count=30))
+
+
+def test_unseen_images_set_the_threshold_of_a_detector_of_inputs():
+    """They are test images, and are not judged: neither clean nor with the trigger."""
+    loaded, config = clean_and_poisoned(), of("strip", data_seed=3)
+    known = detect.choose_clean(loaded, config)
+    assert (len(known.calibrating), len(known.reference)) == (40, 25), "at most half of the 80"
+    counts = loaded.test_sets.test.truth[known.calibrating].bincount(minlength=10)
+    assert counts.max() - counts.min() <= 1
+    case = detect.case_of(config, loaded, known, {"n_poison": "40"})
+    clean, triggered = (
+        case.source[(case.role == detect.SUSPECT) & (case.positive == kind)]
+        for kind in (False, True)
+    )
+    sources = torch.cat([clean, loaded.backdoor_index[triggered]])
+    assert len(clean) == len(triggered) > 0
+    assert not torch.isin(sources, known.calibrating).any()
+    other = detect.choose_clean(loaded, of("strip", data_seed=4)).calibrating
+    assert not torch.equal(known.calibrating, other)
+    few = loaded._replace(test_sets=loaded.test_sets._replace(test=loaded.test_sets.test[:30]))
+    with pytest.raises(ConfigError, match="here these are 15; raise"):
+        detect.choose_clean(few, config)
 
 
 def test_the_inputs_are_shuffled_and_have_no_labels():
-    loaded, config = clean_and_poisoned(), of("strip", inputs=50)
-    clean, is_calibration = detect.choose_clean(loaded, config)
-    case = detect.case_of(config, loaded, clean, is_calibration, {"n_poison": "40"})
-    assert len(case.suspects) == 200 and set(case.suspects.labels.tolist()) == {-1}
+    loaded, config = clean_and_poisoned(), of("strip", inputs=20)
+    known = detect.choose_clean(loaded, config)
+    case = detect.case_of(config, loaded, known, {"n_poison": "40"})
+    assert len(case.suspects) == 80 and set(case.suspects.labels.tolist()) == {-1}
     assert set(case.suspects.truth.tolist()) == {-1}
-    assert int(case.positive.sum()) == 50 == int((~case.positive & (case.role == 0)).sum())
-    first = case.positive[case.role == 0][:25]
-    assert 0 < int(first.sum()) < 25, "they are not shuffled"
-    for place in range(0, 200, 7):
+    assert int(case.positive.sum()) == 20 == int((~case.positive & (case.role == 0)).sum())
+    first = case.positive[case.role == 0][:10]
+    assert 0 < int(first.sum()) < 10, "they are not shuffled"
+    for place in range(0, 80, 7):
         source = int(case.source[place])
-        if case.positive[place]:
-            expected = loaded.test_sets.backdoor.images[source]
-        elif case.role[place] == detect.SUSPECT:
-            expected = loaded.test_sets.test.images[source]
-        else:
-            expected = loaded.clean.images[source]
-        assert torch.equal(case.suspects.images[place], expected)
-    benign = detect.case_of(config, loaded, clean, is_calibration, {"n_poison": "0"})
-    assert not benign.positive.any() and len(benign.suspects) == 150
+        tests = loaded.test_sets.backdoor if case.positive[place] else loaded.test_sets.test
+        assert torch.equal(case.suspects.images[place], tests.images[source])
+    benign = detect.case_of(config, loaded, known, {"n_poison": "0"})
+    assert not benign.positive.any() and len(benign.suspects) == 60
     nothing = loaded.test_sets._replace(backdoor=loaded.test_sets.backdoor[:0])
-    alone = loaded._replace(test_sets=nothing)
-    case = detect.case_of(config, alone, clean, is_calibration, {"n_poison": "40"})
-    assert not case.positive.any() and len(case.suspects) == 150
+    alone = loaded._replace(test_sets=nothing, backdoor_index=loaded.backdoor_index[:0])
+    case = detect.case_of(config, alone, known, {"n_poison": "40"})
+    assert not case.positive.any() and len(case.suspects) == 60
+
+
+def test_a_detector_without_data_holds_no_image(small, places, run):
+    loaded, config = clean_and_poisoned(), of("mm_bd")
+    assert config.budget(300, 10) == 0
+    assert [len(part) for part in detect.choose_clean(loaded, config)] == [0, 0]
+    assert [len(part) for part in detect.choose_clean(loaded, of("nc"))] == [125, 0]
+    done = run("detection/mm_bd.py", *places, "--result_file", "small", "--dry_run")
+    assert "holds    no clean image and computes in fp32" in done.stdout
+
+
+def test_the_results_say_what_was_computed_in():
+    module = importlib.import_module("antidote_bench.detection.mm_bd")
+    for asked in ("auto", "bf16", "fp32"):
+        assert module.Config(result_file="x", precision=asked).precision == "fp32"
+        computes_so = importlib.import_module("antidote_bench.detection.nc")
+        assert computes_so.Config(result_file="x", precision=asked).precision == asked
 
 
 # What a detector returns
@@ -202,16 +239,16 @@ def test_the_inputs_are_shuffled_and_have_no_labels():
 )
 def test_scores_that_are_none(said, words):
     loaded, config = clean_and_poisoned(), of("spectral")
-    clean, is_calibration = detect.choose_clean(loaded, config)
-    case = detect.case_of(config, loaded, clean, is_calibration, {"n_poison": "40"})
+    known = detect.choose_clean(loaded, config)
+    case = detect.case_of(config, loaded, known, {"n_poison": "40"})
     with pytest.raises(UserError, match=words):
         detect._judge_images("x", config, said, case)
 
 
 def test_a_perfect_score_and_the_rule_of_the_paper():
     loaded, config = clean_and_poisoned(), of("spectral")
-    clean, is_calibration = detect.choose_clean(loaded, config)
-    case = detect.case_of(config, loaded, clean, is_calibration, {"n_poison": "40"})
+    known = detect.choose_clean(loaded, config)
+    case = detect.case_of(config, loaded, known, {"n_poison": "40"})
     scores = case.positive.double() + torch.rand(300, dtype=torch.float64) / 10
     own = torch.ones(300, dtype=torch.bool)
     judged = detect._judge_images("x", config, Scored(scores, own), case)
@@ -220,7 +257,7 @@ def test_a_perfect_score_and_the_rule_of_the_paper():
     assert measured["n_positive"] == int(case.positive.sum()) > 0
     assert measured["n_negative"] + measured["n_positive"] == 175
     assert measured["n_cover"] == int(case.cover.sum()) > 0
-    assert not judged.tensors["flagged"][clean].any(), "clean images are not evaluated"
+    assert not judged.tensors["flagged"][known.calibrating].any(), "clean images are not evaluated"
     scores[case.cover] = 2.0  # covers are negatives, and left out in a column of their own
     measured = detect._judge_images("x", config, scores, case).measured
     assert measured["auroc"] < 1 == measured["auroc_no_cover"]
@@ -234,6 +271,11 @@ def test_a_finding_names_the_target_or_abstains():
     assert measured["suspects"] == "1 3"
     benign = detect._judge_model("x", Finding(5.0, per_class, [1]), SPEC, {**row, "n_poison": "0"})
     assert "target_found" not in benign.measured
+    none = detect._judge_model("x", Finding(5.0, per_class, []), SPEC, row).measured
+    assert (none["target_found"], none["suspects"]) == (0, "none")
+    silent = detect._judge_model("x", Finding(5.0, per_class), SPEC, row).measured
+    assert "target_found" not in silent and silent["suspects"] == ""
+    assert silent["target_rank"] == 2, "a rank needs no verdict"
     silent = detect._judge_model("x", Finding(None, per_class, abstained="why"), SPEC, row)
     assert silent.measured["abstained"] == "why" and "target_found" not in silent.measured
     for wrong in (torch.zeros(10), Finding(None, per_class), Finding(1.0, per_class[:3])):
@@ -241,6 +283,29 @@ def test_a_finding_names_the_target_or_abstains():
             detect._judge_model("x", wrong, SPEC, row)
     with pytest.raises(UserError, match="not a finite number"):
         detect._judge_model("x", Finding(float("nan"), per_class), SPEC, row)
+    with pytest.raises(UserError, match="a score of a class that is not a finite number"):
+        detect._judge_model("x", Finding(5.0, per_class.log()), SPEC, row)
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "expected"),
+    [([3, 1, 2, 0], 0, 1), ([3, 1, 2, 0], 1, 3), ([0, 0, 0, 0], 2, 2.5), ([5, 2, 2, 0], 1, 2.5)],
+)
+def test_the_rank_of_the_target_is_the_mean_over_ties(values, target, expected):
+    assert roc.rank(np.array(values, float), target) == expected
+    spec = dataclasses.replace(SPEC, classes=4)
+    found = Finding(1.0, torch.tensor(values, dtype=torch.float64))
+    row = {"target": str(target), "n_poison": "40"}
+    assert detect._judge_model("x", found, spec, row).measured["target_rank"] == expected
+
+
+def test_scores_without_a_limit_do_not_flatten_the_chart():
+    far = outliers.FARTHEST
+    shown, is_cut = charts.within(np.array([2.0, -far, 5.0, -1.0, far]))
+    assert shown.tolist() == [2, -6, 5, -1, 6] and is_cut.tolist() == [0, 1, 0, 0, 1]
+    shown, is_cut = charts.within(np.array([-far, 0.0, -far]))
+    assert shown.tolist() == [-1.2, 0, -1.2] and is_cut.tolist() == [1, 0, 1]
+    assert charts.class_chart(torch.tensor([2.0, -far, 5.0]), [2]).startswith(b"\x89PNG")
 
 
 def test_a_detector_must_not_change_the_model(small, places, tmp_path):
@@ -389,6 +454,34 @@ def test_detections_are_compared(judged, capsys, tmp_path):
     assert '"detections":[{' in page and "strip on badnet" in page
 
 
+def test_each_run_is_verified_once(judged, capsys, monkeypatch):
+    opened, load = [], runs.load
+    for module in (runs, detections):
+        monkeypatch.setattr(module, "load", lambda *them: opened.append(them[:2]) or load(*them))
+    assert compare([str(judged), "--table", "detection"]) == 0
+    assert len(opened) == len(set(opened)) and (judged, layout.RESULTS) in opened
+
+
+def test_a_method_without_a_verdict_has_neither_found_nor_missed():
+    def result(suspects, found):
+        numbers = {"score": 1.0, "target_found": found, "seconds": 2.0}
+        return types.SimpleNamespace(row={"suspects": suspects}, numbers=numbers)
+
+    cells = {
+        ("badnet", "nc"): [result("3", 1.0), result("4", 0.0), result("none", 0.0)],
+        ("badnet", "headstat"): [result("", None)],
+        ("clean", "nc"): [result("none", None), result("3", None)],
+        ("clean", "headstat"): [result("", None)],
+    }
+    about = dict.fromkeys(("dataset", "model", "recipe"), "x")
+    columns, rows = ({name: name for name in names} for names in zip(*cells, strict=True))
+    table = detections.Table(about, "model", columns, rows, cells, frozenset({"clean"}))
+    grid = detections.to_grid(table)
+    shown = {row[0]: dict(zip(grid.header, row, strict=True)) for row in grid.rows}
+    assert shown["nc"]["badnet found"] == "1 of 3" and shown["nc"]["clean flagged"] == "1 of 2"
+    assert shown["headstat"]["badnet found"] == shown["headstat"]["clean flagged"] == "–"
+
+
 def test_a_damaged_detection_is_left_out(judged, capsys, tmp_path):
     folder = shutil.copytree(judged, tmp_path / "small")
     (folder / "detection/strip/results.csv").write_text("a,b\n1,2\n")
@@ -425,6 +518,15 @@ def test_the_columns_are_described():
 
 
 @pytest.mark.parametrize("name", names("detection"))
-def test_every_detector_has_a_page_that_the_overview_names(name):
+def test_every_detector_has_options_a_page_and_a_row(name):
+    assert (ROOT / f"config/detection/{name}.yaml").is_file()
     assert (ROOT / f"docs/detection/{name}.md").is_file()
-    assert f"](detection/{name}.md)" in (ROOT / "docs/detection.md").read_text()
+    kind = importlib.import_module(f"antidote_bench.detection.{name}").Config.judges
+    rows = re.findall(rf"^\| \[{name}\]\(detection/{name}\.md\) \| (.*?) \|", OVERVIEW, re.M)
+    assert len(rows) == 1 and kind in rows[0].split(", ")
+
+
+def test_every_row_and_every_file_of_options_is_of_a_detector():
+    listed = re.findall(r"^\| \[(\w+)\]\(detection/", OVERVIEW, re.M)
+    files = [path.stem for path in (ROOT / "config/detection").glob("*.yaml")]
+    assert sorted(listed) == sorted(files) == names("detection")

@@ -1,6 +1,7 @@
 """Single detectors: slow references, planted cases with a known answer, and what they find on a
 small victim."""
 
+import dataclasses
 import importlib
 
 import numpy as np
@@ -9,9 +10,22 @@ import torch
 from scipy import stats
 from torch import nn
 
-from antidote_bench.detection import abl, ac, cd, mm_bd, scale_up, spectral, strip
-from antidote_bench.utils import roc
+from antidote_bench import models
+from antidote_bench.detection import (
+    abl,
+    ac,
+    ban,
+    cd,
+    mm_bd,
+    scale_up,
+    sentinet,
+    spectral,
+    strip,
+    trodo,
+)
+from antidote_bench.utils.data import loader
 from antidote_bench.utils.data.dataset import Split
+from antidote_bench.utils.protocol import roc
 from tests import inspecting
 from tests.test_fmp import SPEC
 
@@ -94,6 +108,24 @@ def test_scale_up_standardises_by_predicted_class():
     assert mean[0] == pytest.approx(0.3) and deviation[0] == pytest.approx(values[:2].std())
     for label in (1, 2, 3):  # one image, equal images, none
         assert (mean[label], deviation[label]) == (values.mean(), values.std())
+
+
+def test_scale_up_standardises_the_share_alone(tmp_path, monkeypatch):
+    """The mean probability, which breaks ties, has no part in the statistics."""
+    # the share, the mean probability and the prediction of each image
+    reference = [[0.2, 0.9, 0], [0.6, 0.1, 0], [0.4, 0.3, 1], [1.0, 0.2, 1]]
+    suspects = [[0.4, 0.0, 0], [0.4, 1.0, 0], [0.7, 0.5, 1]]
+    shown = {3: suspects, 4: reference}
+
+    def consistency(_model, split, _precision):
+        return torch.tensor(shown[len(split)], dtype=torch.float64)
+
+    monkeypatch.setattr(scale_up, "consistency", consistency)
+    record = inspecting.made_up(split(noise(3)), tmp_path, spec=SPEC, reference=split(noise(4)))
+    config = scale_up.Config(result_file="x", variant="data_limited")
+    scores = scale_up.score(None, record, config).scores
+    expected = torch.zeros(3, dtype=torch.float64)  # 0.4 and 0.7 are the means of their classes
+    assert torch.allclose(scores, expected, atol=2e-6) and scores[1] > scores[0]
 
 
 def test_the_objective_of_a_mask_against_a_loop():
@@ -234,6 +266,52 @@ def test_the_p_value_of_the_largest_margin():
 def test_mm_bd_abstains(slopes, why):
     found = finding_of(Linear(slopes))
     assert found.score is None and why in found.abstained and not found.suspects
+
+
+# Large images
+
+
+LARGE = {
+    strip: {"overlays": 20},
+    sentinet: {"carriers": 20},
+    cd: {"judges": "input", "steps": 2},
+    mm_bd: {"starts": 4, "steps": 2},
+    ban: {"steps": 2, "mask_epochs": 1},
+    trodo: {"foreign": 20, "steps": 2},
+}
+
+
+@pytest.mark.parametrize("module", LARGE, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_passes_of_large_images_take_no_more_memory_than_they_may(module, tmp_path, monkeypatch):
+    """The same scores, with few images in a pass."""
+    spec = dataclasses.replace(SPEC, size=40)
+    torch.manual_seed(0)
+    model = models.build("resnet9", spec, 4).eval().requires_grad_(False)
+    images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8)
+    record = inspecting.made_up(
+        split(images), tmp_path, spec=spec, reference=split(images.flip(0), torch.arange(20) % 10)
+    )
+    config = module.Config(result_file="x", precision="fp32", **LARGE[module])
+    sizes = []
+    model.register_forward_pre_hook(lambda _model, inputs: sizes.append(len(inputs[0])))
+
+    def judge():
+        sizes.clear()
+        said = module.score(model, record, config)
+        if module.Config.judges == "model":
+            return said.per_class
+        return inspecting.scores_of(said)
+
+    expected = judge()
+    assert max(sizes) >= 20
+    image = images[:1] / 255
+    limit = 5 * loader._gradient_bytes(model, image)
+    monkeypatch.setattr(loader, "PASS_MEMORY", limit)
+    most = max(int(limit / loader._forward_bytes(model, image)), 5)
+    assert most < 20
+    found = judge()
+    assert max(sizes) <= most + 1, "a last single image joins a batch"
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 # On a small victim

@@ -26,9 +26,8 @@ from tests.helpers import ROOT
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-README = [
-    line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("torchrun ")
-]
+PAGE = (ROOT / "docs" / "running.md").read_text()
+COMMANDS = [line for line in PAGE.splitlines() if line.startswith("torchrun ")]
 
 
 @pytest.fixture
@@ -239,9 +238,9 @@ def test_batch_normalisation_of_whole_batches_leaves_the_model_alone(monkeypatch
     )
 
 
-def test_the_command_in_the_readme(places, process, capsys):
-    assert README
-    for line in README:
+def test_the_documented_command(places, process, capsys):
+    assert COMMANDS
+    for line in COMMANDS:
         words = shlex.split(re.sub(r"\s+#.*", "", line))
         script = next(word for word in words if word.endswith(".py"))
         process(0)

@@ -1,10 +1,12 @@
 """What comes from elsewhere becomes a record, and a record leaves for elsewhere, image by image."""
 
 import csv
+import dataclasses
 import importlib
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +20,9 @@ import compare
 import convert
 from antidote_bench import models
 from antidote_bench.models import Normalize
-from antidote_bench.utils import backdoorbench, files, parsing
+from antidote_bench.utils import backdoorbench, checkpoint, files, parsing
 from antidote_bench.utils.data.dataset import Dataset, Spec, Split
-from antidote_bench.utils.data.sources import CIFAR10
+from antidote_bench.utils.data.published_sets import CIFAR10
 from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError
 from antidote_bench.utils.exchange import attack_result, diagnosis, image_folders, order, weights
 from antidote_bench.utils.exchange.image_folders import Images
@@ -57,6 +59,15 @@ def here(tmp_path_factory):
     return call
 
 
+def read_weights(path):
+    return weights.from_bytes(checkpoint.read_file(path), path)
+
+
+def read_result(folder):
+    path = folder / attack_result.FILE
+    return attack_result.from_bytes(checkpoint.read_file(path), path)
+
+
 # ---------- weights ----------
 
 
@@ -68,7 +79,7 @@ def net(classes=3):
     "wrap",
     [
         lambda state: state,
-        lambda state: {"epoch": 3, "state_dict": state, "lr": [0.1]},
+        lambda state: {"epoch": 3, "state_dict": state, "lr": [0.1], "acc": np.float64(0.9)},
         lambda state: {"net": {f"module.{name}": value for name, value in state.items()}},
         lambda state: {"model": {f"module._orig_mod.{k}": value for k, value in state.items()}},
         lambda state: {f"model.{name}": value.half() for name, value in state.items()},
@@ -77,7 +88,7 @@ def net(classes=3):
 def test_a_state_dict_is_found_wherever_it_is(tmp_path, wrap):
     state = {name: value.half().to(value.dtype) for name, value in net().state_dict().items()}
     torch.save(wrap(state), tmp_path / "a.pt")
-    fitted = weights.fit(weights.read(tmp_path / "a.pt"), net(), "a.pt")
+    fitted = weights.fit(read_weights(tmp_path / "a.pt"), net(), "a.pt")
     assert same(fitted.tensors, state)
 
 
@@ -107,12 +118,12 @@ def test_weights_that_do_not_fit_are_named():
 def test_files_with_no_state_dict_are_refused(tmp_path):
     torch.save({"epoch": 3, "args": {}}, tmp_path / "a.pt")
     with pytest.raises(RefusedError, match="no state dict in it.*epoch, args"):
-        weights.read(tmp_path / "a.pt")
+        read_weights(tmp_path / "a.pt")
     torch.save({"model": net()}, tmp_path / "a.pt")  # a whole module: loading it would run code
     with pytest.raises(RefusedError, match="torch.nn.modules"):
-        weights.read(tmp_path / "a.pt")
+        read_weights(tmp_path / "a.pt")
     with pytest.raises(MissingError):
-        weights.read(tmp_path / "b.pt")
+        read_weights(tmp_path / "b.pt")
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +181,39 @@ def test_the_trigger_of_an_attack_may_be_named(here, unknown, capsys):
     # what is learned, is drawn or belongs to another file is not taken for the model's own
     here("from-weights", file, *TINY, "--trigger", "trojannn", "--save_folder_name", "x", code=2)
     assert "--triggered_path" in capsys.readouterr().err
-    here("from-weights", file, *TINY, "--pratio", "0.1", "--save_folder_name", "x", code=2)
     here("from-weights", file, *TINY, "--digest", "0" * 12, "--save_folder_name", "x", code=4)
     here("from-weights", file, "--width", "8", "--save_folder_name", "x", code=4)
     assert not (here.record / "x").exists()
     here("from-weights", file, *TINY, "--save_folder_name", "unknown")
     assert "already done" in capsys.readouterr().out
+
+
+def test_the_poisoned_share_may_be_told_as_an_attack_has_it(here, unknown, tmp_path):
+    file = here.base / "a.safetensors"
+    options = tmp_path / "a.yaml"
+    options.write_text("pratio: 0.2\n")
+    told = {
+        "flag": ("--pratio", "0.2"),
+        "yaml": ("--yaml_path", options, "--trigger", "wanet"),
+        "blind": ("--poisoned_share", "0.2", "--trigger", "blind"),  # whose own share is 1
+    }
+    for name, words in told.items():
+        here("from-weights", file, *TINY, *words, "--save_folder_name", name)
+        made = row(here.record / name)
+        assert (made["pratio"], made["n_poison"]) == ("0.2", "259")
+
+
+def test_what_is_read_is_what_is_checked(here, unknown, monkeypatch):
+    file, reads = here.base / "a.safetensors", []
+
+    def read_bytes(path, original=Path.read_bytes):
+        reads.append(path)
+        return original(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    here("from-weights", file, *TINY, "--save_folder_name", "unknown")
+    assert reads.count(file) == 1
+    here("from-weights", file, *TINY, "--digest", "0" * 12, "--save_folder_name", "x", code=4)
 
 
 # ---------- why a model does badly ----------
@@ -327,6 +365,62 @@ def test_a_record_comes_back_from_backdoorbench_as_it_was(real, here, capsys):
         assert row(here.record / "back")[name] == row(real)[name]
 
 
+def test_a_repaired_model_of_backdoorbench_is_no_victim(real, here, capsys):
+    attack = here.base / "badnet_0_1"
+    content = torch.load(attack / "attack_result.pt", weights_only=False)
+    facts = {name: content[name] for name in ("model_name", "num_classes")}
+    state = {name: value.clone() for name, value in content["model"].items()}
+    state["classifier.3.bias"][0] -= 100  # no image is taken for the target
+    folder = attack / "defense" / "ft"
+    folder.mkdir(parents=True)
+    torch.save({**facts, "model": state, "index": np.arange(3)}, folder / "defense_result.pt")
+    data = ("--dataset_path", here.base / "data")
+    here("from-backdoorbench", folder, *data)
+    assert "may not be the trigger" not in capsys.readouterr().err
+    record = here.record / "imported_badnet_0_1_ft"
+    made, victim = row(record), row(real)
+    assert (made["attack"], made["n_poison"]) == ("backdoorbench:badnet:ft", "")
+    assert (made["asr"], made["n_backdoor"]) == ("0.0", victim["n_backdoor"])
+    assert float(made["ra"]) >= float(victim["ra"])
+    stored = tensors(record)
+    assert len(stored["train_index"]) == 0
+    assert torch.equal(stored["test_images"], tensors(real)["test_images"])
+    facts["model_name"] = "preactresnet18"
+    torch.save({**facts, "model": state}, folder / "defense_result.pt")
+    here("from-backdoorbench", folder, *data, "--save_folder_name", "x", code=4)
+    assert "network 'preactresnet18'" in capsys.readouterr().err
+    torch.save({**facts, "model": state}, here.base / "defense_result.pt")
+    here("from-backdoorbench", here.base, *data, "--save_folder_name", "x", code=3)
+    assert "from-weights takes the weights alone" in capsys.readouterr().err
+
+
+def test_what_images_say_is_not_contradicted(real, here, capsys):
+    source = here.base / "badnet_0_1"
+    words = ("--dataset_path", here.base / "data", "--save_folder_name", "x")
+    here("from-backdoorbench", source, *words, "--attack_target", "3", code=2)
+    assert "attack_target must be left out: the triggered test images" in capsys.readouterr().err
+    here("from-backdoorbench", source, *words, "--label_mode", "all2all", code=2)
+    assert "label_mode must be left out" in capsys.readouterr().err
+    agreed = ("--attack_target", "0", "--label_mode", "all2one", "--dry_run")
+    here("from-backdoorbench", source, *words, *agreed)
+    here("to-images", real, "--output", here.base / "images_of_real", "--only_changed", "true",
+         *words[:2])  # fmt: skip
+    images = ("from-images", here.base / "images_of_real", "--dataset", "cifar10", *words, *TINY)
+    here(*images, "--attack_target", "3", code=2)
+    here(*images, "--pratio", "0.2", code=2)
+    assert "pratio must be left out: images.csv says" in capsys.readouterr().err
+    assert not (here.record / "x").exists()
+
+
+def test_a_record_without_a_training_set_goes_to_backdoorbench(tmp_path):
+    made = read_result(result(tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    attack_result.write(tmp_path / "b", "b", made._replace(train=None))
+    again = read_result(tmp_path / "b")
+    assert again.train is None and torch.equal(again.test.images, made.test.images)
+    assert not (tmp_path / "b" / "bd_train_dataset").exists()
+
+
 def result(folder, change=None):
     """An attack_result.pt of eight images in `folder`, after change(content)."""
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -352,7 +446,7 @@ def test_labels_may_be_numbers_of_any_kind(tmp_path):
         content["bd_test"]["poison_indicator"] = content["bd_test"]["poison_indicator"].astype(bool)
         content["bd_train"] = None
 
-    found = attack_result.read(result(tmp_path / "a", change))
+    found = read_result(result(tmp_path / "a", change))
     assert found.train is None and found.test.index.tolist() == [1, 5]
     assert (found.test.labels.tolist(), found.test.truth.tolist()) == ([0, 0], [1, 2])
 
@@ -379,7 +473,7 @@ def entries(content):
 )
 def test_hostile_and_damaged_results_are_refused(tmp_path, change, why):
     with pytest.raises(RefusedError, match=why):
-        attack_result.read(result(tmp_path / "a", change))
+        read_result(result(tmp_path / "a", change))
 
 
 def test_networks_have_their_counterparts():
@@ -388,9 +482,12 @@ def test_networks_have_their_counterparts():
     names = [rename(name) for name in models.build("preactresnet18", spec).network.state_dict()]
     assert there == "preactresnet18" and "layer2.0.shortcut.0.weight" in names
     assert attack_result.names_there("vit_b_16")[1]("vit.heads.head.bias") == "1.heads.head.bias"
-    assert attack_result.same_here("resnet18") == "timm:resnet18"
-    with pytest.raises(RefusedError, match="vgg19_bn.*fully connected"):
-        attack_result.same_here("vgg19_bn")
+    # torchvision's, with 7x7 weights in the first layer and three fully connected ones at the end
+    assert attack_result.same_here("resnet18") == "torchvision:resnet18"
+    assert attack_result.same_here("vgg19_bn") == "torchvision:vgg19_bn"
+    assert attack_result.names_there("torchvision:vgg19_bn")[0] == "vgg19_bn"
+    with pytest.raises(RefusedError, match="googlenet.*--model path/to/file.py:function"):
+        attack_result.same_here("googlenet")
     with pytest.raises(ConfigError, match="7x7"):
         attack_result.names_there("resnet18")
 
@@ -435,7 +532,7 @@ def test_a_victim_of_exported_images_is_the_same_victim(here, run, capsys):
 def test_a_list_of_images_names_files_below_it(tmp_path, line):
     (tmp_path / "images.csv").write_text(f"{','.join(image_folders.COLUMNS)}\n{line}\n")
     with pytest.raises(RefusedError, match="line 2 is not index"):
-        image_folders.read_list(tmp_path, 10)
+        image_folders.rows_of(image_folders.read_list(tmp_path), tmp_path, 10)
 
 
 def test_class_folders_keep_the_order_of_the_classes():
@@ -449,6 +546,8 @@ def test_class_folders_keep_the_order_of_the_classes():
 
 
 def config_of(name):
+    if name == "convert":
+        return convert.COMMANDS["from-weights"]
     kind = "attack" if name in names("attack") else "defense"
     return importlib.import_module(f"antidote_bench.{kind}.{name}").Config
 
@@ -458,7 +557,7 @@ def test_the_page_lists_the_options_that_the_parser_knows():
     for there, name in backdoorbench.ALIASES.items():
         assert f"| `--{there}` | `--{name}` |" in page
     for own, aliases in backdoorbench.OWN_ALIASES.items():
-        options = config_of(own).__dataclass_fields__
+        options = {field.name for field in dataclasses.fields(config_of(own))}
         for there, name in aliases.items():
             assert name in options and there not in options, (own, there)
             assert f"| `{own}` | `--{there}` | `--{name}` |" in page

@@ -21,9 +21,10 @@ from torchvision.transforms.v2 import functional as tv
 
 from antidote_bench import models
 from antidote_bench.attack.badnet import Config as BadNet
-from antidote_bench.utils import config, estimate, parsing, plan, train
+from antidote_bench.utils import config, parsing, train
 from antidote_bench.utils.data import dataset, loader
 from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.protocol import estimate, plan
 from antidote_bench.utils.record import claim, compressed, contents, results
 from tests.helpers import image_folders
 from tests.test_record import rewrite

@@ -19,6 +19,7 @@ from antidote_bench.defense.trap_and_replace import Config as TrapAndReplace
 from antidote_bench.utils import backdoorbench, config, parsing
 from antidote_bench.utils.config import Attack
 from antidote_bench.utils.errors import ConfigError, RefusedError
+from antidote_bench.utils.exchange.options import FromWeights
 from antidote_bench.utils.record import results
 from tests.helpers import ROOT, names
 
@@ -360,6 +361,7 @@ def test_every_alias_is_of_an_option_that_exists():
         for folder in ("attack", "defense")
         for name in names(folder)
     }
+    known["convert"] = FromWeights.__dataclass_fields__
     everywhere = {option for fields in known.values() for option in fields} | {"yaml_path"}
     assert set(backdoorbench.ALIASES.values()) <= everywhere
     for script, aliases in backdoorbench.OWN_ALIASES.items():

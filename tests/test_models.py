@@ -521,3 +521,34 @@ def test_impossible_width_is_refused(call, name, width):
 def test_too_small_images_are_refused(name, side):
     with pytest.raises(ConfigError, match=f"at least {side} pixels"):
         models.build(name, spec(side - 1))
+
+
+# ---------- networks of torchvision as they are there ----------
+
+
+def test_networks_of_torchvision_keep_their_form_at_every_size():
+    fitted, plain = (seeded(name) for name in ("resnet18", "torchvision:resnet18"))
+    assert convolutions(fitted)[0].kernel_size == (3, 3)
+    assert convolutions(plain)[0].kernel_size == (7, 7)
+    assert plain(pixels()).shape == (2, CLASSES)
+    assert models.label("torchvision:resnet18") == "torchvision:resnet18"
+    stem, head = split("torchvision:resnet18", plain.eval())
+    assert_near(head(stem(pixels())), plain(pixels()))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("torchvision:resnt18", "no network 'resnt18'; did you mean torchvision:resnet18"),
+        ("torchvision:fcn_resnet50", "no network 'fcn_resnet50'"),  # no image classifier
+        ("torchvision:../x", "there is no model"),
+    ],
+)
+def test_what_torchvision_has_not(name, why):
+    with pytest.raises(ConfigError, match=why):
+        models.check(name)
+
+
+def test_what_torchvision_does_not_make_for_small_images():
+    with pytest.raises(ConfigError, match="does not take images of 16 pixels"):
+        models.build("torchvision:squeezenet1_0", spec(16))

@@ -130,6 +130,27 @@ def test_own_images_are_measured_without_a_record():
         antidote_bench.evaluate(elsewhere, TestSets(clean, triggered))
 
 
+def test_what_cannot_be_measured_is_said(record):
+    def refused(model, on, sentence):
+        with pytest.raises(ConfigError, match=sentence):
+            antidote_bench.evaluate(model, on)
+
+    labels = torch.tensor([1, 2])
+    good = Split(images_of([1, 2]), labels, labels)
+    model = Table()
+    refused("model", record, "must be a torch.nn.Module, not an object of the class str")
+    refused(model, "record", "on a Record or TestSets, not an object of the class str")
+    refused(nn.Flatten(), record, r"logits of shape \(2, 10\), and returns \(2, 3072\)")
+    few = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2))
+    refused(few, TestSets(good, good), "of shape .2, 3 or more., and returns")
+    refused(model, TestSets([1], good), "test of the test sets must be a Split")
+    refused(model, TestSets(good, None), "backdoor of the test sets must be a Split")
+    short = Split(good.images, labels[:1], labels)
+    refused(model, TestSets(good, short), "backdoor must have a label and a true class for every")
+    loud = Split(255 * good.images, labels, labels)
+    refused(model, TestSets(loud, good), r"test must have images of uint8, or float in \[0, 1\]")
+
+
 def test_the_trigger_of_a_record_gives_its_images(record):
     assert torch.equal(record.trigger(record.before, record.backdoor_index), record.after)
     kept = record.before / 255
@@ -140,6 +161,10 @@ def test_the_trigger_of_a_record_gives_its_images(record):
     for wrong in (record.before[0], record.before[..., 1:], record.before.int(), "image"):
         with pytest.raises(ConfigError, match="images must be"):
             record.trigger(wrong)
+    with pytest.raises(ConfigError, match="float in .0, 1."):
+        record.trigger(record.before.float())
+    few = record.trigger(record.before[:3], index=record.backdoor_index[:3].tolist())
+    assert torch.equal(few, record.after[:3])
     with pytest.raises(ConfigError, match="index must have"):
         record.trigger(record.before, record.backdoor_index[:3])
 
@@ -266,6 +291,15 @@ def test_results_are_a_frame_of_numbers(record, mine, tmp_path):
         (lambda: antidote_bench.run_attack("badnet", help=True), ConfigError, "command line"),
         (lambda: antidote_bench.run_attack("badnet", dry_run=True), ConfigError, "command line"),
         (lambda: antidote_bench.load("no_such_record"), MissingError, "there is no record"),
+        (lambda: antidote_bench.load(None), ConfigError, "not an object of the class NoneType"),
+        (lambda: antidote_bench.run_defense(nn.ReLU(), "ft"), ConfigError, "the class ReLU"),
+        (lambda: antidote_bench.run_detector("x", "nope"), MissingError, "there is no record"),
+        (lambda: antidote_bench.results(), ConfigError, "name one folder"),
+        (
+            lambda: antidote_bench.results(["record"]),
+            ConfigError,
+            "not an object of the class list",
+        ),
         (
             lambda: antidote_bench.list_models(size=1),
             ConfigError,

@@ -7,16 +7,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
 from PIL import Image
 
 from antidote_bench.utils import files
+from antidote_bench.utils.config import LabelMode
 from benchmarks import speed
 from tests.helpers import ROOT, few, names
 
 README = (ROOT / "README.md").read_text()
+LISTS = {
+    kind: (ROOT / "docs" / f"{kind}s" / "README.md").read_text() for kind in ("attack", "defense")
+}
 DOCS = [path.read_text() for path in sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCKS = re.findall(r"```(?:bash|sh)\n(.*?)```", "\n".join([README, *DOCS]), re.S)
 COMMANDS = [
@@ -132,7 +137,8 @@ def test_every_command_runs(bench, run):
 
 
 def test_the_example_of_an_attack_works(bench):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
     (bench / "attack" / "stripe.py").write_text(example)
     environment = {"PYTHONPATH": str(bench), "PATH": "/usr/bin:/bin"}
     words = ["-m", "attack.stripe", "--column", "5", "--epochs", "1"]
@@ -163,8 +169,10 @@ def test_demo_is_what_make_runs():
 
 @pytest.mark.parametrize("folder", ["attack", "defense"])
 def test_methods_are_listed(folder):
-    listed = set(re.findall(rf"^\| \[`(\w+)`\]\({folder}/\w+\.py\)", README, re.M))
-    assert listed == set(names(folder))
+    row = rf"^\| \[`(\w+)`\]\(\.\./\.\./{folder}/\w+\.py\)"
+    listed = re.findall(row, LISTS[folder], re.M)
+    assert sorted(listed) == sorted(names(folder))
+    assert f"docs/{folder}s/README.md), {len(listed)} of them" in README
 
 
 def trains_the_victim(text):
@@ -176,22 +184,21 @@ def trains_the_victim(text):
 
 def test_the_list_of_attacks_says_what_the_scripts_do():
     for name, controls, labels in re.findall(
-        r"^\| \[`(\w+)`\]\(attack/.*?\) \|.*?\| (.*?) \| (.*?) \|", README, re.M
+        r"^\| \[`(\w+)`\]\(\.\./\.\./attack/.*?\) \|.*?\| (.*?) \| (.*?) \|", LISTS["attack"], re.M
     ):
         text = (ROOT / "attack" / f"{name}.py").read_text()
         Config = __import__(f"antidote_bench.attack.{name}", fromlist=["Config"]).Config
-        assert labels == (
-            "clean label"
-            if Config.clean_label
-            else "all2one"
-            if Config.why_all2one
-            else "all2one, all2all"
-        ), name
+        modes = [mode for mode in get_args(LabelMode) if mode not in Config.refused_modes]
+        # what nearly all attacks can do stands below the list
+        shown = modes if modes == ["one2one"] else [mode for mode in modes if mode != "one2one"]
+        assert labels == ("clean label" if Config.clean_label else ", ".join(shown)), name
         assert (controls in ("training", "the loss")) == trains_the_victim(text), name
 
 
 def test_every_detector_is_listed_by_what_it_judges():
-    said = re.search(r"Training images: (.*?)\. Inputs: (.*?)\. Models: (.*?)\.\n", README)
+    said = re.search(
+        r"Training images: (.*?)\. Inputs: (.*?)\. Models: (.*?)\.\n", README.replace("\n  ", " ")
+    )
     for kind, listed in zip(("data", "input", "model"), said.groups(), strict=True):
         found = []
         for name in names("detection"):
@@ -224,15 +231,18 @@ def test_every_part_of_the_speed_benchmark_runs(bench, run):
         "1",
         "--dataset",
         "digits",
+        "--precisions",
+        "fp32",
         "--save",
     ]
-    place = {"cwd": bench, "env": {"PYTHONPATH": str(bench)}}
+    # kernels are made in test_train.py, which takes long
+    place = {"cwd": bench, "env": {"PYTHONPATH": str(bench), "TORCHDYNAMO_DISABLE": "1"}}
     results = bench / "benchmarks" / "results" / "speed.csv"
     results.unlink()
     done = run("-m", *words, **place)
     rows = files.read_csv(results)
     assert {row["part"] for row in rows} == set(speed.PARTS) and all(
-        float(row["value"]) > 0 for row in rows if row["part"] != "stamp"
+        float(row["value"]) > 0 for row in rows if row["part"] not in ("stamp", "compile")
     )
     for part in speed.TARGETS:
         assert any(row["part"] == part and row["what"].startswith("as released") for row in rows)
@@ -248,12 +258,20 @@ def test_every_part_of_the_speed_benchmark_runs(bench, run):
     )
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *ROOT.glob("*/README.md"),
+    *(ROOT / "docs").glob("**/*.md"),
+]
 
 
-def test_the_result_table_is_the_measured_one():
-    """The table in the README is what compare.py printed for the committed results."""
-    table = (ROOT / "benchmarks" / "results" / "cifar10_cpu.md").read_text().strip()
-    assert table in README
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_front_door_is_short():
+    words = [word for word in README.split() if re.search(r"\w", word)]
+    assert len(words) < 1000

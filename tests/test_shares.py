@@ -50,6 +50,7 @@ COVERS = {
     "bpp": lambda options: options.negative_ratio,
     "adaptive_blend": lambda options: options.cover_ratio,
     "adaptive_patch": lambda options: options.cover_ratio,
+    "tact": lambda options: options.cover_ratio,
 }
 
 

@@ -18,7 +18,7 @@ import sweep
 from antidote_bench.attack import badnet
 from antidote_bench.defense import ft, nc
 from antidote_bench.utils import charts, config, files, parsing, text
-from antidote_bench.utils.data import dataset, sources, target
+from antidote_bench.utils.data import dataset, listing, sources, target
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.record import folder
@@ -73,7 +73,7 @@ def test_a_name_of_two_classes_is_refused():
 
 
 def test_digits_are_a_number_and_a_note_says_so(capsys):
-    sources.say.cache_clear()
+    listing.say.cache_clear()
     options = badnet.Config(attack_target=1)
     assert target.resolved(options, ("1", "2", "3")).attack_target == 1
     note = "note: attack_target 1 is the class 1 (2); the class that is called 1 has the number 0"

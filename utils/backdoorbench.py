@@ -20,6 +20,7 @@ ALIASES = {
     "acc_ratio": "tolerance",
 }
 OWN_ALIASES = {
+    "convert": {"pratio": "poisoned_share"},  # of what was poisoned elsewhere
     "blended": {
         "attack_trigger_img_path": "trigger_path",
         "attack_train_blended_alpha": "train_opacity",

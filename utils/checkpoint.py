@@ -112,22 +112,17 @@ def read_tensors(path):
 
 
 def read_pt(path, allowed=(), largest=LARGEST_PT):
-    """What torch.save has written to `path`: tensors on the CPU in plain containers.
+    """What torch.save has written to `path`; see `read_file` and `from_pt`."""
+    return from_pt(read_file(path, largest), path, allowed, largest)
 
-    No code of the file runs: every class in it must be one that torch knows to be safe, or one of
-    `allowed` (classes, functions, or pairs of one and the name it has in the file, as
-    torch.serialization.safe_globals takes them). Sparse and quantised tensors are refused.
+
+def read_file(path, largest=LARGEST_PT):
+    """The bytes of a file of weights.
 
     Raises MissingError (exit 3) where there is no file, and RefusedError (exit 4) for a file that
-    is no regular one, or larger than `largest` bytes, or was written by torch before 1.6, or holds
-    something else; and for every file where torch itself is older than 2.10.
+    is no regular one, or larger than `largest` bytes.
     """
     path = Path(path)
-    if TorchVersion(torch.__version__) < MENDED_TORCH:
-        raise RefusedError(
-            f"{path} is refused: torch {torch.__version__} does not read .pt files safely; install "
-            f"torch 2.10 or newer, {CONVERT}"
-        )
     try:
         facts = path.stat()
     except (OSError, ValueError) as error:
@@ -137,10 +132,34 @@ def read_pt(path, allowed=(), largest=LARGEST_PT):
     if facts.st_size > largest:
         raise RefusedError(f"{path} is refused: it is larger than {largest >> 20} MB")
     try:
-        with open(path, "rb") as file, torch.serialization.safe_globals(list(allowed)):
+        return path.read_bytes()
+    except OSError as error:
+        raise RefusedError(f"{path} is refused: it cannot be read ({error.strerror})") from error
+
+
+def from_pt(content, path, allowed=(), largest=LARGEST_PT):
+    """What torch.save has written, from the bytes of a file that was read from `path`: tensors on
+    the CPU in plain containers.
+
+    No code of the file runs: every class in it must be one that torch knows to be safe, or one of
+    `allowed` (classes, functions, or pairs of one and the name it has in the file, as
+    torch.serialization.safe_globals takes them). Sparse and quantised tensors are refused.
+
+    Raises RefusedError (exit 4) for a file that was written by torch before 1.6, or expands to more
+    than `largest` bytes, or holds something else; and for every file where torch itself is older
+    than 2.10.
+    """
+    if TorchVersion(torch.__version__) < MENDED_TORCH:
+        raise RefusedError(
+            f"{path} is refused: torch {torch.__version__} does not read .pt files safely; install "
+            f"torch 2.10 or newer, {CONVERT}"
+        )
+    try:
+        file = io.BytesIO(content)
+        with torch.serialization.safe_globals(list(allowed)):
             _check_pt(file, path, largest)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        _check_tensors(content, path, largest)
+            held = torch.load(file, map_location="cpu", weights_only=True)
+        _check_tensors(held, path, largest)
     except RefusedError:
         raise
     except Exception as error:  # a made-up file calls what torch allows with any arguments
@@ -148,7 +167,7 @@ def read_pt(path, allowed=(), largest=LARGEST_PT):
         text = str(error).partition("WeightsUnpickler error:")[2].partition("\n\nCheck the")[0]
         why = cut(text or error, 120) or type(error).__name__
         raise RefusedError(f"{path} is refused: it is no file of torch.save ({why})") from error
-    return content
+    return held
 
 
 def to_pt(content):

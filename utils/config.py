@@ -9,7 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from antidote_bench import models
 from antidote_bench.utils import files
@@ -28,12 +28,23 @@ SWITCHES = {
     "debug": "show the traceback of an error",
 }
 # side in pixels of the data sets with a name; own images have that of --image_size
-SIDES = {"digits": 32, "cifar10": 32, "cifar100": 32, "gtsrb": 32, "tiny": 64}
+SIDES = {
+    "digits": 32,
+    "cifar10": 32,
+    "cifar100": 32,
+    "gtsrb": 32,
+    "tiny": 64,
+    "mnist": 32,  # the networks want 32, and 28 is enlarged to it
+    "fashionmnist": 32,
+    "imagenette": 224,
+    "celeba": 64,
+}
 LARGEST_NUMBER = 10**18
 LONGEST_NAME = 255  # bytes of a folder's name
 RESERVED = {folder.STATE, folder.DEFENSES, folder.DETECTIONS}  # names of folders within a record
 LEAST_CLEAN = 125  # images that a detector holds
 CHANGED = "changed"  # value of `identity`: only where the option differs from its default
+LabelMode = Literal["all2one", "all2all", "one2one"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +89,9 @@ def option(default=MISSING, *, identity=True, needs=None, absent=MISSING, **boun
     `identity` says whether two runs that differ in it are different experiments; it is False where
     the option says where files lie or how a run is watched, and CHANGED where runs from before the
     option was there had its default. `needs` says beside which other options it has an effect:
-    {option: value}, where True stands for any value but 0, and None for null. `absent` is the value
-    of runs from before the option was there, where it is not the default. `bounds` are the limits
-    of `Bounds`.
+    {option: value}, where a tuple stands for any of its values, True for any value but 0, and None
+    for null. `absent` is the value of runs from before the option was there, where it is not the
+    default. `bounds` are the limits of `Bounds`.
     """
     metadata = {
         "identity": identity,
@@ -107,10 +118,16 @@ def idle(Config, options):
     found = {}
     for field in dataclasses.fields(Config):
         for other, value in declared(Config, field.name, "needs").items():
-            there = options.get(other, default_of(Config, other))
-            if not (bool(there) if value is True else there == value):
+            if not _meets(options.get(other, default_of(Config, other)), value):
                 found[field.name] = other, value
     return found
+
+
+def _meets(there, wanted):
+    """Whether the value of an option is what another one `needs`."""
+    if wanted is True:
+        return bool(there)
+    return there in wanted if isinstance(wanted, tuple) else there == wanted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,7 +267,7 @@ class FromScratch(Training):
     """side in pixels of those smaller images"""
     mirror: bool | None = option(None, identity=CHANGED)
     """whether a mirrored image keeps its class, so that training mirrors images; by default what is
-    known of the data set: true for cifar10 alone"""
+    known of the data set: true for cifar10 and imagenette alone"""
     flip: Literal["random", "alternating"] = "random"
     """how images are mirrored, where a mirrored image keeps its class: random: half of each batch;
     alternating: every image in every other epoch"""
@@ -261,12 +278,13 @@ class Attack(FromScratch, Common):
     """Options of every attack."""
 
     # facts about an attack, which its own class changes
-    why_all2one: ClassVar[str] = ""  # why an attack with wrong labels has no all2all form
+    refused_modes: ClassVar[dict[str, str]] = {}  # label modes that it has no form of, and why
     clean_label: ClassVar[bool] = False  # poisons only images of the target class; labels stay
     trained_here: ClassVar[bool] = True  # by its options; otherwise they say what is known of it
 
     dataset: str = "digits"
-    """digits (built in), cifar10, cifar100, gtsrb, tiny, or folder: any pair of image folders"""
+    """digits (built in), cifar10, cifar100, gtsrb, tiny, mnist, fashionmnist, imagenette, celeba,
+    or folder: any pair of image folders"""
     dataset_path: str = option("data", identity=False)
     """folder that holds <dataset>/; with --dataset folder, the one that holds train/ and test/ or
     val/"""
@@ -279,7 +297,7 @@ class Attack(FromScratch, Common):
     recipe: str = "backdoorbench"
     """how the victim is trained: a file of config/recipe, which single options override"""
     model: str = "preactresnet18"
-    """architecture of the victim: a name, timm:NAME for a network of timm, or
+    """architecture of the victim: a name, timm:NAME or torchvision:NAME for a network of these, or
     path/to/file.py:function for one of your own, whose function(classes) returns a torch.nn.Module
     and whose file is executed"""
     width: int | None = None
@@ -300,25 +318,41 @@ class Attack(FromScratch, Common):
     """digest of that file; another file is refused. By default it is measured and kept"""
     pratio: float = option(0.1, at_least=0, at_most=1)
     """poisoned share of the whole training set"""
-    attack_target: int | str = option(0, at_least=0, needs={"label_mode": "all2one"})
-    """class that triggered images shall be taken for (all2one): its number, counted from 0 in the
-    order of the data set, or its name, which may not be a number"""
-    label_mode: Literal["all2one", "all2all"] = "all2one"
-    """all2one: every triggered image becomes the target; all2all: class y becomes y+1"""
+    attack_target: int | str = option(0, at_least=0, needs={"label_mode": ("all2one", "one2one")})
+    """class that triggered images shall be taken for (all2one, one2one): its number, counted from 0
+    in the order of the data set, or its name, which may not be a number"""
+    label_mode: LabelMode = "all2one"
+    """all2one: every triggered image becomes the target; all2all: class y becomes y+1; one2one:
+    triggered images of the class --source_class become the target, and the others stay what they
+    are"""
+    source_class: int | str = option(
+        1, identity=CHANGED, at_least=0, needs={"label_mode": "one2one"}
+    )
+    """class whose triggered images shall be taken for the target (one2one), its number or its
+    name"""
     poison_seed: int = option(0, at_least=0)
     """of the choice of poisoned images and of generated patterns"""
 
     def __post_init__(self):
         super().__post_init__()
-        only_target = self.clean_label and "only images of the one target class are poisoned"
-        why = self.why_all2one or only_target
-        require(self.label_mode == "all2one" or not why, "label_mode", f"all2one here: {why}")
+        self._check_labels()
         self._keep_digests()
         for name in ("mean", "std"):
             models.channels(getattr(self, name), name)
         name = self.dataset_name
         readable = name is None or (name.isprintable() and name.strip())
         require(readable, "dataset_name", "a name of one line")
+
+    def _check_labels(self):
+        refused = self.refused_modes
+        if self.clean_label:
+            why = "only images of the one target class are poisoned"
+            refused = {"all2all": why, "one2one": why}
+        left = " or ".join(mode for mode in get_args(LabelMode) if mode not in refused)
+        why = refused.get(self.label_mode)
+        require(why is None, "label_mode", f"{left} here: {why}")
+        other = self.label_mode != "one2one" or self.source_class != self.attack_target
+        require(other, "source_class", f"another class than attack_target, {self.attack_target}")
 
     def _keep_digests(self):
         """Fill in the digests of the files that the model comes from."""
@@ -439,6 +473,12 @@ class Detection(OnRecord):
     judges: ClassVar[str] = "data"
     uses_reference: ClassVar[bool] = True  # some of the clean images, for its own statistics
     order_matters: ClassVar[bool] = False  # a network is trained on the images in their order
+    in_float32: ClassVar[bool] = False  # computes in it whatever --precision says
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.in_float32:
+            object.__setattr__(self, "precision", "fp32")  # which is what the results must say
 
     @property
     def needs_train_set(self):
@@ -450,6 +490,8 @@ class Detection(OnRecord):
         Unless their number is given they are at least LEAST_CLEAN, so that enough of them set the
         threshold.
         """
+        if not self.holds_clean:
+            return 0
         asked = self.asked_clean(count, classes)
         if self.clean_count is None and self.clean_per_class is None:
             asked = max(asked, LEAST_CLEAN)

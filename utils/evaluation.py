@@ -17,9 +17,11 @@ class TestSets(NamedTuple):
 
     test: Split
     backdoor: Split
-    target: Split | None = (
-        None  # triggered images of the target class; only `asr_of_all` counts them
-    )
+    # triggered images of the target class; only `asr_of_all` counts them
+    target: Split | None = None
+    # where the trigger is for one class: triggered images of the classes that are neither this one
+    # nor the target, with the target for a label; only `asr_of_others` counts them
+    other: Split | None = None
 
 
 def predict(model, split, precision="fp32"):
@@ -57,6 +59,17 @@ def asr_of_all(asr, model, test_sets, precision="fp32"):
     hits = int((predict(model, test_sets.target, precision) == test_sets.target.labels).sum())
     count = len(test_sets.backdoor)
     return (asr * count + hits) / (count + len(test_sets.target))
+
+
+def asr_of_others(model, test_sets, precision="fp32"):
+    """The share of triggered images that become the target although the trigger is not for them.
+
+    They are of the classes that are neither the source nor the target of an attack with one source
+    class. None where the record has no such images.
+    """
+    if test_sets.other is None:
+        return None
+    return _share(predict(model, test_sets.other, precision) == test_sets.other.labels)
 
 
 def defense_effectiveness(before, after):
@@ -117,10 +130,17 @@ class Evaluator:
             every = self._config.eval_every
             due = epoch is None or (every and epoch % every == 0)
             measured = self.answer(model) if due else {}
-            asr, precision = measured.get("asr"), self._config.precision
-            asr_all = asr_of_all(asr, model, self._test_sets, precision)
-            self.note(stage, {**values, **measured, "asr_all": asr_all}, epoch)
+            beside = self._beside(model, measured["asr"]) if due else {}
+            self.note(stage, {**values, **measured, **beside}, epoch)
         return measured
+
+    def _beside(self, model, asr):
+        """What the log alone holds of a model with this ASR."""
+        precision = self._config.precision
+        return {
+            "asr_all": asr_of_all(asr, model, self._test_sets, precision),
+            "asr_other": asr_of_others(model, self._test_sets, precision),
+        }
 
     def answer(self, model):
         """{acc, asr, ra} of a candidate, not logged; for a method that is marked as using them."""

@@ -415,7 +415,8 @@ def _refuse_idle(Config, options, flags):
         if name not in flags or options[name] == config.default_of(Config, name):
             continue
         beside = f"with --{other} {options[other]}"
-        remedy = f"choose --{other} {value}"
+        values = " or ".join(map(str, value)) if isinstance(value, tuple) else value
+        remedy = f"choose --{other} {values}"
         if value is None:
             beside, remedy = f"with --{other}", f"leave --{other} out"
         elif value is True:

@@ -16,16 +16,17 @@ from typing import NamedTuple
 import torch
 
 from antidote_bench import models
-from antidote_bench.utils import detect as detection
-from antidote_bench.utils import distributed, estimate, files, plan, seeds, train
+from antidote_bench.utils import distributed, files, seeds, train
 from antidote_bench.utils.config import Attack, Training, digest
 from antidote_bench.utils.data import clean, dataset, target
 from antidote_bench.utils.device import setup
 from antidote_bench.utils.errors import ConfigError, RefusedError
-from antidote_bench.utils.evaluation import Evaluator, TestSets
+from antidote_bench.utils.evaluation import Evaluator
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Attacker, prepare_once
 from antidote_bench.utils.poisoning.poison import Cover
+from antidote_bench.utils.protocol import detect as detection
+from antidote_bench.utils.protocol import estimate, plan
 from antidote_bench.utils.record import claim, contents, flagged, results
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.repair import selection
@@ -173,18 +174,20 @@ def train_victim(
 
 def _select(config, truth, cover):
     """(positions to poison, positions to change as cover images)"""
-    among = truth == config.attack_target if config.clean_label else None
+    among = poison.poisonable(truth, config)
     index = poison.choose(truth, config.pratio, config.poison_seed, among=among)
-    if config.clean_label and len(index) == int(among.sum()):
+    if among is not None and 0 < len(index) == int(among.sum()):
         print(
             f"warning: {round(config.pratio * len(truth))} images were asked for, and all "
-            f"{len(index)} of the target class are poisoned; --pratio below "
-            f"{len(index) / len(truth):.3f} leaves some of them untouched",
+            f"{len(index)} of the {'target' if config.clean_label else 'source'} class are "
+            f"poisoned; --pratio below {len(index) / len(truth):.3f} leaves some of them untouched",
             file=sys.stderr,
         )
     free = torch.ones(len(truth), dtype=torch.bool)
     free[index.cpu()] = False
     ratio = cover.ratio if cover else 0.0
+    if ratio and cover.classes is not None:
+        free &= poison.of_classes(truth.cpu(), cover.classes)
     return index, poison.choose(truth, ratio, config.poison_seed, among=free, purpose="cover")
 
 
@@ -199,17 +202,18 @@ def _prepare(method, config, data, index, state, device, workers):
     parts, cover = prepared.parts, method.cover
     method = method._replace(
         make_trigger=partial(method.make_trigger, parts=parts),
-        cover=cover and Cover(partial(cover.make, parts=parts), cover.ratio),
+        cover=cover and cover._replace(make=partial(cover.make, parts=parts)),
     )
     return method, prepared, facts
 
 
 def _poison(method, config, data, index, cover_index):
     """(Poisoning, the loss to minimise)"""
-    relabel = poison.relabelling(config.label_mode, config.attack_target, data.spec.classes)
+    relabel = poison.relabelling(
+        config.label_mode, config.attack_target, data.spec.classes, config.source_class
+    )
     shown = method.make_trigger(config, data.spec, "test")
-    backdoor_index, backdoor = poison.triggered_split(data.test, shown, relabel)
-    target_index, target = poison.triggered_split(data.test, shown, relabel, own=True)
+    tested = poison.triggered_tests(data.test, shown, relabel, config)
     loss = partial(train.cross_entropy, label_smoothing=config.label_smoothing)
     n_poison = len(index)
     if method.make_loss:
@@ -221,9 +225,8 @@ def _poison(method, config, data, index, cover_index):
         split = poison.poison(split, trigger, relabel, index)
     if len(cover_index):
         split = poison.poison(split, method.cover.make(config, data.spec), None, cover_index)
-    test_sets = TestSets(data.test, backdoor, target)
     poisoning = contents.Poisoning(
-        split, index, cover_index, n_poison, test_sets, backdoor_index, target_index, None, {}
+        split, index, cover_index, n_poison, **tested, parts=None, facts={}
     )
     return poisoning, loss
 
@@ -440,7 +443,8 @@ def clean_model(config, spec, device):
             file=sys.stderr,
         )
     own = config.model if models.is_file(config.model) else None
-    model = contents.load_model(folder, spec, info, made, own)
+    chosen = contents.architecture(folder, made, own)
+    model = contents.load_model(folder, spec, info, made["width"], chosen)
     model = model.to(device).eval().requires_grad_(False)
     facts = {
         "record": str(folder),

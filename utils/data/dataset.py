@@ -24,6 +24,10 @@ KNOWN = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), False),
     "gtsrb": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False),
     "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), False),
+    "mnist": ((0.1307,) * 3, (0.3081,) * 3, False),
+    "fashionmnist": ((0.286,) * 3, (0.353,) * 3, False),
+    "imagenette": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True),  # those of ImageNet
+    "celeba": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False),
 }
 CACHED = ("train.npy", "train_labels.npy", "test.npy", "test_labels.npy")
 ALWAYS_CHECKED = 10**9  # bytes of a cache whose content is checked at every start

@@ -1,54 +1,65 @@
-"""The class that an attack aims at, given by its number or by its name; imports no torch."""
+"""The classes that an attack is about, given by number or by name; imports no torch."""
 
 import dataclasses
 import difflib
 
-from antidote_bench.utils.data import sources
+from antidote_bench.utils.data import listing
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.text import name_of_class, printable, quoted
 
 
 def resolved(config, names):
-    """The options of an attack with the number of its target, which they may name.
+    """The options of an attack with the numbers of its target and of its source, which they may
+    name.
 
     `names` are those of all classes, in the order of their numbers. Raises ConfigError (exit 2)
-    where the target is not one of them.
+    where one of the two is not among them, or where they are the same.
     """
-    number = class_number(config.attack_target, names, config.dataset)
+    options = ["attack_target"] + ["source_class"] * (config.label_mode == "one2one")
+    wanted = {option: getattr(config, option) for option in options}
+    numbers = {
+        option: class_number(value, names, config.dataset, option)
+        for option, value in wanted.items()
+    }
+    if config.label_mode != "all2all":
+        for option, number in numbers.items():
+            _say_number(option, wanted[option], number, names)
+    return dataclasses.replace(config, **numbers)
+
+
+def _say_number(option, wanted, number, names):
+    """A note where a number is also the name of another class."""
     text = str(number)
-    one_target = config.label_mode == "all2one"
-    if one_target and text == str(config.attack_target) and text in names and names[number] != text:
-        sources.say(
-            f"note: attack_target {text} is the class {name_of_class(number, names)}; the class "
+    if text == str(wanted) and text in names and names[number] != text:
+        listing.say(
+            f"note: {option} {text} is the class {name_of_class(number, names)}; the class "
             f"that is called {text} has the number {names.index(text)}"
         )
-    return dataclasses.replace(config, attack_target=number)
 
 
-def class_number(wanted, names, data):
+def class_number(wanted, names, data, option="attack_target"):
     """The number of a class, which `wanted` is already or which the class of that name has.
 
-    `names` are those of the classes of the data set `data`, in the order of their numbers. Raises
-    ConfigError (exit 2), which suggests the nearest names.
+    `names` are those of the classes of the data set `data`, in the order of their numbers, and
+    `option` is the one that gives the class. Raises ConfigError (exit 2), which suggests the
+    nearest names.
     """
     if isinstance(wanted, int):
         if wanted < len(names):
             return wanted
         raise ConfigError(
-            f"attack_target {wanted} is not a class of {data}: it has 0 to {len(names) - 1}"
+            f"{option} {wanted} is not a class of {data}: it has 0 to {len(names) - 1}"
         )
-    name = sources.normalized(printable(wanted))
+    name = listing.normalized(printable(wanted))
     numbers = [number for number, each in enumerate(names) if each == name]
     if len(numbers) == 1:
         return numbers[0]
     if numbers:
         raise ConfigError(
-            f"attack_target {quoted(name)} is the name of several classes of {data}: give the "
+            f"{option} {quoted(name)} is the name of several classes of {data}: give the "
             f"number, {' or '.join(map(str, numbers))}"
         )
-    raise ConfigError(
-        f"attack_target {quoted(name)} is not a class of {data}: {_hint(name, names)}"
-    )
+    raise ConfigError(f"{option} {quoted(name)} is not a class of {data}: {_hint(name, names)}")
 
 
 def _hint(name, names):

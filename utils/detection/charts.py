@@ -3,10 +3,12 @@
 import numpy as np
 
 from antidote_bench.utils.charts import MARKED, PLAIN, figure_bytes, plotting
+from antidote_bench.utils.detection.outliers import FARTHEST
 
 BINS = 60
 SHOWN = 0.5  # percent of the scores at each end that share the outermost bins
 COVERS = "#b8860b"
+BEYOND = 1.2  # height of a score that is cut off, in units of the largest other one
 
 
 def histogram(scores, groups, threshold):
@@ -46,13 +48,30 @@ def histogram(scores, groups, threshold):
 
 
 def class_chart(per_class, suspects):
-    """PNG bytes: the score of every class; suspected classes red."""
-    per_class = np.nan_to_num(np.asarray(per_class, np.float64), posinf=0, neginf=0)
-    colors = [MARKED if label in suspects else PLAIN for label in range(len(per_class))]
+    """PNG bytes: the finite score of every class; suspected classes red.
+
+    Scores of FARTHEST or minus that, which stand for an unlimited distance, are cut off where the
+    others end, and hatched.
+    """
+    shown, is_cut = within(np.asarray(per_class, np.float64))
+    labels = np.arange(len(shown))
+    colors = np.where(np.isin(labels, suspects), MARKED, PLAIN)
+    hatched = {"hatch": "////", "fill": False, "label": "beyond the axis"}
     with plotting("the chart of the scores") as Figure:
         figure = Figure(figsize=(5.6, 2.6), layout="constrained")
         panel = figure.subplots()
-        panel.bar(range(len(per_class)), per_class, color=colors)
+        panel.bar(labels[~is_cut], shown[~is_cut], color=colors[~is_cut])
+        if is_cut.any():
+            panel.bar(labels[is_cut], shown[is_cut], edgecolor=colors[is_cut], **hatched)
+            panel.legend(frameon=False)
         panel.set_xlabel("class")
         panel.set_ylabel("score")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         return figure_bytes(figure)
+
+
+def within(scores):
+    """(scores K to show, which of them are cut off, bool K)."""
+    is_cut = np.abs(scores) >= FARTHEST
+    most = max(np.abs(scores[~is_cut]).max(initial=0), 1)
+    return np.where(is_cut, np.copysign(BEYOND * most, scores), scores), is_cut

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from antidote_bench.utils import checkpoint, files
+from antidote_bench.utils import checkpoint, files, seeds
 from antidote_bench.utils.data.dataset import Spec, Split
 from antidote_bench.utils.record.folder import OWN
 
@@ -21,10 +21,11 @@ class Inspector:
     found, whose `truth` equals the given labels. For a detector of inputs they are images in random
     order, whose labels and truth are all -1. For a detector of models there are none.
 
-    `reference` are images that are known to be clean, with true labels, for the method's own
-    statistics. In the training set they stand at the positions `reference_index`, which is empty
-    otherwise. `model` and `width` name the victim's architecture. `state` is a folder for
-    checkpoints, and `shared` one for what other detectors of the same record may use too.
+    `reference` are images of the data set's training set that are known to be clean, with true
+    labels, for the method's own statistics. Among the suspects of a detector of data they stand at
+    the positions `reference_index`, which is empty otherwise. `model` and `width` name the victim's
+    architecture. `state` is a folder for checkpoints, and `shared` one for what other detectors of
+    the same record may use too.
     `report(stage, model, epoch=, loss=, lr=)` logs a row about a training; it measures nothing and
     returns nothing.
     """
@@ -43,6 +44,12 @@ class Inspector:
     def train(self):
         """The suspects, for functions that train on a record's training set."""
         return self.suspects
+
+    def draw(self, count, purpose, seed):
+        """`count` of the reference images in random order, or all where there are fewer."""
+        generator = seeds.generator(purpose, seed)
+        order = torch.randperm(len(self.reference), generator=generator)[:count]
+        return self.reference[order.to(self.reference.labels.device)]
 
     def keep(self, name, content):
         """Add the file `name` to the detector's record.
@@ -66,14 +73,15 @@ class Finding:
     """What a detector of models says.
 
     `score` is one number per model, `per_class` float64, one per class: the higher, the more
-    suspicious. `suspects` are the classes that the method takes for a target. `published` is the
-    verdict of the paper's own rule, where it has one. A method that cannot judge the model says why
+    suspicious. `suspects` are the classes that the method takes for a target, [] where it finds
+    none, and None where it has no verdict on classes. `published` is the verdict of the paper's own
+    rule, where it has one. A method that cannot judge the model says why
     in `abstained`, a sentence, and its score is None. `evidence` are tensors to keep in the record.
     """
 
     score: float | None
     per_class: torch.Tensor
-    suspects: list = field(default_factory=list)
+    suspects: list | None = None
     published: bool | None = None
     abstained: str = ""
     evidence: dict = field(default_factory=dict)

@@ -52,3 +52,4 @@ class ModelOptions(Detection):
     """Options of a detector that says whether a model holds a backdoor."""
 
     judges: ClassVar[str] = "model"
+    in_float32: ClassVar[bool] = True

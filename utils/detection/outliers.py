@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy import stats
 
 LEAST_CLASSES = 5  # fewer values have no outlier
 FARTHEST = 1e6  # an outlyingness is never farther from 0
@@ -15,6 +14,8 @@ def outlyingness(values):
     values. Where the others are all equal, a value is 0 if it equals them too, and otherwise
     FARTHEST or minus that.
     """
+    from scipy import stats  # slow to import, and every script comes by here
+
     values = values.detach().double().cpu().numpy()
     found = np.zeros_like(values)
     for place, value in enumerate(values):

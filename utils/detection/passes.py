@@ -1,4 +1,7 @@
-"""Passes over all suspects that several detectors share: made once and kept beside the record."""
+"""Passes through the victim that fit into memory.
+
+Those over all suspects that several detectors share are made once and kept beside the record.
+"""
 
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from antidote_bench.utils.errors import RefusedError
 from antidote_bench.utils.features import last_linear
 
 MOST_BYTES = 2**30  # of a pass that is kept; a larger one is made again
-GRADIENT_BATCH = 100  # images per backward pass
+GRADIENT_BATCH = 100  # images per backward pass, at most
 
 
 def penultimate(model, record, config):
@@ -50,14 +53,31 @@ def gradients(model, record, config):
     In evaluation mode and float32. One backward pass gives all layers. Kept like `penultimate`.
     """
 
-    def compute():
-        parts = []
-        with loader.evaluating(model), exact():
-            for images, labels, _ in loader.batches(record.suspects, GRADIENT_BATCH):
-                parts.append(_map_gradients(model, images, labels))
+    def pass_over_all(size):
+        parts = [
+            _map_gradients(model, images, labels)
+            for images, labels, _ in loader.batches(record.suspects, size)
+        ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def compute():
+        most = min(GRADIENT_BATCH, len(record.suspects))
+        size = loader.gradient_batch(model, record.suspects.images, most)
+        with loader.evaluating(model), exact():
+            return loader.halving(pass_over_all, size)
+
     return _kept(record, "gradients", len(record.suspects), compute)
+
+
+def logits_of(model, images):
+    """The logits n,K of images n,3,S,S in [0, 1]; without a gradient."""
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def pass_over_all(size):
+        with torch.no_grad():
+            return torch.cat([model(part) for part in images.split(size)])
+
+    return loader.halving(pass_over_all, loader.evaluation_batch(model, images))
 
 
 def _map_gradients(model, images, labels):

@@ -54,21 +54,35 @@ def search(model, split, classes, config, folder):
     the next ones. Where the goal was never reached, the trigger is the last one. The checkpoint is
     in `folder`.
     """
-    checkpoint = folder / f"triggers_{classes[0]}_{classes[-1]}.safetensors"
     state = Search(classes, split.images.shape[-1], config)
     optimizer = torch.optim.Adam(
         state.raw.parameters(), config.search_lr, betas=(0.5, 0.9), fused=True
     )
+
+    def advance(rows, epoch):
+        train_triggers(model, split, state, rows, optimizer, epoch, config)
+        state.advance(success_rates(model, split, state, rows, config), config.goal)
+
+    run_epochs(advance, state, optimizer, folder / "triggers", config)
+    return *unit(state.best), state.success
+
+
+def run_epochs(advance, state, optimizer, place, config, every=1):
+    """advance(positions of the active searches, epoch) for config.search_epochs, or until none is.
+
+    A checkpoint is saved after `every` epochs, in a file whose name begins with `place`.
+    """
+    first, last = state.classes[0], state.classes[-1]
+    checkpoint = place.with_name(f"{place.name}_{first}_{last}.safetensors")
     done = load(checkpoint, state, optimizer)
-    title = f"triggers from class {classes[0]}"
+    title = f"triggers from class {first}"
     for epoch in tqdm(range(done, config.search_epochs), desc=title, unit=" epochs", disable=None):
         rows = state.active.nonzero().flatten()  # waits for the device, once per epoch
         if not len(rows):
             break
-        train_triggers(model, split, state, rows, optimizer, epoch, config)
-        state.advance(success_rates(model, split, state, rows, config), config.goal)
-        save(checkpoint, state, optimizer, epoch + 1)
-    return *unit(state.best), state.success
+        advance(rows, epoch)
+        if (epoch + 1) % every == 0:
+            save(checkpoint, state, optimizer, epoch + 1)
 
 
 class Search(nn.Module):
@@ -209,7 +223,11 @@ def success_rates(model, split, state, rows, config):
 
 def outputs(model, images, masks, patterns):
     """Logits n,K,classes of images n,3,S,S with each of K triggers."""
-    triggered = add_trigger(images[:, None], masks, patterns)  # n,K,3,S,S
+    return logits_of_each(model, add_trigger(images[:, None], masks, patterns))
+
+
+def logits_of_each(model, triggered):
+    """Logits n,K,classes of images n,K,3,S,S."""
     logits = model(triggered.flatten(0, 1).contiguous(memory_format=torch.channels_last))
     return logits.unflatten(0, triggered.shape[:2])
 

@@ -9,44 +9,33 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy._core import multiarray
 
 from antidote_bench.utils import checkpoint, files
 from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError
 from antidote_bench.utils.exchange import image_folders
 from antidote_bench.utils.exchange.image_folders import Images
+from antidote_bench.utils.exchange.weights import NUMPY
 from antidote_bench.utils.text import one_line
 
 FILE = "attack_result.pt"
+REPAIRED = "defense_result.pt"  # of a defense, below the folder of its attack
 TRAIN, TEST = "bd_train", "bd_test"  # entries of the dict; the folders are called <entry>_dataset
-KINDS = ("Bool", "Int8", "UInt8", "Int16", "Int32", "Int64", "Float32", "Float64")
-# numpy's arrays and numbers, under the names that both its major versions write
-NUMPY = [
-    np.ndarray,
-    np.dtype,
-    *(getattr(np.dtypes, f"{kind}DType") for kind in KINDS),
-    *(
-        (function, f"{module}.{name}")
-        for name, function in (
-            ("_reconstruct", multiarray._reconstruct),
-            ("scalar", multiarray.scalar),
-        )
-        for module in ("numpy._core.multiarray", "numpy.core.multiarray")
-    ),
-]
 LARGEST_COUNT = 10**8  # images of a data set
+# networks of BackdoorBench that are not built in here: torchvision's, also for small images
+PLAIN = (
+    "alexnet", "vgg16", "vgg19", "vgg19_bn", "resnet18", "resnet34", "resnet50", "resnext50_32x4d",
+    "wide_resnet50_2", "squeezenet1_0", "shufflenet_v2_x1_0", "mobilenet_v2", "mnasnet1_0",
+    "efficientnet_b0",
+)  # fmt: skip
+SAME = (
+    "preactresnet18", "convnext_tiny", "densenet161", "efficientnet_b3", "mobilenet_v3_large",
+    "vit_b_16",
+)  # fmt: skip
 # networks of BackdoorBench by the names that they have here
 MODELS = {
-    "preactresnet18": "preactresnet18",
-    "convnext_tiny": "convnext_tiny",
-    "densenet161": "densenet161",
-    "efficientnet_b3": "efficientnet_b3",
-    "mobilenet_v3_large": "mobilenet_v3_large",
-    "vit_b_16": "vit_b_16",
-    # torchvision's form, with 7x7 weights in the first layer at every size
-    "timm:resnet18": "resnet18",
-    "timm:resnet34": "resnet34",
-    "timm:resnet50": "resnet50",
+    **{name: name for name in SAME},
+    **{f"torchvision:{name}": name for name in PLAIN},
+    **{f"timm:{name}": name for name in ("resnet18", "resnet34", "resnet50")},
 }
 # those that are another network under the same name
 LARGE_STEM = "its first layer has 7x7 weights there, also for small images"
@@ -76,18 +65,57 @@ class Result(NamedTuple):
     counts: dict
 
 
-def read(folder):
-    """The `Result` in a folder of BackdoorBench's record/.
+def find(source):
+    """(the file with the model, the attack_result.pt that it belongs to) of a folder of
+    BackdoorBench's record/, or of one of a defense below it, or of such a file itself.
+
+    Both are the same for an attack. Raises MissingError (exit 3) where one is not there.
+    """
+    source = Path(source)
+    folder = source.parent if source.name in (FILE, REPAIRED) else source
+    if not folder.is_dir():
+        raise MissingError(
+            f"there is no folder {folder}: name one that holds {FILE}, or {REPAIRED} below it"
+        )
+    if (folder / FILE).is_file() and source.name != REPAIRED:
+        return folder / FILE, folder / FILE
+    if not (folder / REPAIRED).is_file():
+        raise MissingError(f"there is no {FILE} in {folder}, and no {REPAIRED}")
+    # record/<name>/defense/<method>/defense_result.pt
+    above = (parent / FILE for parent in list(folder.resolve().parents)[:2])
+    attack = next((path for path in above if path.is_file()), None)
+    if attack is None:
+        raise MissingError(
+            f"there is no {FILE} in the two folders above {folder}: it says which images have the "
+            "trigger; from-weights takes the weights alone"
+        )
+    return folder / REPAIRED, attack
+
+
+def repaired(result, content, path):
+    """A `Result` with the model of a defense, from the bytes of its defense_result.pt.
+
+    It has no training set: the model was made of more than that. Raises RefusedError (exit 4) where
+    the file is no such one, or is of another network.
+    """
+    found = checkpoint.from_pt(content, path, NUMPY)
+    facts = (_entry(path, found, "model_name", str), _entry(path, found, "num_classes", int))
+    if facts != (result.model, result.classes):
+        raise RefusedError(
+            f"{path} is refused: it is of the network {_shown(facts[0])} with {facts[1]} classes, "
+            f"and the attack of {result.model} with {result.classes}"
+        )
+    return result._replace(weights=dict(_entry(path, found, "model", dict)), train=None)
+
+
+def from_bytes(content, path):
+    """The `Result` in an attack_result.pt, from its bytes and the images beside its `path`.
 
     No code of the file runs: it may hold tensors, numpy arrays and plain values. Raises
-    MissingError (exit 3) where a file is not there, and RefusedError (exit 4) where one holds
-    something else, which is named.
+    MissingError (exit 3) where an image is not there, and RefusedError (exit 4) where the file
+    holds something else, which is named.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise MissingError(f"there is no folder {folder}: name one that holds {FILE}")
-    path = folder / FILE
-    content = checkpoint.read_pt(path, NUMPY)
+    content = checkpoint.from_pt(content, path, NUMPY)
     size = _entry(path, content, "img_size", list | tuple)
     model = _entry(path, content, "model_name", str)
     classes = _entry(path, content, "num_classes", int)
@@ -205,9 +233,8 @@ def same_here(model):
     for here, there in MODELS.items():
         if there == model:
             return here
-    why = DIFFERENT.get(model, "it is not built in here")
     raise RefusedError(
-        f"the network {one_line(model)[:60]!r} of BackdoorBench has no counterpart here: {why}; "
+        f"the network {one_line(model)[:60]!r} of BackdoorBench is not built in here: "
         "--model path/to/file.py:function names one of your own with the same weights"
     )
 
@@ -238,7 +265,8 @@ def names_there(model):
 def write(folder, name, result):
     """Write a `Result` as record `name` of BackdoorBench into `folder`, which exists and is empty.
 
-    Paths in the file are those that its scripts resolve: ./record/<name>/...
+    Paths in the file are those that its scripts resolve: ./record/<name>/... Without training
+    images its `bd_train` is None, as BackdoorBench has it for attacks that store none.
     """
     content = {
         "model_name": result.model,
@@ -252,6 +280,9 @@ def write(folder, name, result):
         (TRAIN, result.train, np.arange(result.counts[TRAIN])),
         (TEST, result.test, result.test.index.numpy()),
     ):
+        if images is None:
+            content[part] = None
+            continue
         content[part] = _state(f"./record/{name}/{part}_dataset", images, kept, result.counts[part])
         image_folders.write_all(
             images.images,

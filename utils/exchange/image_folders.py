@@ -176,21 +176,25 @@ def write_list(folder, rows: Iterable[Row]):
     files.write(folder / LIST, files.csv_text(lines, COLUMNS))
 
 
-def read_list(folder, classes):
-    """The `Row`s of a folder's list.
-
-    Raises MissingError (exit 3) where there is none, and RefusedError (exit 4) where a row is not
-    one or names a file outside the folder.
-    """
+def read_list(folder):
+    """The bytes of a folder's list; MissingError (exit 3) where there is none."""
     path = Path(folder) / LIST
     if not path.is_file():
         raise MissingError(
             f"there is no {shown(path)}: it lists the images, with the columns {', '.join(COLUMNS)}"
         )
     with image_files.open_regular(path, LARGEST_LIST) as file:
-        text = file.read()
+        return file.read()
+
+
+def rows_of(content, folder, classes):
+    """The `Row`s in the content of a folder's list.
+
+    Raises RefusedError (exit 4) where a row is not one or names a file outside the folder.
+    """
+    path = Path(folder) / LIST
     try:
-        lines = files.read_rows(io.StringIO(text.decode("utf-8-sig"), newline=""), MOST_ROWS)
+        lines = files.read_rows(io.StringIO(content.decode("utf-8-sig"), newline=""), MOST_ROWS)
     except (ValueError, csv.Error) as error:
         raise RefusedError(f"{shown(path)} is refused: {cut(error, 200)}") from error
     return [_row(path, number, line, classes) for number, line in enumerate(lines, 2)]

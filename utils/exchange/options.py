@@ -1,9 +1,10 @@
 """Options of convert.py. Imports no torch."""
 
 import dataclasses
+from types import ModuleType
 from typing import ClassVar, Literal
 
-from antidote_bench.utils.config import Attack, Common, option, require
+from antidote_bench.utils.config import CHANGED, Attack, Common, LabelMode, option, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,7 @@ class Imported(Attack):
     """
 
     trained_here: ClassVar[bool] = False
+    pratio: ClassVar[None] = None  # no option here: poisoned_share says what is known of it
 
     source: str = option(identity=False)
     """what is imported; the first word after the name of the command is the same"""
@@ -32,7 +34,27 @@ class Imported(Attack):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Options where the labels of triggered images say what the attack is after; they replace those
+    of an attack."""
+
+    attack_target: int | None = option(None, at_least=0, needs={})
+    """class that triggered images shall be taken for, as a number; the labels of the triggered test
+    images say it, and another one is refused"""
+    label_mode: LabelMode | None = None
+    """all2one: every triggered image becomes the target; all2all: class y becomes y+1; one2one:
+    triggered images of one class become the target. It is found in the same way"""
+    source_class: int | None = option(
+        None, identity=CHANGED, at_least=0, needs={"label_mode": "one2one"}
+    )
+    """class of the triggered images, as a number, where all of them are of one (one2one); it is
+    found in the same way"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FromWeights(Imported):
+    attack_module: ClassVar[ModuleType | None] = None  # of the attack that --trigger names
+
     trigger: str | None = None
     """attack whose trigger the model knows; the options of that attack are then options here. By
     default no trigger is known, and ASR and RA stay empty"""
@@ -42,7 +64,10 @@ class FromWeights(Imported):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FromBackdoorBench(Imported):
+class FromBackdoorBench(Labelled, Imported):
+    source: str = option(identity=False)
+    """folder of BackdoorBench's record/ with attack_result.pt, or one of a defense below it with
+    defense_result.pt; the first word after the name of the command is the same"""
     attack: str | None = None
     """name of the attack, which attack_result.pt does not say; by default the name of an attack
     that the folder's name contains"""
@@ -53,7 +78,7 @@ class FromBackdoorBench(Imported):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FromImages(Attack):
+class FromImages(Labelled, Attack):
     source: str = option(identity=False)
     """folder with images.csv, as to-images writes it; the first word after the name of the command
     is the same"""
@@ -61,7 +86,7 @@ class FromImages(Attack):
     """first 12 hexadecimal digits of the sha256 of images.csv; a training on another list is
     refused. By default they are measured and kept in the record"""
     pratio: float | None = option(None, identity=False, at_least=0, at_most=1)
-    """left out: images.csv says what is poisoned"""
+    """leave it out: images.csv says what is poisoned"""
 
     def __post_init__(self):
         super().__post_init__()

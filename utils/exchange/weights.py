@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy._core import multiarray
 
 from antidote_bench.utils import checkpoint
 from antidote_bench.utils.errors import RefusedError
@@ -15,6 +17,21 @@ PLACES = (
 )  # fmt: skip
 # what wrappers put in front of every name: data parallel, torch.compile, Lightning, this project
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
+KINDS = ("Bool", "Int8", "UInt8", "Int16", "Int32", "Int64", "Float32", "Float64")
+# numpy's arrays and numbers, under the names that both its major versions write
+NUMPY = [
+    np.ndarray,
+    np.dtype,
+    *(getattr(np.dtypes, f"{kind}DType") for kind in KINDS),
+    *(
+        (function, f"{module}.{name}")
+        for name, function in (
+            ("_reconstruct", multiarray._reconstruct),
+            ("scalar", multiarray.scalar),
+        )
+        for module in ("numpy._core.multiarray", "numpy.core.multiarray")
+    ),
+]
 DEEPEST = 3  # dicts within dicts
 COUNTER = "num_batches_tracked"  # of batch norms; files of torch before 0.4.1 lack it
 SHOWN = 5  # names in a message
@@ -27,16 +44,17 @@ class Weights(NamedTuple):
     notes: tuple = ()
 
 
-def read(path):
-    """The `Weights` in a .safetensors file or in one that torch.save has written.
+def from_bytes(content, path):
+    """The `Weights` in the content of a .safetensors file, or of one that torch.save has written;
+    `path` is where it was read.
 
-    No code of the file runs. Raises MissingError (exit 3) where there is no file, and RefusedError
-    (exit 4) where it holds anything else than tensors and plain values, or no state dict.
+    No code of the file runs. Raises RefusedError (exit 4) where it holds anything else than
+    tensors, numpy's arrays and plain values, or no state dict.
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
-        return Weights(checkpoint.read_tensors(path))
-    return find(checkpoint.read_pt(path), path)
+        return Weights(checkpoint.from_bytes(content, path))
+    return find(checkpoint.from_pt(content, path, NUMPY), path)
 
 
 def find(content, path):
@@ -74,7 +92,7 @@ def without_prefixes(weights, wanted):
     names."""
     tensors, notes = weights
     wanted = set(wanted)
-    while not wanted & set(tensors):
+    while tensors and not wanted & set(tensors):
         prefix = next(
             (word for word in PREFIXES if all(name.startswith(word) for name in tensors)), None
         )

@@ -33,3 +33,23 @@ class InvertedPatternOptions(CleanModelOptions):
     trigger_path: str | None = None
     """image or .npy array to use as the pattern instead, black where there is none; resized to the
     data set's images"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchOptions(Attack):
+    """Options of an attack whose trigger is a small patch; patches.pasting makes it."""
+
+    patch: Literal["square", "grid"] = option("square", needs={"trigger_path": None})
+    """square of one grey level, or 3x3 grid of black and white"""
+    patch_size: int | None = option(None, needs={"trigger_path": None}, at_least=1, unit="pixels")
+    """side of the patch in pixels; by default 3 at 32x32 and in proportion at other sizes"""
+    patch_value: int = option(
+        255, needs={"patch": "square", "trigger_path": None}, at_least=0, at_most=255
+    )
+    """grey level of the square; 0 is black, 255 white"""
+    patch_row: int | None = None
+    """top row of the patch, negative from the bottom; by default it touches the bottom"""
+    patch_column: int | None = None
+    """left column of the patch, negative from the right; by default it touches the right"""
+    trigger_path: str | None = None
+    """image or .npy array to paste instead of the square; an alpha channel is its opacity"""

@@ -18,6 +18,7 @@ from antidote_bench.utils.data import images as image_files
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.data.memmap import replaced
 from antidote_bench.utils.errors import ConfigError, MissingError
+from antidote_bench.utils.evaluation import TestSets
 
 CHUNK = 2**20  # pixels that get a trigger at once: keeps the float copies small
 LARGEST_ARRAY = 2**28  # bytes of a .npy pattern
@@ -27,11 +28,12 @@ class Cover(NamedTuple):
     """Images of an attack that are changed and keep their true label.
 
     `make(config, spec)` gives the change, a function like a trigger; `ratio` is their share of the
-    training set.
+    training set. They are drawn from the `classes`, a tuple of numbers, or from all.
     """
 
     make: Callable
     ratio: float
+    classes: tuple[int, ...] | None = None
 
 
 def on_unit(function):
@@ -54,14 +56,39 @@ def adding(pattern):
     return on_unit(lambda images, index: images + pattern.to(images.device))
 
 
-def relabelling(label_mode, target, classes):
+def relabelling(label_mode, target, classes, source=None):
     """The function truth -> the attacker's labels.
 
-    These are the target for every class (all2one), or the next class (all2all).
+    These are the target for every class (all2one), the next class (all2all), or the target for the
+    class `source` and every other class itself (one2one).
     """
     if label_mode == "all2all":
         return lambda truth: (truth + 1) % classes
+    if label_mode == "one2one":
+        return lambda truth: truth.masked_fill(truth == source, target)
     return lambda truth: torch.full_like(truth, target)
+
+
+def poisonable(truth, config):
+    """A mask of the images that an attack may poison, None where it may poison all.
+
+    A clean-label attack poisons images of the target class, and one of a single source class those
+    of that class.
+    """
+    if config.clean_label:
+        return truth == config.attack_target
+    return truth == config.source_class if config.label_mode == "one2one" else None
+
+
+def of_classes(truth, classes):
+    """A mask of the images of the `classes`; ConfigError (exit 2) where one of them has none."""
+    for number in classes:
+        if not (truth == number).any():
+            raise ConfigError(
+                f"cover_classes must be classes with training images, and {number} has none here: "
+                f"the highest class is {int(truth.max())}"
+            )
+    return torch.isin(truth, torch.tensor(classes, device=truth.device))
 
 
 def choose(truth, ratio, seed, *, among=None, purpose="poison"):
@@ -142,6 +169,31 @@ def poison(split, trigger, relabel, index):
     if relabel is not None:
         labels[index] = relabel(split.truth[index])
     return Split(images, labels, split.truth)
+
+
+def triggered_tests(test, trigger, relabel, config):
+    """What is measured of the trigger, as {field of a `Poisoning`: value}.
+
+    In one2one every triggered image of a class that is neither source nor target stands apart,
+    with the target for its label: they show whether the trigger works on them too.
+    """
+    backdoor_index, backdoor = triggered_split(test, trigger, relabel)
+    if config.label_mode != "one2one":
+        target_index, target = triggered_split(test, trigger, relabel, own=True)
+        return {
+            "test_sets": TestSets(test, backdoor, target),
+            "backdoor_index": backdoor_index,
+            "target_index": target_index,
+        }
+    every_class = relabelling("all2one", config.attack_target, None)
+    index, other = triggered_split(test, trigger, every_class)
+    place = (other.truth != config.source_class).nonzero().flatten()
+    return {
+        "test_sets": TestSets(test, backdoor, None, other[place]),
+        "backdoor_index": backdoor_index,
+        "target_index": index[:0],
+        "other_index": index[place],
+    }
 
 
 def triggered_split(split, trigger, relabel, *, own=False):

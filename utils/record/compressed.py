@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 ABOVE = 64 * 2**20  # bytes of all images of a record, up to which they are stored as they are
-PARTS = "train", "test", "target"
+PARTS = "train", "test", "target", "other"
 
 
 def packed(tensors):

@@ -38,6 +38,7 @@ class Poisoning(NamedTuple):
     target_index: torch.Tensor  # and of test_sets.target
     parts: dict | None  # the tensors that the trigger consists of
     facts: dict  # about the trigger, for record.json
+    other_index: torch.Tensor | None = None  # positions of test_sets.other, where there is one
 
 
 @dataclass(frozen=True)
@@ -206,16 +207,17 @@ def load(folder, config, device, info=None):
         data = dataset.load(config, device, victim=made, check_count=check_count)
         _require_same_data(folder, info["data"], data, config)
         saved = _read_tensors(folder, layout.POISONED, info)
-        counts = {"train": len(data.train), "test": len(data.test), "target": len(data.test)}
+        counts = {part: len(data.test) for part in compressed.PARTS} | {"train": len(data.train)}
         saved = compressed.unpacked(saved, data.spec.size, counts)
         schema.check_poisoned(saved, data, layout.POISONED)
         saved = {name: value.to(device) for name, value in saved.items()}
         train = _poisoned_split(data.train, saved)
         kinds = torch.zeros_like(train.labels)
         kinds[saved["train_index"]] = saved["train_kind"]
-        target = _split(saved, "target") if "target_images" in saved else None
-        test_sets = TestSets(data.test, _split(saved, "test"), target)
-        model = load_model(folder, data.spec, info, made, model_file).to(device)
+        there = (part for part in schema.OPTIONAL if f"{part}_images" in saved)
+        beside = {part: _split(saved, part) for part in there}
+        test_sets = TestSets(data.test, _split(saved, "test"), **beside)
+        model = load_model(folder, data.spec, info, made["width"], chosen).to(device)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise RefusedError(
             f"the record {folder} is damaged: {' '.join(str(error).split())[:200]}"
@@ -246,15 +248,16 @@ def read_options(folder, info):
 
 
 def read_measures(folder, info):
-    """(the row of results.csv, {acc, asr, ra, asr_all}) of a verified record's victim."""
+    """(the row of results.csv, {acc, asr, ra, asr_all, asr_other}) of a verified record's
+    victim."""
     try:
         row, last = (
             schema.read_rows(_read(folder, name, info))[-1] for name in (layout.RESULTS, layout.LOG)
         )
         schema.check_results(row)
         measures = results.measures_of(row)
-        asr_all = last.get("asr_all") or None
-        return row, {**measures, "asr_all": asr_all if asr_all is None else float(asr_all)}
+        texts = {name: last.get(name) or None for name in ("asr_all", "asr_other")}
+        return row, measures | {name: text and float(text) for name, text in texts.items()}
     except (KeyError, IndexError, ValueError, csv.Error) as error:
         raise RefusedError(
             f"the record {folder} is damaged: {layout.RESULTS} or {layout.LOG}: "
@@ -288,13 +291,12 @@ def architecture(folder, made, model_file=None):
     return chosen
 
 
-def load_model(folder, spec, info, made, model_file=None):
-    """The network of a verified record, which has the options `made`; `architecture` says what
-    `model_file` is.
+def load_model(folder, spec, info, width, chosen):
+    """The network of a verified record; `chosen` is its `architecture`.
 
     RuntimeError or KeyError where its weights do not fit.
     """
-    model = models.build(architecture(folder, made, model_file), spec, made["width"])
+    model = models.build(chosen, spec, width)
     weights = _read_tensors(folder, layout.WEIGHTS, info)
     schema.check_finite(weights, layout.WEIGHTS)
     model.load_state_dict(weights)
@@ -337,7 +339,7 @@ def _poisoned_tensors(poisoning):
     index, cover, train = poisoning.index, poisoning.cover_index, poisoning.train
     changed = torch.cat([index, cover])
     kinds = torch.cat([torch.full_like(index, POISON), torch.full_like(cover, COVER)])
-    backdoor, target = poisoning.test_sets.backdoor, poisoning.test_sets.target
+    backdoor = poisoning.test_sets.backdoor
     tensors = {
         "train_index": changed,
         "train_images": train.images[changed],
@@ -348,13 +350,15 @@ def _poisoned_tensors(poisoning):
         "test_labels": backdoor.labels,
         "test_truth": backdoor.truth,
     }
-    if target is not None:
-        tensors |= {
-            "target_index": poisoning.target_index,
-            "target_images": target.images,
-            "target_labels": target.labels,
-            "target_truth": target.truth,
-        }
+    for part in schema.OPTIONAL:
+        split = getattr(poisoning.test_sets, part)
+        if split is not None:
+            tensors |= {
+                f"{part}_index": getattr(poisoning, f"{part}_index"),
+                f"{part}_images": split.images,
+                f"{part}_labels": split.labels,
+                f"{part}_truth": split.truth,
+            }
     return tensors
 
 

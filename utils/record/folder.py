@@ -19,7 +19,7 @@ from antidote_bench.utils.errors import MissingError, RefusedError
 from antidote_bench.utils.text import cut, printable
 
 FORMAT = 1
-FORMAT_COMPRESSED = 2  # of an attack whose images are PNG files; all else is as in FORMAT
+FORMAT_COMPRESSED = 2  # of an attack whose images are compressed; all else is as in FORMAT
 FORMATS = FORMAT, FORMAT_COMPRESSED
 RECORD = "record.json"
 OPTIONS = "config.yaml"
@@ -70,7 +70,10 @@ DETECTION_COLUMNS = [
     "own_f1", "score", "suspects", "target_found", "target_rank", "published", "abstained",
     "seconds", "peak_mb", "device", "version", "config_hash",
 ]  # fmt: skip
-LOG_COLUMNS = ["stage", "epoch", "loss", "lr", "acc", "asr", "ra", "seconds", "asr_all"]
+NO_CLASS = "none"  # in the column suspects: the method takes no class for a target
+LOG_COLUMNS = [
+    "stage", "epoch", "loss", "lr", "acc", "asr", "ra", "seconds", "asr_all", "asr_other",
+]  # fmt: skip
 
 
 class Log:

@@ -32,13 +32,14 @@ USUAL_RECIPE = {
 def of_attack(name, config, measured, test_sets, n_poison, n_train, seconds):
     """The row of a victim; `measured` is {acc, asr, ra}, and an unknown `n_poison` is None."""
     identity = config.identity(seeds=False)
+    pratio = config.pratio if config.trained_here else config.poisoned_share
     return {
         "dataset": dataset_name(config),
         "model": models.label(config.model, config.width),
         "attack": name,
         "label_mode": config.label_mode,
-        "target": config.attack_target if config.label_mode == "all2one" else "",
-        "pratio": "" if n_poison is None else config.pratio,
+        "target": "" if config.label_mode == "all2all" else config.attack_target,
+        "pratio": "" if n_poison is None else pratio,
         "pratio_effective": "" if n_poison is None else n_poison / n_train,
         "n_poison": "" if n_poison is None else n_poison,
         "recipe": recipe(config),

@@ -15,6 +15,9 @@ from antidote_bench.utils.text import cut
 LARGEST_SIDE = 4096  # pixels
 MOST_ROWS = 100_000  # of a log.csv
 SHA256 = re.compile("[0-9a-f]{64}")
+# parts of poison.safetensors that a record may lack: one2one has the second, other label modes have
+# the first, and older records neither
+OPTIONAL = "target", "other"
 LONGEST = 200  # characters of a value in a message
 
 
@@ -72,10 +75,10 @@ def check_results(row):
 def check_poisoned(tensors, data, file):
     """Check dtype, shape and range of every tensor of poison.safetensors; ValueError names it."""
     side, classes = data.spec.size, data.spec.classes
-    counts = {"train": len(data.train), "test": len(data.test), "target": len(data.test)}
+    counts = {"train": len(data.train), **dict.fromkeys(("test", *OPTIONAL), len(data.test))}
     for part, count in counts.items():
-        if part == "target" and "target_images" not in tensors:
-            continue  # an older record has none
+        if part in OPTIONAL and f"{part}_images" not in tensors:
+            continue
         index = tensors[f"{part}_index"]
         _check_whole(file, f"{part}_index", index, index.numel(), 0, count - 1)
         if len(index.unique()) != len(index):

@@ -1,6 +1,5 @@
 """What detectors say about finished victims: read from their folders, and shown as tables."""
 
-import io
 import math
 import os
 import statistics
@@ -10,21 +9,20 @@ from typing import NamedTuple
 
 from antidote_bench.utils.config import SEEDS
 from antidote_bench.utils.errors import MissingError, RefusedError
-from antidote_bench.utils.files import read_rows
 from antidote_bench.utils.record import folder
+from antidote_bench.utils.report import formats
 from antidote_bench.utils.report.content import load, parse_config, parse_record, reason, short
-from antidote_bench.utils.report.formats import Grid, csv_text, grids
 from antidote_bench.utils.report.runs import (
     LONGEST_NAME,
     OF_ATTACK,
     TABLE,
     Run,
+    one_row,
     options_of,
-    read_run,
     read_victim,
     settings,
 )
-from antidote_bench.utils.report.tables import name_all
+from antidote_bench.utils.report.tables import name_all, of_row, spread
 from antidote_bench.utils.text import one_line
 
 OF_DETECTION = ("prior", "clean_budget", "nominal_fpr")
@@ -51,8 +49,9 @@ ABOUT = (
     "images set"
 )
 ABOUT_MODELS = (
-    "score, the higher the more suspicious; found: runs in which the target is suspected, for a "
-    "benign victim those in which any class is; AUROC: of backdoored against benign victims"
+    "score, the higher the more suspicious; found: of the runs with a verdict on classes those in "
+    "which the target is suspected, flagged: those in which any class is; AUROC: of backdoored "
+    "against benign victims"
 )
 
 
@@ -95,9 +94,13 @@ def split(paths):
     return others, found
 
 
-def read_all(paths):
-    """(runs, [(path, why it is left out)]); of runs with the same options only the first counts."""
-    runs, left_out, known = {}, [], {}
+def read_all(paths, victims=()):
+    """(runs, [(path, why it is left out)]); of runs with the same options only the first counts.
+
+    `victims` are attack runs that were read before.
+    """
+    runs, left_out = {}, []
+    known = {os.path.abspath(victim.path): victim for victim in victims}
     for path in paths:
         try:
             run = read(path, known)
@@ -124,22 +127,13 @@ def read(path, known):
         )
     config = load(path, folder.OPTIONS, parse_config, record)
     row, numbers = load(path, folder.RESULTS, parse_results, record)
-    place = str(Path(os.path.abspath(path)).parent.parent)
-    if place not in known:
-        try:
-            known[place] = read_run(Path(place), {})
-        except RefusedError as error:
-            raise RefusedError(f"its attack run cannot be used: {error}") from error
     victim = read_victim(path, record.get("victim_sha256"), known)
     return Detected(path, row, numbers, config, record, victim)
 
 
 def parse_results(text):
     """(column -> text, measure -> number or None) of the one row in a results.csv."""
-    rows = read_rows(io.StringIO(text), most=1)
-    if not rows:
-        raise ValueError("0 rows instead of 1")
-    return parse_detection(rows[0])
+    return parse_detection(one_row(text))
 
 
 def parse_detection(row):
@@ -226,8 +220,8 @@ def show(tables, form):
             "no detection found: python detection/strip.py --help shows how one is made"
         )
     if form == "csv":
-        return csv_text(CSV_HEADER, [row for table in tables for row in to_csv(table)])
-    return grids([to_grid(table) for table in tables], form)
+        return formats.csv_text(CSV_HEADER, [row for table in tables for row in to_csv(table)])
+    return formats.grids([to_grid(table) for table in tables], form)
 
 
 def to_grid(table):
@@ -242,7 +236,8 @@ def to_grid(table):
     if table.judges == "model":
         header.append("AUROC")
         for row, key in zip(rows, table.rows, strict=True):
-            row.append(_percent(auroc_of_models(table, key)))
+            auroc = auroc_of_models(table, key)
+            row.append("–" if auroc is None else f"{100 * auroc:.1f}")
     header += ["seconds", "n"]
     for row, key in zip(rows, table.rows, strict=True):
         runs = of_row(table, key)
@@ -251,7 +246,7 @@ def to_grid(table):
     about = table.about
     title = f"{about['dataset'] or '–'}, {about['model'] or '–'}: {KINDS[table.judges]}"
     words = ABOUT_MODELS if table.judges == "model" else ABOUT
-    return Grid(title, f"recipe {about['recipe'] or '–'}; {words}", header, rows, [])
+    return formats.Grid(title, f"recipe {about['recipe'] or '–'}; {words}", header, rows, [])
 
 
 def _of_images(table, column):
@@ -260,7 +255,7 @@ def _of_images(table, column):
     cells = []
     for key in table.rows:
         runs = table.cells.get((column, key), [])
-        cells.append([share(runs, SHOWN[name]) for name in names])
+        cells.append([formats.show(runs, SHOWN[name]) for name in names])
     return names, cells
 
 
@@ -271,14 +266,13 @@ def _of_models(table, column):
         runs = table.cells.get((column, key), [])
         mean, deviation = spread(runs, "score")
         more = "" if deviation is None else f" ± {deviation:.3g}"
+        verdicts = [run for run in runs if run.row.get("suspects")]
         if column in table.clean:
-            hits = sum(bool(run.row.get("suspects")) for run in runs)
+            hits = sum(run.row["suspects"] != folder.NO_CLASS for run in verdicts)
         else:
-            hits = sum(run.numbers["target_found"] == 1 for run in runs)
-        judged = sum(run.numbers["score"] is not None for run in runs)
-        cells.append(
-            ["–" if mean is None else f"{mean:.3g}{more}", f"{hits} of {judged}" if runs else "–"]
-        )
+            hits = sum(run.numbers["target_found"] == 1 for run in verdicts)
+        found = f"{hits} of {len(verdicts)}" if verdicts else "–"
+        cells.append(["–" if mean is None else f"{mean:.3g}{more}", found])
     return ["score", "flagged" if column in table.clean else "found"], cells
 
 
@@ -314,26 +308,3 @@ def auroc_of_models(table, key):
             scores[column in table.clean] += known
     pairs = [(high > low) + (high == low) / 2 for high in scores[False] for low in scores[True]]
     return statistics.fmean(pairs) if pairs else None
-
-
-def of_row(table, key):
-    """All runs of a detector."""
-    return [run for (_, row), runs in table.cells.items() if row == key for run in runs]
-
-
-def spread(runs, name):
-    """(mean, sample standard deviation) of a measure; None where there are too few values."""
-    values = [run.numbers[name] for run in runs if run.numbers[name] is not None]
-    mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None
-
-
-def share(runs, name):
-    """A measure in percent, as it stands in a cell."""
-    mean, deviation = spread(runs, name)
-    more = "" if deviation is None else f" ± {100 * deviation:.1f} ({len(runs)})"
-    return f"{_percent(mean)}{more}"
-
-
-def _percent(value):
-    return "–" if value is None else f"{100 * value:.1f}"

@@ -101,8 +101,10 @@ def triggers(tables):
     for dataset, (attacks, names) in sorted(groups.items()):
         labels = name_all(set(attacks), names)
         for key in sorted(attacks, key=labels.get):
-            target = next((run.target for run in attacks[key]), None)
-            caption = f"{labels[key]}, {dataset}" + (f", target {target}" if target else "")
+            caption = f"{labels[key]}, {dataset}"
+            for run in attacks[key][:1]:
+                caption += f", target {run.target}" if run.target else ""
+                caption += f", source {run.source}" if run.source else ""
             facts = {"dataset": dataset, "attack": key[0], "caption": caption}
             wanted.append((facts, attacks[key]))
     return wanted

@@ -175,7 +175,7 @@ def as_cell(table, number, key, reported, points):
 
 def as_run(run, points):
     """One seed of a cell: its numbers, where they come from, and its curve."""
-    facts = {"target": run.target}
+    facts = {"target": run.target, "source": run.source}
     facts |= {label: run.record.get(name) for name, label in FACTS.items()}
     if isinstance(versions := run.record.get("versions"), dict):
         facts["versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())

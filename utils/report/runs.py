@@ -118,6 +118,14 @@ class Run:
         number = self.attack.row.get("target")
         return named(number, self.class_names) if number and not self.clean else None
 
+    @property
+    def source(self):
+        """The class that alone is poisoned, with its name; None where there is not one."""
+        options = self.attack.config
+        number = options.get("source_class") or str(default_of(Attack, "source_class"))
+        is_one = self.attack.row["label_mode"] == "one2one" and not self.clean
+        return named(number, self.class_names) if is_one else None
+
 
 def named(number, names):
     """The text `number` of a class with its name, if it is one."""
@@ -165,7 +173,7 @@ def search(folders):
 def read_run(path, known):
     """The run in a folder; RefusedError says what is wrong with it.
 
-    `known` holds the runs that were read before: {absolute path: run}.
+    `known` holds the runs that were read before: {absolute path: run}. A victim is added to it.
     """
     record = load(path, folder.RECORD, parse_record)
     is_readable = record.get("format") in folder.FORMATS
@@ -186,9 +194,11 @@ def read_victim(path, weights, known):
     """The attack run in whose folder the defense run `path` lies; it must be its victim."""
     place = Path(os.path.abspath(path)).parent.parent
     try:
-        attack = known.get(str(place)) or read_run(place, known)
+        if str(place) not in known:
+            known[str(place)] = read_run(place, known)
     except RefusedError as error:
         raise RefusedError(f"its attack run cannot be used: {error}") from error
+    attack = known[str(place)]
     if attack.victim or weights is None or attack.weights != weights:
         raise RefusedError("made for another victim than the one it lies with")
     return attack
@@ -196,10 +206,15 @@ def read_victim(path, weights, known):
 
 def parse_results(text):
     """(column -> text, measure -> number or None) of the one row in a results.csv."""
+    return parse_row(one_row(text))
+
+
+def one_row(text):
+    """The one row in the text of a results.csv, column -> text; ValueError where there is none."""
     rows = read_rows(io.StringIO(text), most=1)
     if not rows:
         raise ValueError("0 rows instead of 1")
-    return parse_row(rows[0])
+    return rows[0]
 
 
 def parse_row(row):

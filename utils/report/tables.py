@@ -26,7 +26,17 @@ FOOTNOTES = {
     ORACLE: "chosen with test data: not comparable",
 }
 UNCREDITED = WEAK + UNTRAINED
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "gtsrb": 43, "tiny": 200}
+CLASSES = {
+    "digits": 10,
+    "cifar10": 10,
+    "cifar100": 100,
+    "gtsrb": 43,
+    "tiny": 200,
+    "mnist": 10,
+    "fashionmnist": 10,
+    "imagenette": 10,
+    "celeba": 8,
+}
 CHANCES = 3  # an ACC below so many times chance is near it
 SHARE_OF_CLEAN = 0.75  # an ACC below this share of the clean model's is far below it
 CONSTANT_ASR, CONSTANT_MORE = 0.95, 0.05  # of a victim that gives every image the same label
@@ -207,7 +217,8 @@ def name_all(keys, class_names=()):
     """{(name, settings): label}: the name, and in brackets what tells it from its namesakes."""
 
     def shown_value(key):
-        return named(options[key], class_names) if key == "attack_target" else options[key]
+        is_class = key in ("attack_target", "source_class")
+        return named(options[key], class_names) if is_class else options[key]
 
     labels = {}
     for name, pairs in keys:

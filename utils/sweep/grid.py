@@ -41,7 +41,8 @@ CHOSEN = {  # options that a sweep gives to its runs itself
     "result_file": "is the sweep's own: the victims of the grid are what is repaired or judged",
 }
 # facts about a victim, beside its seeds, that change no default of a defense
-ONLY_VICTIMS = {"pratio", "attack_target", "label_mode"}
+ONLY_VICTIMS = {"pratio", "attack_target", "label_mode", "source_class"}
+CLASSES = "attack_target", "source_class"  # options that may name a class
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,15 @@ def _check_cell(cell, record_path):
 
 
 def _check_target(options):
-    """ConfigError if the target of an attack is named and no class of the data set; where the data
-    set is not there yet, the attack says so."""
-    if isinstance(options.attack_target, str):
+    """ConfigError if an attack names a class that the data set has not; where the data set is not
+    there yet, the attack says so."""
+    wanted = {option: getattr(options, option) for option in CLASSES}
+    named = {option: value for option, value in wanted.items() if isinstance(value, str)}
+    if named:
         with contextlib.suppress(MissingError):
             names = sources.class_names(options.dataset, options.dataset_path)
-            target.class_number(options.attack_target, names, options.dataset)
+            for option, value in named.items():
+                target.class_number(value, names, options.dataset, option)
 
 
 def _config_of(cell):
@@ -392,10 +396,11 @@ def _is_this(cell, reader):
     try:
         run, victim = reader.record(place), reader.record(reader.place_of_victim(cell))
         options = reader.parsed(cell)
-        if isinstance(options.get("attack_target"), str):
-            names = victim["data"]["class_names"]
-            number = target.class_number(options["attack_target"], names, options["dataset"])
-            options = {**options, "attack_target": number}
+        for option in CLASSES:
+            if isinstance(options.get(option), str):
+                names = victim["data"]["class_names"]
+                number = target.class_number(options[option], names, options["dataset"], option)
+                options = {**options, option: number}
         if not _same(reader.saved(place), options, _config_of(cell)):
             return False
         if _is_on_other_data(cell, options, victim, reader):

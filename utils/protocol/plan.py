@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from antidote_bench import models
-from antidote_bench.utils import distributed, estimate, train
+from antidote_bench.utils import distributed, train
 from antidote_bench.utils.config import Training
 from antidote_bench.utils.data import dataset, facts, sources, target
 from antidote_bench.utils.data.dataset import Spec, Split
@@ -19,6 +19,7 @@ from antidote_bench.utils.data.loader import batch_sizes
 from antidote_bench.utils.device import free_memory
 from antidote_bench.utils.optimizers import OPTIMIZERS
 from antidote_bench.utils.poisoning.options import CleanModelOptions
+from antidote_bench.utils.protocol import estimate
 from antidote_bench.utils.record import contents, results
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.text import name_of_class
@@ -54,8 +55,10 @@ def attack(method, config, folder, select, device):
         f"reads    {config.dataset} from {config.dataset_path}: {len(truth)} training and {n_test} "
         f"test images of {len(names)} classes: {_classes(names)}"
     )
-    if config.label_mode == "all2one":
+    if config.label_mode != "all2all":
         print(f"target   {name_of_class(config.attack_target, names)}")
+    if config.label_mode == "one2one":
+        print(f"source   {name_of_class(config.source_class, names)}: no other class is poisoned")
     if method.make_loss:
         print(
             f"poisons  no stored image: the loss shows each of {len(truth)} images with the "

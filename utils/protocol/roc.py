@@ -1,6 +1,7 @@
 """How well scores tell positives from negatives, and the threshold that clean scores set.
 
-A score is higher the more suspicious its image is. scikit-learn is loaded when it is needed.
+A score is higher the more suspicious its image is. scikit-learn and
+scipy are loaded when they are needed.
 """
 
 import math
@@ -62,3 +63,13 @@ def rates(flagged, positive):
         "ppv": hits / (hits + alarms) if n_positive and hits + alarms else None,
         "f1": 2 * hits / (hits + alarms + n_positive) if n_positive else None,
     }
+
+
+def rank(values, place):
+    """The rank of the value at a place among K values, from 1 for the largest one.
+
+    Equal values share the mean of their ranks.
+    """
+    from scipy.stats import rankdata
+
+    return float(rankdata(-values)[place])

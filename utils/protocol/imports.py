@@ -5,6 +5,7 @@ record as an attack does.
 """
 
 import dataclasses
+import hashlib
 import shutil
 import sys
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from pathlib import Path
 import torch
 
 from antidote_bench import models
+from antidote_bench.utils import checkpoint, run
 from antidote_bench.utils import config as options
-from antidote_bench.utils import files, run
 from antidote_bench.utils import train as training
 from antidote_bench.utils.data import dataset, sources, target
 from antidote_bench.utils.data.dataset import Split
@@ -37,19 +38,15 @@ IMPORTED = {"weights": "imported", "backdoorbench": "backdoorbench"}
 # ---------- a state dict ----------
 
 
-def from_weights(command, config, attack=None):
-    """Make the record of a model whose weights lie in a file; `command` is what was typed.
-
-    `attack` is the module of the attack that `config.trigger` names, whose options are in `config`.
-    """
+def from_weights(command, config):
+    """Make the record of a model whose weights lie in a file; `command` is what was typed."""
     models.check(config.model, config.width)
-    if config.trigger and not attack:
+    if config.trigger and not config.attack_module:
         raise ConfigError("trigger must be a flag here, --trigger, because its options follow it")
-    if config.poisoned_share is not None:
-        config = dataclasses.replace(config, pratio=config.poisoned_share)
     path = Path(config.source)
-    found = weights.read(path)
-    config = _with_digest(config, files.sha256(path)[:DIGEST], path)
+    content = checkpoint.read_file(path)
+    config = _with_digest(config, content, path)
+    found = weights.from_bytes(content, path)
     config, device = setup(_named(config, f"imported_{config.dataset}"))
     if config.dry_run:
         return _plan(config, f"{len(found.tensors)} tensors from {path}")
@@ -57,36 +54,33 @@ def from_weights(command, config, attack=None):
         if not new:
             return
         model, notes = _model(found, config, data, path)
-        poisoning = _known_trigger(config, data, attack, folder / layout.STATE)
+        poisoning = _known_trigger(config, data, folder / layout.STATE)
         facts = {"from": "weights", "file": path.name, "notes": notes}
         _measure_and_save(command, config, data, model, poisoning, facts, device, folder)
 
 
-def _known_trigger(config, data, attack, state):
+def _known_trigger(config, data, state):
     """The `Poisoning` of a model whose training set is unknown, and whose trigger may be known."""
     share = config.poisoned_share
     n_poison = None if share is None else round(share * len(data.train))
     poisoning = _without_triggers(data)._replace(n_poison=n_poison)
-    relabel = poison.relabelling(config.label_mode, config.attack_target, data.spec.classes)
-    if attack:
-        parts, extra = _parts(config, data, attack, state)
+    relabel = poison.relabelling(
+        config.label_mode, config.attack_target, data.spec.classes, config.source_class
+    )
+    if attack := config.attack_module:
+        parts, extra = _parts(config, data, state)
         trigger = attack.make_trigger(config, data.spec, "test", **extra)
-        index, backdoor = poison.triggered_split(data.test, trigger, relabel)
-        target_index, own = poison.triggered_split(data.test, trigger, relabel, own=True)
-        return poisoning._replace(
-            test_sets=TestSets(data.test, backdoor, own),
-            backdoor_index=index,
-            target_index=target_index,
-            parts=parts,
-        )
+        tested = poison.triggered_tests(data.test, trigger, relabel, config)
+        return poisoning._replace(**tested, parts=parts)
     if config.triggered_path:
         found = image_folders.read_tree(config.triggered_path, data.spec, relabel)
-        return _with_tests(poisoning, data, found, len(data.test))
+        return _with_tests(config, poisoning, data, found, len(data.test))
     return poisoning
 
 
-def _parts(config, data, attack, state):
+def _parts(config, data, state):
     """(the tensors of an attack's trigger or None, the arguments that they are for make_trigger)"""
+    attack = config.attack_module
     if not hasattr(attack, "prepare"):
         return None, {}
 
@@ -120,14 +114,22 @@ class _Unavailable:
 
 
 def from_backdoorbench(command, config):
-    """Make a record of a folder of BackdoorBench's record/."""
-    folder = Path(config.source)
-    result = attack_result.read(folder)
+    """Make a record of a folder of BackdoorBench's record/, or of one of its repaired models."""
+    path, attack_path = attack_result.find(config.source)
+    folder = attack_path.parent
+    content = checkpoint.read_file(path)
+    config = _with_digest(config, content, path)
+    facts = {"from": "backdoorbench", "file": folder.resolve().name}
+    if path == attack_path:
+        result = attack_result.from_bytes(content, path)
+    else:
+        result = attack_result.from_bytes(checkpoint.read_file(attack_path), attack_path)
+        result = attack_result.repaired(result, content, path)
+        facts["repaired_by"] = path.parent.resolve().name
     config = _as_there(config, result, folder)
     models.check(config.model, config.width)
-    path = folder / attack_result.FILE
-    config = _with_digest(config, files.sha256(path)[:DIGEST], path)
-    config, device = setup(_named(config, f"imported_{folder.resolve().name}"))
+    name = "_".join(filter(None, ("imported", facts["file"], facts.get("repaired_by"))))
+    config, device = setup(_named(config, name))
     if config.dry_run:
         return _plan(config, f"{path} and {len(result.test.index)} triggered test images")
     with _claimed(config, device) as (place, data, config, new):
@@ -140,14 +142,13 @@ def from_backdoorbench(command, config):
             )
         model, notes = _model(weights.find(result.weights, path), config, data, path)
         poisoning = _changed(config, data, result.train, result.test, result.counts)
-        facts = {"from": "backdoorbench", "file": folder.resolve().name, "notes": notes}
         _measure_and_save(
             command,
             config,
             data,
             model,
             poisoning,
-            facts,
+            facts | {"notes": notes},
             device,
             place,
             stored=result.train is not None,
@@ -160,24 +161,22 @@ def _as_there(config, result, folder):
     sources.check(name)
     model = config.model or attack_result.same_here(result.model)
     normalised = {}
-    if name != result.dataset and result.dataset in dataset.KNOWN and config.mean is None:
+    usual = name == result.dataset and not models.is_file(model)
+    if not usual and result.dataset in dataset.KNOWN and config.mean is None:
         mean, std, _ = dataset.KNOWN[result.dataset]
         normalised = {
-            name: ",".join(map(str, values)) for name, values in (("mean", mean), ("std", std))
+            option: ",".join(map(str, values)) for option, values in (("mean", mean), ("std", std))
         }
     side = None if sources.SIDES.get(name) == result.size else result.size
     if config.poisoned_share is None and result.train is not None:
         share = len(result.train.index) / result.counts[attack_result.TRAIN]
         config = dataclasses.replace(config, poisoned_share=round(share, 6))
-    if config.poisoned_share is not None:
-        config = dataclasses.replace(config, pratio=config.poisoned_share)
     return dataclasses.replace(
-        config,
+        _labelled(config, result.test, result.classes, folder),
         dataset=name,
         model=model,
         image_size=config.image_size or side,
         attack=config.attack or _attack_in(folder.resolve().name),
-        **_labelling(result.test, result.classes, folder),
         **normalised,
     )
 
@@ -189,10 +188,30 @@ def _attack_in(name):
     )
 
 
-def _labelling(test, classes, place):
-    """{label_mode, attack_target} that the labels of triggered test images follow."""
-    targets = test.labels.unique().tolist()
+def _labelled(config, test, classes, place):
+    """The options with the `label_mode` and the classes that triggered test images follow;
+    ConfigError where the user says another."""
+    found = _labelling(test, classes, place, config.label_mode)
+    for name, value in found.items():
+        if getattr(config, name) not in (None, value):
+            words = " ".join(map(str, found.values()))
+            raise ConfigError(
+                f"{name} must be left out: the triggered test images in {place} have the labels of "
+                f"{words}"
+            )
+    return dataclasses.replace(config, **found)
+
+
+def _labelling(test, classes, place, said):
+    """{label_mode, attack_target} that the labels of triggered test images follow, and the
+    source_class where all of them are of another one class; `said` is the user's label_mode, which
+    decides where two are right."""
+    targets, sources = test.labels.unique().tolist(), test.truth.unique().tolist()
     if len(targets) == 1:
+        one_source = len(sources) == 1 and sources != targets and classes > 2
+        if one_source and said != "all2one":
+            found = {"label_mode": "one2one", "attack_target": targets[0]}
+            return {**found, "source_class": sources[0]}
         return {"label_mode": "all2one", "attack_target": targets[0]}
     if len(targets) and torch.equal(test.labels, (test.truth + 1) % classes):
         return {"label_mode": "all2all", "attack_target": 0}
@@ -215,15 +234,16 @@ def _changed(config, data, train, test, counts, kept=None):
         own = data.train.labels.clone()
         own[place] = labels
         split = Split(replaced(data.train.images, place, images), own, data.train.truth)
-        if kept is None:  # images of the target are poisoned although their labels stay
-            kept = (labels == truth) & (labels != config.attack_target)
-            kept &= config.label_mode == "all2one"
+        if kept is None:
+            kept = labels == truth
+            if config.label_mode != "one2one":  # others are poisoned although their labels stay
+                kept &= (labels != config.attack_target) & (config.label_mode == "all2one")
         kept = kept.to(device)
         index, cover = place[~kept].sort().values, place[kept].sort().values
         poisoning = poisoning._replace(
             train=split, index=index, cover_index=cover, n_poison=len(index)
         )
-    return _with_tests(poisoning, data, test, counts[attack_result.TEST])
+    return _with_tests(config, poisoning, data, test, counts[attack_result.TEST])
 
 
 def _without_triggers(data):
@@ -242,18 +262,29 @@ def _without_triggers(data):
     )
 
 
-def _with_tests(poisoning, data, found, count):
-    """The same with triggered test images: those of their attack label's class stand apart."""
+def _with_tests(config, poisoning, data, found, count):
+    """The same with triggered test images: those of their attack label's class stand apart, and so
+    do those of the classes that a trigger for one class is not for."""
     device = data.test.labels.device
     place = order.positions(data.test, found, count, "test").to(device)
     images, labels, truth = (part.to(device) for part in found[1:])
     sorted_place, rank = place.sort()
     every = Split(images[rank], labels[rank], truth[rank])
     own = every.labels == every.truth
+    target, other = own, torch.zeros_like(own)
+    if config.label_mode == "one2one":
+        target, other = other, own & (every.truth != config.attack_target)
+        every.labels[other] = config.attack_target
     return poisoning._replace(
-        test_sets=TestSets(data.test, every[~own], every[own] if own.any() else None),
+        test_sets=TestSets(
+            data.test,
+            every[~own],
+            every[target] if target.any() else None,
+            every[other] if other.any() else None,
+        ),
         backdoor_index=sorted_place[~own],
-        target_index=sorted_place[own],
+        target_index=sorted_place[target],
+        other_index=sorted_place[other],
     )
 
 
@@ -263,17 +294,18 @@ def _with_tests(poisoning, data, found, count):
 def from_images(command, config):
     """Train a victim on a poisoned set that lies in image folders, and save its record."""
     models.check(config.model, config.width)
+    if config.pratio is not None:
+        raise ConfigError(f"pratio must be left out: {image_folders.LIST} says what is poisoned")
     folder = Path(config.source)
     path = folder / image_folders.LIST
-    if not path.is_file():
-        image_folders.read_list(folder, 1)  # says what is missing
-    config = _with_digest(config, files.sha256(path)[:DIGEST], path)
+    content = image_folders.read_list(folder)
+    config = _with_digest(config, content, path)
     config, device = setup(_named(config, f"images_{folder.resolve().name}"))
     if config.dry_run:
         return _plan(config, f"the images that {path} lists as changed")
     # what is poisoned and for which label stands in the list, which needs the data set's classes
     data = dataset.load(config, device)
-    rows = image_folders.read_list(folder, data.spec.classes)
+    rows = image_folders.rows_of(content, folder, data.spec.classes)
     (train, kept), (test, _) = (
         image_folders.read_changed(folder, rows, split, data.spec.size)
         for split in (image_folders.TRAIN, image_folders.TEST)
@@ -284,8 +316,8 @@ def from_images(command, config):
             "them"
         )
     share = int((~kept).sum()) / len(data.train)
-    labelling = _labelling(test, data.spec.classes, folder)
-    config = dataclasses.replace(config, pratio=round(share, 6), **labelling)
+    config = _labelled(config, test, data.spec.classes, folder)
+    config = dataclasses.replace(config, pratio=round(share, 6))
     counts = {attack_result.TRAIN: len(data.train), attack_result.TEST: len(data.test)}
     with _claimed(config, device, data) as (place, data, config, new):
         if not new:
@@ -300,8 +332,10 @@ def from_images(command, config):
 # ---------- what all of them do ----------
 
 
-def _with_digest(config, found, path):
-    """The options with the digest of the file `path`; RefusedError where another was asked for."""
+def _with_digest(config, content, path):
+    """The options with the digest of what was read from `path`; RefusedError where they have
+    another."""
+    found = hashlib.sha256(content).hexdigest()[:DIGEST]
     if config.digest not in (None, found):
         raise RefusedError(f"{path} is refused: its digest is {found}, not {config.digest}")
     return dataclasses.replace(config, digest=found)
@@ -357,9 +391,12 @@ def _measure_and_save(
     """Measure a model that is as it came, and save its record."""
     evaluator = Evaluator(poisoning.test_sets, config, layout.Log(folder / layout.STATE))
     measured = evaluator.measure("final", model)
-    for line in diagnosis.hints(model, data, measured, config.precision, poisoning.n_poison == 0):
+    # nobody expects a trigger to work on a model that is benign or repaired
+    harmless = poisoning.n_poison == 0 or "repaired_by" in facts
+    for line in diagnosis.hints(model, data, measured, config.precision, harmless):
         print(f"warning: {line}", file=sys.stderr)
-    name = ":".join(filter(None, (IMPORTED[facts["from"]], _attack_name(config))))
+    parts = IMPORTED[facts["from"]], _attack_name(config), facts.get("repaired_by")
+    name = ":".join(filter(None, parts))
     poisoning = poisoning._replace(facts={"imported": facts, "command": command})
     victim = contents.Victim(
         name,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from antidote_bench.utils import checkpoint, roc, seeds
+from antidote_bench.utils import checkpoint, seeds
 from antidote_bench.utils.config import digest
 from antidote_bench.utils.data.clean import choose
 from antidote_bench.utils.data.dataset import Split, balanced_subset
@@ -19,15 +19,22 @@ from antidote_bench.utils.detection import charts
 from antidote_bench.utils.detection.inspector import Finding, Inspector, Scored
 from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.evaluation import Clock, predict
+from antidote_bench.utils.protocol import roc
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import folder as layout
 
 CALIBRATION = 0.2  # share of the clean images that set the threshold
 LEAST_CALIBRATION = 100  # of them, as far as there are enough
+MOST_OF_TESTS = 0.5  # share of the test images that set the threshold, at most
 # roles of the judged images, in scores.safetensors
 SUSPECT, REFERENCE, CALIBRATING = 0, 1, 2
-# what an input is, in scores.safetensors
-CLEAN, TRIGGERED = 0, 1
+
+
+class Known(NamedTuple):
+    """Sorted positions of the images that are known to be clean."""
+
+    reference: torch.Tensor  # in the training set; for the method's own statistics
+    calibrating: torch.Tensor  # they set the threshold: in the set that the judged images are from
 
 
 class Case(NamedTuple):
@@ -47,10 +54,10 @@ def inspect(name, config, score, loaded, folder, info, victim_row, device):
     clock = Clock(log.seconds)
     model = loaded.model.eval().requires_grad_(False)
     with clock.paused():
-        clean, is_calibration = choose_clean(loaded, config)
-        case = case_of(config, loaded, clean, is_calibration, victim_row)
+        known = choose_clean(loaded, config)
+        case = case_of(config, loaded, known, victim_row)
         weights = _weights_hash(model)
-    inspector = inspector_of(config, loaded, case, clean, folder, info, log, clock)
+    inspector = inspector_of(config, loaded, case, known, folder, info, log, clock)
     torch.manual_seed(seeds.number("detection", config.random_seed))
     said = score(model, inspector, config)
     seconds = clock.seconds
@@ -60,7 +67,8 @@ def inspect(name, config, score, loaded, folder, info, victim_row, device):
         judged = _judge_model(name, said, loaded.spec, victim_row)
     else:
         judged = _judge_images(name, config, said, case)
-    budget = {"clean_budget": len(clean), "n_calibration": int(is_calibration.sum())}
+    n_calibration = len(known.calibrating)
+    budget = {"clean_budget": len(known.reference) + n_calibration, "n_calibration": n_calibration}
     detected = contents.Detected(
         name,
         config,
@@ -82,53 +90,67 @@ class Judged(NamedTuple):
 
 
 def choose_clean(loaded, config):
-    """(sorted positions of the clean images in the training set, which of them set the threshold).
+    """The `Known` clean images.
 
-    The others are the method's reference. They all set the threshold where the method uses no
-    reference, and none does for a detector of models. Raises ConfigError (exit 2) where the images
-    are too few.
+    They are images of the training set, but for those that set the threshold of a detector of
+    inputs: these are test images, because the model has been trained on none of what it judges. All
+    images set the threshold where the method uses no reference, and none does for a detector of
+    models. Raises ConfigError (exit 2) where the images are too few.
     """
-    clean, spec = loaded.clean, loaded.spec
-    count = config.budget(len(clean), spec.classes)
-    index = choose(clean.truth, count, config)
-    chosen = torch.zeros(len(index), dtype=torch.bool)
+    truth, classes = loaded.clean.truth.cpu(), loaded.spec.classes
+    count = config.budget(len(truth), classes)
+    index = choose(truth, count, config) if count else torch.zeros(0).long()
     if config.judges == "model":
-        return (index, chosen) if config.holds_clean else (index[:0], chosen[:0])
-    if not config.uses_reference:
-        chosen[:] = True
-    else:
-        most = max(len(index) - 2 * spec.classes, 0)  # a reference holds some of every class
-        share = max(round(CALIBRATION * len(index)), min(LEAST_CALIBRATION, most))
-        seed = seeds.number("calibration", config.data_seed)
-        chosen[balanced_subset(clean.truth.cpu()[index], share, seed)] = True
+        return Known(index, index[:0])
+    share = _calibration(len(index), classes, config)
+    is_calibration = torch.zeros(len(index), dtype=torch.bool)
+    is_calibration[_drawn(truth[index], share, config)] = True
+    calibrating = index[is_calibration]
+    if config.judges == "input":
+        tests = loaded.test_sets.test.truth.cpu()
+        calibrating = _drawn(tests, min(share, int(MOST_OF_TESTS * len(tests))), config)
     least = roc.least_calibration(config.nominal_fpr)
-    if chosen.sum() < least:
+    if len(calibrating) < least:
         raise ConfigError(
             f"{len(index)} clean images are too few: nominal_fpr {config.nominal_fpr:g} needs "
-            f"{least} that the method does not see, beside its own; raise --clean_count"
+            f"{least} that the method does not see, beside its own, and here these are "
+            f"{len(calibrating)}; raise --clean_count or --nominal_fpr"
         )
-    return index, chosen
+    return Known(index[~is_calibration], calibrating)
 
 
-def case_of(config, loaded, clean, is_calibration, victim_row):
+def _calibration(count, classes, config):
+    """How many of `count` clean images set the threshold."""
+    if not config.uses_reference:
+        return count
+    most = max(count - 2 * classes, 0)  # a reference holds some of every class
+    return max(round(CALIBRATION * count), min(LEAST_CALIBRATION, most))
+
+
+def _drawn(truth, count, config):
+    """Positions of `count` images, the same number of every class."""
+    return balanced_subset(truth, count, seeds.number("calibration", config.data_seed))
+
+
+def case_of(config, loaded, known, victim_row):
     """The `Case` that a detector judges; `victim_row` is the attack's row of results.csv."""
     if config.judges == "data":
-        return _training_set(loaded, clean, is_calibration)
+        return _training_set(loaded, known)
     if config.judges == "input":
-        return _inputs(config, loaded, clean[is_calibration], victim_row["n_poison"] != "0")
-    empty = loaded.clean[clean[:0].to(loaded.clean.labels.device)]
+        return _inputs(config, loaded, known.calibrating, victim_row["n_poison"] != "0")
+    empty = loaded.clean[torch.zeros(0).long().to(loaded.clean.labels.device)]
     nothing = torch.zeros(0, dtype=torch.bool)
     return Case(empty, torch.zeros(0).long(), nothing, nothing, nothing, torch.zeros(0).long())
 
 
-def _training_set(loaded, clean, is_calibration):
+def _training_set(loaded, known):
     """The training set as it is found; the clean images stand in it with their true labels."""
-    place = clean.to(loaded.clean.labels.device)
+    place = torch.cat(known).to(loaded.clean.labels.device)
     labels = loaded.train.labels.clone()
     labels[place] = loaded.clean.labels[place]
     images = replaced(loaded.train.images, place, loaded.clean.images[place])
     role = torch.full((len(labels),), SUSPECT)
-    role[clean] = torch.where(is_calibration, CALIBRATING, REFERENCE)
+    role[known.reference], role[known.calibrating] = REFERENCE, CALIBRATING
     kinds = loaded.kinds.cpu()
     return Case(
         Split(images, labels, labels),
@@ -143,19 +165,17 @@ def _training_set(loaded, clean, is_calibration):
 def _inputs(config, loaded, calibrating, is_poisoned):
     """Clean and triggered test images in equal numbers, and the calibrating images, shuffled.
 
-    The record of a benign model has triggered images too, but none that would be a positive: they
-    are left out.
+    No calibrating image is among them, with or without the trigger. The record of a benign model
+    has triggered images too, but none that would be a positive: they are left out.
     """
     test, backdoor = loaded.test_sets.test, loaded.test_sets.backdoor
-    count = min(config.inputs, len(test), len(backdoor) or len(test))
-    clean_place = _spaced(len(test), count)
-    place = _spaced(len(backdoor), count if is_poisoned and len(backdoor) else 0)
+    clean_place = _others(torch.arange(len(test)), calibrating)
+    place = _others(loaded.backdoor_index.cpu(), calibrating)
+    count = min(config.inputs, len(clean_place), len(place) or len(clean_place))
+    clean_place = _spaced(clean_place, count)
+    place = _spaced(place, count if is_poisoned else 0)
     device = test.labels.device
-    parts = [
-        loaded.clean[calibrating.to(device)],
-        test[clean_place.to(device)],
-        backdoor[place.to(device)],
-    ]
+    parts = [test[calibrating.to(device)], test[clean_place.to(device)], backdoor[place.to(device)]]
     role = _labelled(parts, CALIBRATING, SUSPECT, SUSPECT)
     positive = _labelled(parts, 0, 0, 1).bool()
     fooled = positive.clone()
@@ -175,34 +195,41 @@ def _inputs(config, loaded, calibrating, is_poisoned):
     )
 
 
+def _others(sources, calibrating):
+    """The positions of those `sources`, positions of test images, that are not calibrating."""
+    return (~torch.isin(sources, calibrating)).nonzero().flatten()
+
+
 def _labelled(parts, *values):
     return torch.cat(
         [torch.full((len(part),), value) for part, value in zip(parts, values, strict=True)]
     )
 
 
-def _spaced(length, count):
-    return torch.linspace(0, length - 1, count).long() if count else torch.zeros(0).long()
+def _spaced(places, count):
+    """`count` of the places, evenly spaced; none where there are none."""
+    if not len(places):
+        return places
+    return places[torch.linspace(0, len(places) - 1, count).long()]
 
 
-def inspector_of(config, loaded, case, clean, folder, info, log, clock):
+def inspector_of(config, loaded, case, known, folder, info, log, clock):
     """What the method may know and use."""
     device = loaded.clean.labels.device
-    reference_index = torch.zeros(0).long()
-    if config.judges == "data":
-        reference_index = (case.role == REFERENCE).nonzero().flatten()
-        reference = case.suspects[reference_index.to(device)]
-    else:
-        known = clean if config.judges == "model" else _without(clean, case)
-        reference = loaded.clean[known.to(device)]
-    files, chosen = info["files"], case.source if config.judges == "input" else clean
+    index = known.reference.to(device)
+    data = config.judges == "data"
+    files = info["files"]
+    # detectors of data share their passes, whichever of the clean images set the threshold
+    shown = [torch.cat(known).sort().values]
+    if config.judges == "input":
+        shown = [case.role, case.positive, case.source]
     mark = digest(
         [
             config.judges,
             files[layout.WEIGHTS],
             files[layout.POISONED],
             info["data"]["fingerprint"],
-            chosen.tolist(),
+            [part.tolist() for part in shown],
         ]
     )
 
@@ -212,19 +239,14 @@ def inspector_of(config, loaded, case, clean, folder, info, log, clock):
     return Inspector(
         loaded.spec,
         case.suspects,
-        reference,
-        reference_index.to(device),
+        loaded.clean[index],
+        index if data else index[:0],
         loaded.name,
         loaded.width,
         state=folder / layout.STATE,
         shared=config.record / layout.DETECTIONS / layout.SHARED / mark,
         report=report,
     )
-
-
-def _without(clean, case):
-    """The positions `clean` that do not set the threshold of a detector of inputs."""
-    return clean[~torch.isin(clean, case.source[case.role == CALIBRATING])]
 
 
 def _judge_images(name, config, said, case):
@@ -288,18 +310,28 @@ def _judge_model(name, said, spec, victim_row):
         )
     if said.score is not None and not math.isfinite(said.score):
         raise UserError(f"{name} has returned a score that is not a finite number")
+    if not per_class.isfinite().all():
+        raise UserError(f"{name} has returned a score of a class that is not a finite number")
     measured = {
         "score": said.score,
-        "suspects": " ".join(map(str, said.suspects)),
+        "suspects": _named(said),
         "published": "" if said.published is None else int(said.published),
         "abstained": said.abstained,
     }
     if victim_row["target"] and victim_row["n_poison"] != "0" and not said.abstained:
         target = int(victim_row["target"])
-        measured["target_found"] = int(target in said.suspects)
-        measured["target_rank"] = int((per_class > per_class[target]).sum()) + 1
+        if said.suspects is not None:
+            measured["target_found"] = int(target in said.suspects)
+        measured["target_rank"] = roc.rank(per_class.numpy(), target)
     tensors = {"per_class": per_class}
-    return Judged(measured, tensors, charts.class_chart(per_class, said.suspects))
+    return Judged(measured, tensors, charts.class_chart(per_class, said.suspects or []))
+
+
+def _named(said):
+    """The suspected classes of a `Finding` for results.csv; empty where it has no verdict."""
+    if said.suspects is None or said.abstained:
+        return ""
+    return " ".join(map(str, said.suspects)) or layout.NO_CLASS
 
 
 def _weights_hash(model):
@@ -319,7 +351,8 @@ def plan(name, config, folder, info):
     }[config.judges]
     print(f"reads    {config.record}: {info['name']} on {data['train']} training images")
     print(f"judges   {what} with {name}")
-    print(f"holds    {count} clean images of {data['classes']} classes in {config.precision}")
+    held = f"{count} clean images of {data['classes']} classes" if count else "no clean image"
+    print(f"holds    {held} and computes in {config.precision}")
     print(f"writes   {folder} ({layout.state_of(folder)})")
 
 
@@ -329,7 +362,8 @@ def line(row):
     if row["abstained"]:
         return f"abstained: {row['abstained']}  {seconds}"
     if row["judges"] == "model":
-        return f"score {float(row['score']):.3g}  suspects {row['suspects'] or 'none'}  {seconds}"
+        verdict = f"  suspects {row['suspects']}" if row["suspects"] else ""
+        return f"score {float(row['score']):.3g}{verdict}  {seconds}"
     shown = (
         f"{name} {format(100 * float(row[key]), '.1f') if row[key] else 'n/a'}"
         for key, name in (("auroc", "AUROC"), ("tpr", "TPR"), ("fpr", "FPR"))

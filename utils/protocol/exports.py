@@ -22,13 +22,8 @@ def to_images(config):
     names = image_folders.class_folders(loaded.spec.class_names, classes)
     rows = []
     with image_folders.new_folder(config.output) as folder:
-        if record.get("training_set") != "none":
+        if _has_training_set(record):
             rows += _write_training(folder, config, loaded, names)
-        else:
-            print(
-                "note: the record stores no poisoned training set, and none is written",
-                file=sys.stderr,
-            )
         if not config.only_changed:
             test = loaded.test_sets.test
             every = torch.arange(len(test))
@@ -37,6 +32,14 @@ def to_images(config):
         rows += _write_split(folder, "test_triggered", backdoor, index, names, image_folders.POISON)
         image_folders.write_list(folder, rows)
     print(f"{len(rows)} images written to {config.output}")
+
+
+def _has_training_set(record):
+    """Whether a record stores a poisoned training set; a note says where it does not."""
+    if record.get("training_set") != "none":
+        return True
+    print("note: the record stores no poisoned training set, and none is written", file=sys.stderr)
+    return False
 
 
 def _write_training(folder, config, loaded, names):
@@ -99,23 +102,17 @@ def to_backdoorbench(config):
         raise ConfigError(
             f"BackdoorBench normalises images of {name} by other constants than this model"
         )
-    index = loaded.kinds.nonzero().flatten()
-    train = Images(
-        index,
-        loaded.train.view(index).images,
-        loaded.train.labels[index],
-        loaded.clean.labels[index],
-    )
     backdoor = loaded.test_sets.backdoor
     if not len(backdoor):
         raise ConfigError("the record has no triggered test image, and BackdoorBench needs them")
+    train = _changed_training_images(loaded).on_cpu() if _has_training_set(record) else None
     result = attack_result.Result(
         there,
         loaded.spec.classes,
         loaded.spec.size,
         name,
         {rename(key): value.cpu() for key, value in loaded.model.network.state_dict().items()},
-        None if record.get("training_set") == "none" else train.on_cpu(),
+        train,
         Images(loaded.backdoor_index, backdoor.images, backdoor.labels, backdoor.truth).on_cpu(),
         {attack_result.TRAIN: len(loaded.train), attack_result.TEST: len(loaded.test_sets.test)},
     )
@@ -124,6 +121,16 @@ def to_backdoorbench(config):
         attack_result.write(folder, output.name, result)
     _say_order(name, loaded.clean)
     print(f"written to {output}; BackdoorBench looks for it at record/{output.name}")
+
+
+def _changed_training_images(loaded):
+    index = loaded.kinds.nonzero().flatten()
+    return Images(
+        index,
+        loaded.train.view(index).images,
+        loaded.train.labels[index],
+        loaded.clean.labels[index],
+    )
 
 
 def _say_order(name, clean):

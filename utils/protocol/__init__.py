@@ -1,0 +1,1 @@
+"""What `run` and `convert.py` do around a method: plans, the evaluation of detectors, imports."""
