@@ -34,7 +34,8 @@ FEW = {
 FIXED_SHARE = {"clean", "blind", "lira"}  # attacks with a pratio of their own
 # what recurs and is not in a loop of steps
 ONCE_PER_CONVOLUTION = ("defense/fmp.py:score_maps",)
-ATTACKS = [(name, {}) for name in names("attack")] + [
+NEEDED = {"tact": {"cover_classes": 2}}  # there are three classes
+ATTACKS = [(name, NEEDED.get(name, {})) for name in names("attack")] + [
     ("badnet", {"label_mode": "all2all", "eval_every": 1, "precision": "bf16"}),
     ("badnet", {"resident_gb": 0}),
     ("badnet", {"model": "airbench", "recipe": "airbench", "flip": "alternating"}),
