@@ -47,7 +47,7 @@ LIMITS = {"steps": 2, "rounds": 1, "inner": 1, "start_batches": 2, "scenes": 20}
 SHARE = 0.2  # of the training images that are poisoned, and that are changed with their label kept
 FIXED_SHARE = {"clean", "blind", "lira"}  # attacks with a pratio of their own
 # the batch belongs to the method, and its default takes more than the limit
-SMALLER = {"inputaware": {"batch_size": 32}}
+OWN = {"inputaware": {"batch_size": 32}, "tact": {"cover_classes": CLASSES - 1}}
 
 
 def main(words=None):
@@ -147,7 +147,7 @@ def short(kind, name, options):
             chosen["cover_ratio"] = SHARE
     elif Config.holds_clean:
         chosen["clean_count"] = 50
-    chosen |= SMALLER.get(name, {})
+    chosen |= OWN.get(name, {})
     return [str(word) for option, value in chosen.items() for word in (f"--{option}", value)]
 
 

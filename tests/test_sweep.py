@@ -378,9 +378,10 @@ def test_one_after_the_other(sweep, tmp_path, places):
     assert typed.stdout.startswith("already done: record/digits-badnet"), (
         "what is shown is what was run"
     )
-    other = sweep(SMALL, "--engine", "serial", rest=["--batch_size", "32"], code=1)
+    one = {**SMALL, "attack": ["badnet"], "defense": []}
+    other = sweep(one, "--engine", "serial", rest=["--batch_size", "32"], code=1)
     assert (
-        "4 other" in other.stdout
+        "1 other" in other.stdout
         and "holds another configuration (batch_size 64 there and 32 here)" in other.stdout
     )
 
