@@ -22,6 +22,7 @@ GRIDS = {
     "rates": ["rates"],
     "widths": ["widths"],
     "detection_digits": ["detection_digits"],
+    "detection_cifar10": ["detection_cifar10"],
 }
 
 
