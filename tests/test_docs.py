@@ -94,3 +94,14 @@ def test_measured_runs_are_runs_of_the_grids(name):
         for option, value in cell.options.items():
             assert given.get(f"--{option}", str(value)) == str(value), (row["run"], option)
         assert row["seed"] == str((cell.victim or cell).options["random_seed"])
+
+
+def test_the_rules_of_the_papers_beside_the_published_table():
+    page = (ROOT / "docs" / "detection.md").read_text()
+    shown = re.findall(r"^  \| (\w+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    rows = files.read_csv(RESULTS / "detection_cifar10.csv")
+    found = {row["detection"]: row for row in rows if row["n_positive"] not in ("", "0")}
+    assert len(shown) == 7
+    for name, tpr, fpr in shown:
+        own = [f"{100 * float(found[name][key]):.1f}" for key in ("own_tpr", "own_fpr")]
+        assert own == [tpr, fpr], name
