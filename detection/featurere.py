@@ -257,8 +257,8 @@ def warm_up(parts, state, images, label, optimizer, passes, config):
     def loss(changed, features):
         distance = distance_of(parts, images, changed)
         wanted = torch.full((len(images),), label, device=images.device)
-        penalty = WARMUP * distance if distance > config.change_bound else 0
-        return F.cross_entropy(parts.head(features), wanted) + penalty
+        penalty = beyond(distance, distance > config.change_bound)
+        return F.cross_entropy(parts.head(features), wanted) + WARMUP * penalty
 
     backward(parts, state, images, loss, optimizer, passes)
     optimizer.step()
@@ -271,21 +271,22 @@ def search(parts, state, images, partners, wanted, label, optimizer, passes, con
 
     def loss(changed, features):
         found = measures_of(parts, images, changed, features, partners, mask, wanted, label)
-        total = COSINE * found.cosine.clamp(min=0)
-        if found.spread > config.spread_bound:
-            total = total + PENALTY * (1 + too_wide) * found.spread
-        if found.change > config.change_bound:
-            total = total + PENALTY * (1 + too_far) * found.change
-        if found.success < config.goal:
-            total = total + (1 + missed) * found.loss
-        return total
+        spread = beyond(found.spread, found.spread > config.spread_bound)
+        change = beyond(found.change, found.change > config.change_bound)
+        misses = beyond(found.loss, found.success < config.goal)
+        return (
+            COSINE * found.cosine.clamp(min=0)
+            + PENALTY * (1 + too_wide) * spread
+            + PENALTY * (1 + too_far) * change
+            + (1 + missed) * misses
+        )
 
     changed, features = backward(parts, state, images, loss, optimizer, passes)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     mask = state.mask()
     found = measures_of(parts, images, changed, features, partners, mask, wanted, label)
-    total = found.loss + (mask.sum() if found.share > config.mask_bound else 0)
+    total = found.loss + beyond(mask.sum(), found.share > config.mask_bound)
     (state.raw.grad,) = torch.autograd.grad(total, state.raw)
     optimizer.step()
 
@@ -362,6 +363,11 @@ def measures_of(parts, images, changed, features, partners, mask, wanted, label)
 def distance_of(parts, images, changed):
     """The mean squared change of the images, in units of the pixels' standard deviation."""
     return ((changed - images) / parts.pixels).square().mean()
+
+
+def beyond(value, is_beyond):
+    """A term of a loss that counts only where a bound is passed, told without waiting for a GPU."""
+    return torch.where(is_beyond, value, torch.zeros_like(value))
 
 
 def excess(value, bound):

@@ -46,7 +46,7 @@ from antidote_bench.utils.detection.outliers import outlyingness
 SPECTRUM = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # quantiles of the singular values
 SHARES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)  # quantiles of the weights
 LEAST_REFERENCES = 5  # fewer say little about a deviation
-FARTHEST = 10.0  # deviations that one statistic counts for, at most
+MOST_OF_ONE = 10.0  # deviations that one statistic counts for, at most
 
 
 def score(model, record, config):
@@ -76,10 +76,10 @@ def deviations(rows):
     """By how much each of N models deviates from the others, float64 N, of statistics N,M.
 
     It is the mean over the statistics of |value - median| / (1.4826 MAD), with the median and the
-    median absolute deviation of the other models. One statistic counts for FARTHEST at most.
+    median absolute deviation of the other models. One statistic counts for MOST_OF_ONE at most.
     """
     away = torch.stack([outlyingness(column) for column in rows.T], 1)
-    return away.abs().clamp(max=FARTHEST).mean(1)
+    return away.abs().clamp(max=MOST_OF_ONE).mean(1)
 
 
 def statistics(weight):

@@ -12,11 +12,11 @@ from PIL import Image
 
 from antidote_bench.attack.badnet import Config as BadNet
 from antidote_bench.utils import config, parsing
-from antidote_bench.utils.data import dataset, facts, published_sets, sources
+from antidote_bench.utils.data import dataset, facts, mnist, published_sets, sources
 from antidote_bench.utils.errors import MissingError
 from antidote_bench.utils.report.tables import CLASSES
 
-IDX_NAMES = [name for names in published_sets.MNIST_FILES.values() for name in names]
+IDX_NAMES = [name for names in mnist.FILES.values() for name in names]
 
 
 def load(name, root, tmp_path, **options):
@@ -47,7 +47,7 @@ def mnist_files(folder, counts=(40, 20), pack=False, dot=False, seed=0):
     """Random IDX files of the training and the test images; returns their arrays."""
     folder.mkdir(parents=True)
     random, arrays = np.random.default_rng(seed), []
-    for count, names in zip(counts, published_sets.MNIST_FILES.values(), strict=True):
+    for count, names in zip(counts, mnist.FILES.values(), strict=True):
         images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = (np.arange(count) * 7 % 10).astype(np.uint8)
         for name, array in zip(names, (images, labels), strict=True):
@@ -65,7 +65,7 @@ PLACES = ["{name}/{raw}/raw", "{name}/raw", "{name}", "{raw}/raw"]
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["mnist", "fashionmnist"])
 def test_mnist_keeps_every_pixel(tmp_path, name, place, pack):
-    folder = tmp_path / place.format(name=name, raw=published_sets.MNIST_FOLDERS[name])
+    folder = tmp_path / place.format(name=name, raw=mnist.FOLDERS[name])
     train_images, train_labels, test_images, test_labels = mnist_files(folder, pack=pack)
     spec, train, test = load(name, tmp_path, tmp_path, image_size=28)
     for split, images, labels in (

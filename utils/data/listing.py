@@ -292,3 +292,14 @@ def class_name(name):
 def normalized(name):
     """The name of a class with its letters composed, as all of them are here."""
     return unicodedata.normalize("NFC", name)
+
+
+def mark_of(paths, *, dates=True):
+    """The names and sizes of files, and their dates if asked, as one text."""
+    mark = ""
+    for path in paths:
+        status = os.stat(path)
+        image_files.require_regular(path, status)
+        name = shown(os.path.basename(path))
+        mark += f"{name}{status.st_size}{status.st_mtime_ns if dates else ''}"
+    return mark

@@ -11,8 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from antidote_bench.utils.config import SIDES
+from antidote_bench.utils.data import gtsrb, listing, mnist, published_sets
 from antidote_bench.utils.data import images as image_files
-from antidote_bench.utils.data import listing, published_sets
 from antidote_bench.utils.data.images import shown
 from antidote_bench.utils.data.listing import Skipped, Source
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
@@ -36,13 +36,13 @@ def find(name, root, *, download=False):
     if name == "digits":
         return {
             split: Source(
-                "scikit-learn digits, 32 pixels, 1", partial(_digits, split), published_sets.DIGITS
+                "scikit-learn digits, 32 pixels, 1", partial(_digits, split), mnist.DIGITS
             )
             for split in ("train", "test")
         }
     place = Path(root) if name == "folder" else Path(root) / name
-    if name == "gtsrb" and published_sets.is_kaggle_gtsrb(place):
-        return published_sets.find_kaggle_gtsrb(place)
+    if name == "gtsrb" and gtsrb.is_kaggle(place):
+        return gtsrb.find_kaggle(place)
     if os.path.isdir(place / "train"):
         return listing.read_folders(place, published_sets.WORDS.get(name))
     found = None if name == "folder" else published_sets.find(name, root)
@@ -61,7 +61,7 @@ def class_names(name, root):
     """
     check(name)
     if name == "digits":
-        return published_sets.DIGITS
+        return mnist.DIGITS
     place = Path(root) if name == "folder" else Path(root) / name
     train = place / "train"
     if name in published_sets.CLASS_NAMES and not os.path.isdir(train):

@@ -1,7 +1,6 @@
 """The audit: the detectors of models look at a model, and what they say is compared with what they
 say of benign models."""
 
-import hashlib
 import importlib
 import math
 import tempfile
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from antidote_bench.utils import VERSION, checkpoint, config, seeds
+from antidote_bench.utils import VERSION, config, seeds
 from antidote_bench.utils.audit import calibration as known
 from antidote_bench.utils.audit import options, verdict
 from antidote_bench.utils.audit import report as reports
@@ -31,6 +30,7 @@ from antidote_bench.utils.errors import (
 )
 from antidote_bench.utils.evaluation import predict
 from antidote_bench.utils.protocol.audited import implausible, open_images, open_model
+from antidote_bench.utils.protocol.detect import weights_hash
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.text import cut
 
@@ -42,7 +42,7 @@ def inspect(audited, given, plan):
 
     `given` are the user's images or None. A detector that has begun is not stopped.
     """
-    before, start = _weights_hash(audited.model), time.monotonic()
+    before, start = weights_hash(audited.model), time.monotonic()
     limit = math.inf if plan.budget is None else 60 * plan.budget
     found, left_out = [], []
     bar = tqdm(plan.detectors, unit=" detectors", disable=None)
@@ -52,7 +52,7 @@ def inspect(audited, given, plan):
             left_out.append(name)
             continue
         found.append(_detection(name, audited, given))
-        if _weights_hash(audited.model) != before:
+        if weights_hash(audited.model) != before:
             raise UserError(f"{name} has changed the model that it was given to judge")
     return found, left_out
 
@@ -157,11 +157,6 @@ def _trigger(model, held, split, label):
     answers = predict(model, Split(changed, others.labels, others.labels))
     success = float((answers == label).double().mean()) if len(others) else 0.0
     return verdict.Trigger(label, kind, success, len(others))
-
-
-def _weights_hash(model):
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return hashlib.sha256(checkpoint.to_bytes(tensors)).hexdigest()
 
 
 # ---------- the verdict ----------

@@ -56,12 +56,12 @@ def inspect(name, config, score, loaded, folder, info, victim_row, device):
     with clock.paused():
         known = choose_clean(loaded, config)
         case = case_of(config, loaded, known, victim_row)
-        weights = _weights_hash(model)
+        weights = weights_hash(model)
     inspector = inspector_of(config, loaded, case, known, folder, info, log, clock)
     torch.manual_seed(seeds.number("detection", config.random_seed))
     said = score(model, inspector, config)
     seconds = clock.seconds
-    if _weights_hash(model) != weights:
+    if weights_hash(model) != weights:
         raise UserError(f"{name} has changed the model that it was given to judge")
     if config.judges == "model":
         judged = _judge_model(name, said, loaded.spec, victim_row)
@@ -334,8 +334,8 @@ def _named(said):
     return " ".join(map(str, said.suspects)) or layout.NO_CLASS
 
 
-def _weights_hash(model):
-    """Of everything that the output depends on, buffers that no checkpoint holds included."""
+def weights_hash(model):
+    """A digest of all that the output depends on, buffers that no checkpoint holds included."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return hashlib.sha256(checkpoint.to_bytes(tensors)).hexdigest()
 

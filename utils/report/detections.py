@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from antidote_bench.utils.config import SEEDS
 from antidote_bench.utils.errors import MissingError, RefusedError
 from antidote_bench.utils.record import folder
 from antidote_bench.utils.report import formats
@@ -17,9 +16,11 @@ from antidote_bench.utils.report.runs import (
     OF_ATTACK,
     TABLE,
     Run,
+    distinct,
     one_row,
     options_of,
     read_victim,
+    seeds_of,
     settings,
 )
 from antidote_bench.utils.report.tables import name_all, of_row, spread
@@ -99,19 +100,10 @@ def read_all(paths, victims=()):
 
     `victims` are attack runs that were read before.
     """
-    runs, left_out = {}, []
     known = {os.path.abspath(victim.path): victim for victim in victims}
-    for path in paths:
-        try:
-            run = read(path, known)
-        except RefusedError as error:
-            left_out.append((path, error))
-            continue
-        seeds = tuple(part.config.get(seed) for part in (run, run.victim) for seed in sorted(SEEDS))
-        first = runs.setdefault((keys(run), seeds), run)
-        if first is not run:
-            left_out.append((path, f"same run as {first.path}"))
-    return list(runs.values()), left_out
+    return distinct(
+        paths, lambda path: read(path, known), lambda run: (keys(run), seeds_of(run, run.victim))
+    )
 
 
 def read(path, known):

@@ -297,18 +297,36 @@ def read_all(paths):
 
     Of runs with the same options and seeds only the first counts.
     """
-    runs, left_out, known = {}, [], {}
+    known = {}
+
+    def read(path):
+        run = known[os.path.abspath(path)] = read_run(path, known)
+        return run
+
+    return distinct(paths, read, lambda run: (keys(run), seeds_of(run, run.attack)))
+
+
+def distinct(paths, read, identity):
+    """(runs, [(path, why it is left out)]): of runs with the same `identity(run)` the first.
+
+    `read(path)` gives a run, or raises RefusedError.
+    """
+    runs, left_out = {}, []
     for path in paths:
         try:
-            run = known[os.path.abspath(path)] = read_run(path, known)
+            run = read(path)
         except RefusedError as error:
             left_out.append((path, error))
             continue
-        seeds = tuple(part.config.get(seed) for part in (run, run.attack) for seed in sorted(SEEDS))
-        first = runs.setdefault((keys(run), seeds), run)
+        first = runs.setdefault(identity(run), run)
         if first is not run:
             left_out.append((path, f"same run as {first.path}"))
     return list(runs.values()), left_out
+
+
+def seeds_of(*parts):
+    """The seeds of a run and of its victim."""
+    return tuple(part.config.get(seed) for part in parts for seed in sorted(SEEDS))
 
 
 def keys(run):
