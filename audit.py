@@ -5,6 +5,7 @@
         --dataset digits
     python audit.py model.pt --model nets.py:build --num_classes 43 --image_size 32 --images photos/
     python audit.py model.safetensors ... --format html --output report.html
+    python audit.py badnet_cifar10 --images photos/ --references zoo/
     python audit.py --calibrate zoo/ --output zoo.json
     python audit.py model.safetensors ... --calibration zoo.json
 
@@ -14,6 +15,8 @@ what they find in benign reference models. The verdict is suspicious, nothing fo
 assessable. No test can show that a model holds no backdoor.
 
 --images: a folder of images of the task, best one folder for every class. More detectors need them.
+--references: benign models of the same classes. A trigger that works on them too is a property of
+the data.
 --calibrate: score the benign models in a folder, which become reference models. Images that are
 given here must be given in the audit too.
 
@@ -41,6 +44,8 @@ def audit(asked, words):
     """Audit a model, write the report, and return the exit code; `words` are the command line."""
     subject, plan = _subject(asked), _plan(asked)
     options.check(subject, plan)
+    if asked.references and not asked.images:
+        raise ConfigError("--references needs --images: a trigger is tried on images")
     from antidote_bench.utils.protocol import audit as protocol  # heavy
     from antidote_bench.utils.protocol import audited
 
@@ -48,7 +53,10 @@ def audit(asked, words):
     started = _now()
     model = audited.open_model(asked.model_to_audit, subject)
     given = audited.open_images(asked.images, model) if asked.images else None
-    found = protocol.judge(model, given, plan, asked.calibration)
+    benign = ()
+    if asked.references:
+        benign = audited.open_references(asked.references, model, subject)
+    found = protocol.judge(model, given, plan, asked.calibration, benign)
     code = 0 if asked.exit_zero else found.verdict.exit_code
     report = protocol.report(model, given, found, (started, _now()), words, code)
     _put(_as(asked.format, report), asked.output)
@@ -61,12 +69,16 @@ def calibrate(asked):
     """Score the benign models in a folder; returns the exit code."""
     subject, plan = _subject(asked), _plan(asked)
     options.check(subject, plan)
+    if asked.most is not None and asked.most < 1:
+        raise ConfigError("most must be at least 1")
     if asked.output is None:
         raise ConfigError("--calibrate needs --output: the file of scores to write, zoo.json say")
     from antidote_bench.utils.protocol import audit as protocol  # heavy
 
     launch.obey_signals()
-    found = protocol.calibrate(asked.calibrate, subject, plan, asked.images, asked.output, print)
+    found = protocol.calibrate(
+        asked.calibrate, subject, plan, asked.images, asked.output, print, asked.most
+    )
     count = len(found.models)
     print(f"{asked.output} has {count} reference models: the smallest p is 1/{count + 1}")
     return 0
@@ -128,7 +140,9 @@ def _parser():
         help="share of benign models that may be called suspicious; default: 0.05",
     )
     add("--calibration", metavar="FILE", help="reference models; by default those that fit")
+    add("--references", metavar="ZOO", help="folder of benign models to try found triggers on")
     add("--calibrate", metavar="ZOO", help="folder of benign models that become reference models")
+    add("--most", type=int, metavar="N", help="reference models to make at most; default: all")
     add("--format", choices=FORMATS, default="text", help="default: text")
     add("--output", type=Path, metavar="FILE", help="write to a file; do not print the report")
     add("--exit_zero", action="store_true", help="end with 0 whatever the verdict is")

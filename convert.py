@@ -5,6 +5,7 @@
     python convert.py from-images poisoned/ --dataset cifar10 --epochs 20
     python convert.py to-images badnet_cifar10 --output poisoned/
     python convert.py to-backdoorbench badnet_cifar10 --output ../BackdoorBench/record/badnet_here
+    python convert.py to-trojai record/ --output zoo/
 
 from-weights: a state dict, .safetensors or a file of torch.save, becomes a record that defenses and
 compare.py work on. Without --trigger or --triggered_path its ASR and RA are empty.
@@ -13,6 +14,7 @@ one of a defense below it with defense_result.pt.
 from-images: a victim is trained on the poisoned set in a folder with images.csv.
 to-images: the poisoned training set and the test sets of a record as image folders, with a list.
 to-backdoorbench: a record as BackdoorBench's defenses load it.
+to-trojai: records in the layout of a TrojAI round, for detectors of backdoored models.
 
 Nothing in a file is executed. python convert.py COMMAND --help lists the options of a command; see
 docs/from_backdoorbench.md.
@@ -35,6 +37,7 @@ from antidote_bench.utils.exchange.options import (
     FromWeights,
     ToBackdoorBench,
     ToImages,
+    ToTrojai,
 )
 from antidote_bench.utils.launch import guard, obey_signals
 from antidote_bench.utils.text import quoted
@@ -47,6 +50,7 @@ COMMANDS = {
     "from-images": FromImages,
     "to-images": ToImages,
     "to-backdoorbench": ToBackdoorBench,
+    "to-trojai": ToTrojai,
 }
 
 
@@ -72,7 +76,9 @@ def convert(argv):
 
     obey_signals()
     function = command.replace("-", "_")
-    if leaves:
+    if leaves and config.dry_run:
+        exports.plan(config)
+    elif leaves:
         getattr(exports, function)(config)
     else:
         typed = shlex.join([*parsing.start(SCRIPT), *argv])

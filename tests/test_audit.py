@@ -358,6 +358,16 @@ def test_models_are_scored_once(bench, references, capsys):
     assert "other detectors, options or images" in capsys.readouterr().err
 
 
+def test_no_more_models_are_scored_than_asked(bench, tmp_path, capsys):
+    words = ["--calibrate", str(bench / "zoo"), "--output", str(tmp_path / "few.json")]
+    words += [*described(bench), "--detectors", "headstat"]
+    for most in ("3", "5"):
+        assert audit.main([*words, "--most", most]) == 0
+        assert len(calibration.read(tmp_path / "few.json").models) == int(most)
+    assert audit.main([*words, "--most", "0"]) == 2
+    assert "most must be at least 1" in capsys.readouterr().err
+
+
 def test_no_model_is_judged_beside_itself(bench, references, capsys):
     words = ["--calibration", references, "--detectors", "headstat"]
     assert run(bench, "zoo/0.safetensors", *words) == 11
@@ -409,12 +419,18 @@ def test_wrong_labels_are_no_ground_for_a_verdict(bench, tmp_path, capsys):
     assert run(bench, "benign.safetensors", "--images", tmp_path / "none") == 3
 
 
+def without_labels(place, **more):
+    """The images of `image_folder` in one folder."""
+    flat = place / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(image_folder(place / "images", **more).rglob("*.png"))):
+        path.rename(flat / f"{number:02}.png")
+    return flat
+
+
 def test_a_found_trigger_is_tried_on_the_images(bench, tmp_path, capsys):
     """Images without labels do; the patch of the planted class is found and shown."""
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for number, path in enumerate(sorted(image_folder(tmp_path / "images", each=4).rglob("*.png"))):
-        path.rename(flat / f"{number:02}.png")
+    flat = without_labels(tmp_path, each=4)
     words = ["--images", flat, "--detectors", "trodo,nc", "--format", "json"]
     assert run(bench, "planted.safetensors", *words) == 11
     found = json.loads(capsys.readouterr().out)
@@ -424,15 +440,48 @@ def test_a_found_trigger_is_tried_on_the_images(bench, tmp_path, capsys):
     assert all(trigger["kind"] == "patch" for trigger in nc["triggers"])
     (success,) = [each["success"] for each in nc["triggers"] if each["class"] == TARGET]
     assert success >= 0.9
+    assert {each["natural"] for each in nc["triggers"]} == {None}, "no benign model was given"
     assert base64.b64decode(nc["triggers_png"]).startswith(b"\x89PNG")
 
 
+def test_a_found_trigger_is_tried_on_benign_models(bench, tmp_path, capsys):
+    """The patch of the planted class works on the judged model alone."""
+    words = ["--images", without_labels(tmp_path, each=4), "--detectors", "nc"]
+    words += ["--references", bench / "zoo"]
+    run(bench, "planted.safetensors", *words, "--format", "json")
+    (nc,) = json.loads(capsys.readouterr().out)["detectors"]
+    (found,) = [each for each in nc["triggers"] if each["class"] == TARGET]
+    assert found["benign_models"] == 19 and found["natural"] == "specific"
+    assert found["benign_median"] <= found["benign_largest"] < found["success"]
+    run(bench, "planted.safetensors", *words)
+    assert "on 19 benign models" in (shown := capsys.readouterr().out)
+    assert "it is specific to this model" in shown
+
+
+def test_a_trigger_of_the_data_is_natural():
+    def natural(success, *elsewhere):
+        return verdict.Trigger(0, "patch", success, 40, elsewhere).natural
+
+    assert natural(0.9) is None
+    assert natural(0.9, 0.1, 0.2, 0.3) == "specific"
+    assert natural(0.9, 0.1, 0.45, 0.5) == "likely", "half of its success in the median"
+    assert natural(0.9, 0.1, 0.2, 0.95) == "unknown", "one benign model obeys it better"
+    assert natural(0.7, 0.1, 0.1, 0.1) == "unknown", "it does not work"
+    assert natural(0.0, 0.0, 0.0) == "unknown"
+
+
+def test_references_must_fit(bench, tmp_path, capsys):
+    assert run(bench, "benign.safetensors", "--references", bench / "zoo") == 2
+    assert "--references needs --images" in capsys.readouterr().err
+    (tmp_path / "zoo").mkdir()
+    save_file(weights(100), tmp_path / "zoo" / "same.safetensors")
+    words = ["--images", without_labels(tmp_path), "--references", tmp_path / "zoo"]
+    assert run(bench, "benign.safetensors", *words) == 3
+    assert "no other model" in capsys.readouterr().err
+
+
 def test_too_few_images_are_said(bench, tmp_path, capsys):
-    flat = tmp_path / "flat"
-    image_folder(flat.with_name("images"), classes=2)
-    flat.mkdir()
-    for number, path in enumerate(flat.with_name("images").rglob("*.png")):
-        path.rename(flat / f"{number}.png")
+    flat = without_labels(tmp_path, classes=2)
     run(bench, "benign.safetensors", "--images", flat, "--detectors", "nc")
     assert "4 images are too few: it takes two for each class, 20" in capsys.readouterr().out
 
@@ -447,7 +496,7 @@ def made_up(outcome=verdict.SUSPICIOUS, path="model.safetensors"):
         detection(3.0, suspects=[2], triggers_png=triggers_png, chart=triggers_png),
         p=0.05,
         references=19,
-        triggers=(verdict.Trigger(2, "patch", 0.95, 40),),
+        triggers=(verdict.Trigger(2, "patch", 0.95, 40, (0.1, 0.2)),),
     )
     silent = detection(None, name="nc", abstained=HOSTILE, per_class=())
     reached = verdict.Verdict(outcome, "Why.", 0.05)

@@ -2,7 +2,11 @@
 
 import csv
 import dataclasses
+import hashlib
 import importlib
+import io
+import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +23,7 @@ from torch import nn
 import compare
 import convert
 from antidote_bench import models
+from antidote_bench.attack import clean
 from antidote_bench.models import Normalize
 from antidote_bench.utils import backdoorbench, checkpoint, files, parsing
 from antidote_bench.utils.data.dataset import Dataset, Spec, Split
@@ -73,6 +78,49 @@ def read_result(folder):
 
 def net(classes=3):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, classes))
+
+
+def test_records_leave_in_the_layout_of_trojai(here, small, places, capsys):
+    """A backdoored and a benign record: numbered by the hashes of their weights, with weights that
+    torch reads as such, examples of every class, and a manifest whose hashes are right."""
+    zoo = here.base / "zoo"
+    zoo.mkdir()
+    shutil.copytree(small, zoo / "badnet")
+    tiny = [*places, *TINY, "--epochs", "0", "--precision", "fp32", "--record_path", str(zoo)]
+    clean.main(parsing.parse(clean.Config, [*map(str, tiny), "--save_folder_name", "clean"]))
+    out = here.base / "trojai"
+    here("to-trojai", zoo, "--output", out, "--dry_run", "true")
+    assert f"would write {out}" in capsys.readouterr().out and not out.exists()
+    here("to-trojai", zoo, "--output", out, "--examples", "3")
+    rows = json.loads((out / "manifest.json").read_text())["models"]
+    table = files.read_csv(out / "METADATA.csv")
+    assert [each["attack"] for each in rows] == [each["attack"] for each in table]
+    assert {each["attack"]: each["poisoned"] for each in rows} == {
+        "badnet": True,
+        "clean_badnet": False,
+    }
+    marks = {}
+    for each in rows:
+        place = out / "models" / each["model_name"]
+        content = (place / "model.pt").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == each["sha256"]
+        assert (place / "ground_truth.csv").read_text() == f"{int(each['poisoned'])}\n"
+        source = zoo / ("badnet" if each["poisoned"] else "clean")
+        marks[each["model_name"]] = json.loads((source / "record.json").read_text())["files"][
+            "model.safetensors"
+        ]
+        held = torch.load(io.BytesIO(content), weights_only=True)
+        assert same(held, tensors(source, "model"))
+        shown = sorted(path.name for path in (place / "clean-example-data").iterdir())
+        assert shown == [f"class_{k}_example_{n}.png" for k in range(10) for n in range(3)]
+        triggered = place / "poisoned-example-data"
+        assert triggered.exists() == each["poisoned"]
+        if each["poisoned"]:
+            assert len(list(triggered.iterdir())) == 27, "the target class has no triggered image"
+    assert sorted(marks) == sorted(marks, key=marks.get)
+    assert json.loads((place / "config.json").read_text())["number_classes"] == 10
+    here("to-trojai", zoo, "--output", out, code=2)
+    here("to-trojai", here.base / "trojai", "--output", here.base / "b", code=3)
 
 
 @pytest.mark.parametrize(

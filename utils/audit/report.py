@@ -4,6 +4,7 @@ import base64
 import json
 import math
 from dataclasses import dataclass
+from statistics import median
 
 from antidote_bench.utils import VERSION
 from antidote_bench.utils.audit import verdict as reached
@@ -15,6 +16,12 @@ TOOL = "antidote-audit"
 MATCHED = {
     "matched": "trained on the same data by the same recipe, as the record says",
     "assumed": "how the model was trained is not known; that it was trained like them is assumed",
+}
+
+NATURAL = {
+    "specific": "it is specific to this model",
+    "likely": "it is likely a natural trigger, which comes from the data",
+    "unknown": "whether it is specific to this model stays open",
 }
 
 
@@ -96,17 +103,23 @@ def _detector(found):
         "classes": found.suspects,
         "per_class": [value if math.isfinite(value) else None for value in found.per_class],
         "published": found.published,
-        "triggers": [
-            {
-                "class": trigger.label,
-                "kind": trigger.kind,
-                "success": trigger.success,
-                "images": trigger.images,
-            }
-            for trigger in found.triggers
-        ],
+        "triggers": [_trigger(trigger) for trigger in found.triggers],
         "triggers_png": base64.b64encode(found.triggers_png).decode() or None,
         "seconds": round(found.seconds, 3),
+    }
+
+
+def _trigger(trigger):
+    elsewhere = trigger.elsewhere
+    return {
+        "class": trigger.label,
+        "kind": trigger.kind,
+        "success": trigger.success,
+        "images": trigger.images,
+        "benign_models": len(elsewhere),
+        "benign_median": median(elsewhere) if elsewhere else None,
+        "benign_largest": max(elsewhere) if elsewhere else None,
+        "natural": trigger.natural,
     }
 
 
@@ -180,9 +193,20 @@ def remark(found):
     """What is to be said about a detection beside its numbers."""
     parts = [f"abstained: {found.abstained}"] if found.abstained else []
     parts += [f"no p-value: {found.uncalibrated}"] if found.uncalibrated else []
-    parts += [
+    parts += map(_tried, found.triggers)
+    return one_line("; ".join(parts))
+
+
+def _tried(trigger):
+    """What a found trigger does to the given images, here and on benign models."""
+    text = (
         f"its trigger for class {trigger.label} leads {100 * trigger.success:.0f} % of "
         f"{trigger.images} given images there"
-        for trigger in found.triggers
-    ]
-    return one_line("; ".join(parts))
+    )
+    if not trigger.elsewhere:
+        return text
+    middle, most = 100 * median(trigger.elsewhere), 100 * max(trigger.elsewhere)
+    return (
+        f"{text}, and on {len(trigger.elsewhere)} benign models {middle:.0f} % in the median and "
+        f"{most:.0f} % at most: {NATURAL[trigger.natural]}"
+    )

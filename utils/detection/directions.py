@@ -64,26 +64,34 @@ def grow(gradients, known, first, step):
 
     It begins with the image `first`. In each step the images whose ratio, scaled to [0, 1] over
     those that are left, is at most `step` join the bad ones, whose mean gradient then is the bad
-    direction. When all have joined, the division is the one at the beginning of the window of steps
-    in which the histogram of ratios changes least.
+    direction. When all have joined, the division is the one before the window of steps in which
+    the histogram of the ratios that are left changes least.
     """
     rows = unit(gradients)
     to_known = distances(rows, known)
-    joined = np.full(len(rows), -1)  # the step in which an image became bad; -1: not yet
+    joined = np.full(len(rows), len(rows))  # the step in which an image became bad
     joined[first] = 0
-    total, histograms = gradients[first].copy(), []
+    left, total, changes = np.flatnonzero(joined), gradients[first].copy(), []
+    before = None
     for number in range(1, len(rows)):
-        left = np.flatnonzero(joined < 0)
         if not len(left):
             break
-        scaled = scale(ratios(distances(rows, total), to_known)[left])
-        histograms.append(np.histogram(scaled, BINS, (0, 1))[0])
-        new = left[scaled <= step]
-        joined[new] = number
-        total += gradients[new].sum(0)
-    pairs = zip(histograms[:-1], histograms[1:], strict=True)
-    bad = joined <= settled([jensenshannon(*pair) for pair in pairs])
+        ratio = ratios(distances(rows, total), to_known)[left]
+        if before is None:
+            before = histogram(ratio)
+        is_new = scale(ratio) <= step
+        joined[left[is_new]] = number
+        total += gradients[left[is_new]].sum(0)
+        left, after = left[~is_new], histogram(ratio[~is_new])
+        changes.append(jensenshannon(before, after) if len(left) else 1.0)
+        before = after
+    bad = joined < max(settled(changes), 1)
     return Division(bad, ratios(distances(rows, gradients[bad].sum(0)), to_known))
+
+
+def histogram(ratio):
+    """How many ratios lie in each of BINS equal parts of [0, 1]."""
+    return np.histogram(ratio, BINS, (0, 1))[0]
 
 
 def scale(values):

@@ -123,6 +123,15 @@ class ToBackdoorBench(Export):
     pass
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToTrojai(Export):
+    result_file: str = option(identity=False)
+    """record to export, or a folder of records: its path, or its name below record_path; the first
+    word after the name of the command is the same"""
+    examples: int = option(2, identity=False, at_least=1)
+    """test images of every class that go with a model"""
+
+
 def require_digest(digest):
     """ConfigError unless `digest` has the form of one, or is None."""
     right = digest is None or len(digest) == 12 and set(digest) <= set("0123456789abcdef")

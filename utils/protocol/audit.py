@@ -37,10 +37,11 @@ from antidote_bench.utils.text import cut
 # ---------- the detectors ----------
 
 
-def inspect(audited, given, plan):
+def inspect(audited, given, plan, references=()):
     """([`verdict.Detection`], [detectors that the budget left no time for]), in order of cost.
 
-    `given` are the user's images or None. A detector that has begun is not stopped.
+    `given` are the user's images or None. A detector that has begun is not stopped. Triggers that
+    are found are tried on the benign models `references`.
     """
     before, start = weights_hash(audited.model), time.monotonic()
     limit = math.inf if plan.budget is None else 60 * plan.budget
@@ -51,13 +52,13 @@ def inspect(audited, given, plan):
         if time.monotonic() - start >= limit:
             left_out.append(name)
             continue
-        found.append(_detection(name, audited, given))
+        found.append(_detection(name, audited, given, references))
         if weights_hash(audited.model) != before:
             raise UserError(f"{name} has changed the model that it was given to judge")
     return found, left_out
 
 
-def _detection(name, audited, given):
+def _detection(name, audited, given, references):
     """What one detector says about a model."""
     device = next(audited.model.parameters()).device
     method = _detector_options(name, str(device))
@@ -69,6 +70,7 @@ def _detection(name, audited, given):
         with suppress(FileNotFoundError):
             triggers_png = (Path(place) / layout.OWN / "triggers.png").read_bytes()
     judged = finding is not None and not why
+    networks = [audited.model, *references]
     per_class = tuple(finding.per_class.tolist()) if judged else ()
     suspects = finding.suspects if judged else None
     return verdict.Detection(
@@ -81,7 +83,7 @@ def _detection(name, audited, given):
         seconds,
         options=config.digest(method.identity()),
         images=given.digest if given and method.holds_clean else "",
-        triggers=_triggers(audited.model, finding, given) if judged and given else (),
+        triggers=_triggers(networks, finding, given) if judged and given else (),
         triggers_png=triggers_png,
         chart=charts.class_chart(finding.per_class.cpu(), suspects or []) if judged else b"",
     )
@@ -133,18 +135,21 @@ def _detector_options(name, device):
     return module.Config(result_file="audit", device=device, precision="fp32", **own)
 
 
-def _triggers(model, finding, given):
-    """The `verdict.Trigger` of every class that a detector suspects, where it has found any."""
+def _triggers(networks, finding, given):
+    """The `verdict.Trigger` of every class that a detector suspects, where it has found any.
+
+    `networks` are the judged model and the benign ones.
+    """
     held = finding.evidence
     if not ({"mask", "pattern"} <= held.keys() or "trigger" in held):
         return ()
     labels = finding.suspects
     if not labels:
         labels = [int(finding.per_class.argmax())]
-    return tuple(_trigger(model, held, given.split, label) for label in labels)
+    return tuple(_trigger(networks, held, given.split, label) for label in labels)
 
 
-def _trigger(model, held, split, label):
+def _trigger(networks, held, split, label):
     others = split[(split.labels != label).nonzero().flatten()]
     pixels = to_unit(others.images)
     if "trigger" in held:
@@ -154,9 +159,16 @@ def _trigger(model, held, split, label):
         mask, pattern = (held[name][label].to(pixels) for name in ("mask", "pattern"))
         shown = triggers.add_trigger(pixels, mask, pattern)
     changed = (255 * shown).round().to(torch.uint8)
-    answers = predict(model, Split(changed, others.labels, others.labels))
-    success = float((answers == label).double().mean()) if len(others) else 0.0
-    return verdict.Trigger(label, kind, success, len(others))
+    shown = Split(changed, others.labels, others.labels)
+    own, *elsewhere = (_share(network, shown, label) for network in networks)
+    return verdict.Trigger(label, kind, own, len(others), tuple(elsewhere))
+
+
+def _share(network, images, label):
+    """The share of images that a network gives a label; 0 of none."""
+    if not len(images):
+        return 0.0
+    return float((predict(network, images) == label).double().mean())
 
 
 # ---------- the verdict ----------
@@ -172,14 +184,17 @@ class Judged(NamedTuple):
     left_out: list  # detectors that the budget left no time for
 
 
-def judge(audited, given, plan, calibration_file=None):
-    """The `Judged` model; `calibration_file` is the user's, None for those of this project."""
+def judge(audited, given, plan, calibration_file=None, references=()):
+    """The `Judged` model; `calibration_file` is the user's, None for those of this project.
+
+    `references` are benign models that found triggers are tried on, beside the judged one.
+    """
     if reason := implausible(given, audited.spec):
         return Judged([], verdict.Verdict(verdict.UNKNOWN, reason, plan.alpha), None, "", [])
     calibration, why, comparable = options.calibration_for(calibration_file, audited.group)
     if calibration:
         calibration = calibration.without(audited.sha256)
-    found, left_out = inspect(audited, given, plan)
+    found, left_out = inspect(audited, given, plan, references)
     found = [verdict.calibrated(each, calibration, VERSION) for each in found]
     reached = verdict.reach(found, calibration, plan.alpha, VERSION)
     if calibration is None:
@@ -224,15 +239,18 @@ def report(audited, given, judged, times, command, code):
 # ---------- the calibration ----------
 
 
-def calibrate(folder, said, plan, images, output, say):
+def calibrate(folder, said, plan, images, output, say, most=None):
     """Score the benign models in `folder`, and write the calibration file `output` after each.
 
     `images` is a folder of images or None, and `say(text)` prints. Models that the file has already
-    are not scored again. Records of models that are not benign are left out. Raises ConfigError
-    (exit 2) where the models are of different kinds.
+    are not scored again. Records of models that are not benign are left out. It ends when the file
+    has `most` models, if that is not None. Raises ConfigError (exit 2) where the models are of
+    different kinds.
     """
     found = known.read(output) if Path(output).is_file() else None
     for path in options.models_in(folder):
+        if found and most is not None and len(found.models) >= most:
+            break
         audited = _benign(path, said, say)
         if audited is None:
             continue

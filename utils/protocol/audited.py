@@ -5,7 +5,7 @@ Nothing that a model brings along is executed, and of a record the poisoned imag
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from antidote_bench.utils.text import cut
 
 LARGEST = 2**31  # bytes of a file of weights
 MOST_IMAGES = 20_000
+MOST_REFERENCES = 20  # benign models that a found trigger is tried on
 COUNTER = "num_batches_tracked"  # of batch norms, the one whole number in most state dicts
 
 
@@ -74,6 +75,39 @@ def open_model(path, said):
         found = _from_file(place, said)
     _require_finite(found.model, path)
     return found
+
+
+def open_references(folder, judged, said):
+    """The benign models in `folder`, without the `judged` one: the first MOST_REFERENCES.
+
+    Records are left out unless they say that they are benign; files of weights are described by
+    `said`, as the judged model is. Raises ConfigError (exit 2) where one has other classes or
+    another image size, and MissingError (exit 3) where there is none.
+    """
+    found = []
+    for path in options.models_in(folder):
+        other = open_model(path, _of_record(said) if path.is_dir() else said)
+        if path.is_dir() and not other.benign or other.sha256 == judged.sha256:
+            continue
+        if (other.spec.classes, other.spec.size) != (judged.spec.classes, judged.spec.size):
+            raise ConfigError(
+                f"{path} is no reference model: it has {other.spec.classes} classes and images of "
+                f"{other.spec.size} pixels, and the judged model {judged.spec.classes} and "
+                f"{judged.spec.size}"
+            )
+        found.append(other.model)
+        if len(found) == MOST_REFERENCES:
+            break
+    if not found:
+        raise MissingError(f"{folder} holds no other model that is known to be benign")
+    return found
+
+
+def _of_record(said):
+    """The same without what a record says itself."""
+    own = said.model if said.model and models.is_file(said.model) else None
+    unsaid = dict.fromkeys(("width", "num_classes", "image_size", "mean", "std", "dataset"))
+    return replace(said, model=own, **unsaid)
 
 
 def _from_record(folder, said):

@@ -1,18 +1,30 @@
-"""Records leave as files of other programs: image folders with a list, and BackdoorBench's own."""
+"""Records leave as files of other programs: image folders with a list, BackdoorBench's own, and the
+layout of a TrojAI round."""
 
+import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 
 import torch
 
 from antidote_bench import models
+from antidote_bench.utils import checkpoint
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.device import setup
-from antidote_bench.utils.errors import ConfigError
-from antidote_bench.utils.exchange import attack_result, image_folders
+from antidote_bench.utils.errors import ConfigError, MissingError
+from antidote_bench.utils.exchange import attack_result, image_folders, trojai
 from antidote_bench.utils.exchange.image_folders import Images
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import folder as layout
+
+
+def plan(config):
+    """Say what an export would read and write (--dry_run)."""
+    for place in _records(layout.find(config.result_file, config.record_path)):
+        contents.open_record(place)
+        print(f"would read {place}")
+    print(f"would write {config.output}")
 
 
 def to_images(config):
@@ -121,6 +133,67 @@ def to_backdoorbench(config):
         attack_result.write(folder, output.name, result)
     _say_order(name, loaded.clean)
     print(f"written to {output}; BackdoorBench looks for it at record/{output.name}")
+
+
+def to_trojai(config):
+    """Write a record, or all records in a folder, in the layout of a TrojAI round."""
+    places = _records(layout.find(config.result_file, config.record_path))
+    rows = []
+    with image_folders.new_folder(config.output) as folder:
+        for number, place in enumerate(places):
+            name = f"id-{number:08d}"
+            model = _trojai_model(dataclasses.replace(config, result_file=str(place)))
+            trojai.write_model(folder / trojai.MODELS / name, model)
+            digest = hashlib.sha256(model.content).hexdigest()
+            rows.append({"model_name": name, **model.truth, "sha256": digest})
+        trojai.write_index(folder, rows)
+    print(f"{len(rows)} models written to {config.output}")
+
+
+def _records(folder):
+    """The records in a folder, or the folder itself if it is one, in the order of the hashes of
+    their weights."""
+    if (folder / layout.RECORD).is_file():
+        return [folder]
+    found = [path.parent for path in folder.glob(f"*/{layout.RECORD}")]
+    if not found:
+        raise MissingError(f"{folder} holds no record")
+    return sorted(found, key=lambda path: contents.open_record(path)["files"][layout.WEIGHTS])
+
+
+def _trojai_model(config):
+    """The `trojai.Model` of a record."""
+    record, loaded, made = _opened(config)
+    row, _ = contents.read_measures(layout.find(config.result_file, config.record_path), record)
+    constants = loaded.model.normalize
+    facts = {
+        "architecture": models.label(made["model"], made["width"]),
+        "number_classes": loaded.spec.classes,
+        "image_size": loaded.spec.size,
+        "mean": constants.mean.flatten().tolist(),
+        "std": constants.std.flatten().tolist(),
+    }
+    known = "attack", "label_mode", "target", "pratio", "acc", "asr", "ra", "recipe", "seed"
+    poisoned = row["n_poison"] != "0"
+    truth = {"poisoned": poisoned, "model_architecture": facts["architecture"]}
+    truth |= {name: row[name] for name in known}
+    sets, count = loaded.test_sets, config.examples
+    weights = {name: value.cpu() for name, value in loaded.model.state_dict().items()}
+    return trojai.Model(
+        checkpoint.to_pt(weights),
+        facts,
+        truth,
+        _examples(sets.test, count),
+        _examples(sets.backdoor, count) if poisoned else {},
+    )
+
+
+def _examples(split, count):
+    """{true class: its first `count` images} of a split."""
+    return {
+        label: split.images[(split.truth == label).nonzero().flatten()[:count]]
+        for label in split.truth.unique().tolist()
+    }
 
 
 def _changed_training_images(loaded):
