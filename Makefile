@@ -2,13 +2,16 @@
 # make test   set up, then all tests
 # make lint   set up, then ruff
 # make gpu    set up, then every attack and defense on the GPU and on the CPU, compared
+# make pictures  every picture of the pages, which takes half an hour
+# make site   set up, then the pages of README.md and docs/ as HTML, in build/site/html
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 TESTS := .venv/.ready-tests
+DOCS := .venv/.ready-docs
 
-.PHONY: demo test lint gpu setup clean
+.PHONY: demo test lint gpu pictures site setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -23,6 +26,11 @@ $(READY): requirements.txt constraints.txt pyproject.toml setup.py
 # Ray for sweeps, a driver for the browser that the tests open the report in, tests in parallel
 $(TESTS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c constraints.txt
+	@touch $@
+
+# the generator of the site
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
 	@touch $@
 
 demo: $(READY)
@@ -43,6 +51,12 @@ test: $(TESTS)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+site: $(DOCS)
+	$(BIN)/python -m benchmarks.site
+
+pictures: $(TESTS)
+	$(BIN)/python -m benchmarks.pictures
 
 gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu_check

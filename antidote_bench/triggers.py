@@ -76,9 +76,8 @@ def trigger(name: str, **options) -> Trigger:
     config = target.resolved(config, data.spec.class_names)
     make = partial(module.make_trigger, config, data.spec, "test")
     if hasattr(module, "prepare"):
-        truth = data.train.truth
-        among = poison.poisonable(truth, config)
-        index = poison.choose(truth, config.pratio, config.poison_seed, among=among)
+        prefer = module.make_preference(config) if hasattr(module, "make_preference") else None
+        index = poison.to_poison(data.train.truth, config, data.train.images, prefer)
         find_clean_model = partial(run.clean_model, config, data.spec, device)
         attacker = Attacker(data.spec, data.train, index, find_clean_model)
         with tempfile.TemporaryDirectory() as state:

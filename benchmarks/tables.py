@@ -7,17 +7,19 @@ A page names the command that prints a table in a comment above it, such as
 ends the table with <!-- end of table -->. tests/test_docs.py has the same tables compared.
 """
 
+import contextlib
+import functools
+import importlib
+import io
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from antidote_bench.utils import files
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(
-    r"(?P<begin><!-- python (?P<words>compare\.py .*?) -->\n\n).*?"
+    r"(?P<begin><!-- python (?P<words>(?:compare\.py|-m benchmarks\.detection_tables) .*?) -->\n\n).*?"
     r"(?P<end>\n\n<!-- end of table -->)",
     re.S,
 )
@@ -42,13 +44,18 @@ def rewritten(text):
     return TABLE.sub(lambda match: match["begin"] + printed(match["words"]) + match["end"], text)
 
 
+@functools.cache  # a table may stand on several pages
 def printed(words):
-    """What a command of compare.py prints, run in the root of the checkout."""
-    command = [sys.executable, *shlex.split(words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"error: python {words} failed: {done.stderr.strip()}")
-    return done.stdout.strip()
+    """What a command prints when it is given in the root of the checkout: one of compare.py, or of
+    a module of benchmarks."""
+    script, *options = shlex.split(words)
+    name = options.pop(0) if script == "-m" else script.removesuffix(".py")
+    options = [str(ROOT / word) if (ROOT / word).is_file() else word for word in options]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = importlib.import_module(name).main(options)
+    if code:
+        raise SystemExit(f"error: python {words} failed with exit code {code}")
+    return said.getvalue().strip()
 
 
 if __name__ == "__main__":

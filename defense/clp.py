@@ -34,11 +34,10 @@ class Config(Defense):
 if __name__ == "__main__":
     launch(Config)
 
-import torch
-
 from antidote_bench.utils import run
+from antidote_bench.utils.channels import lipschitz_bounds, paired_norms
 from antidote_bench.utils.errors import ConfigError
-from antidote_bench.utils.repair.layers import paired_norms, prune_outliers
+from antidote_bench.utils.repair.layers import prune_outliers
 
 
 def check(model, record, config):
@@ -53,32 +52,6 @@ def repair(model, record, config):
     scores = lipschitz_bounds(model)
     prune_outliers(model, record, scores, config.u, shifts=True)
     return model
-
-
-@torch.no_grad()
-def lipschitz_bounds(model):
-    """{batch norm: bounds, float64 C}.
-
-    A bound is the largest factor by which a channel, the filter and the batch norm together, can
-    amplify a change of its input.
-    """
-    bounds = {}
-    for convolution, name in paired_norms(model).items():
-        norm = model.get_submodule(name)
-        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        bounds[name] = spectral_norms(model.get_submodule(convolution).weight) * scale.abs()
-    return bounds
-
-
-def spectral_norms(kernel):
-    """The largest singular value of every filter of a kernel O,I,h,w, as a matrix I by h*w.
-
-    float64 O. Computed from the eigenvalues of the smaller Gram matrix: 512 of 9 by 9 are faster
-    than 512 decompositions of 512 by 9.
-    """
-    filters = kernel.double().flatten(2)
-    gram = filters @ filters.mT if filters.shape[1] < filters.shape[2] else filters.mT @ filters
-    return torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt()
 
 
 def main(config):

@@ -23,6 +23,7 @@ from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.protocol import audit as protocol
 from antidote_bench.utils.protocol import audited
 from antidote_bench.utils.record import contents
+from benchmarks import zoo
 from tests.helpers import ROOT
 from tests.test_page import chromium, visit
 
@@ -792,6 +793,68 @@ def test_the_page_names_options_and_detectors_that_exist(capsys):
     known = capsys.readouterr().out
     assert all(re.search(rf"{word}\b", known) for word in re.findall(r"--[a-z_]+", text))
     assert all(f"`{name}`" in text for name in options.ALL)
+
+
+# ---------- the zoo ----------
+
+
+def audited_row(attack="badnet", p=0.02, asr=0.99, classes="0", outcome=None, mode="all2one"):
+    outcome = outcome or (verdict.SUSPICIOUS if p != "" and p <= 0.05 else verdict.NOTHING)
+    return {
+        "attack": attack,
+        "label_mode": mode,
+        "target": "0",
+        "asr": str(asr),
+        "outcome": outcome,
+        "p": str(p),
+        "classes": classes,
+        "seconds": "2",
+    }
+
+
+def test_the_table_of_a_zoo():
+    """Attacks that work, weak ones and failed ones apart; a right class is one of those found."""
+    rows = [audited_row("clean", p, 0.0, "") for p in (0.5, 0.04, 0.9, 0.3)]
+    rows += [audited_row(p=0.02), audited_row(p=0.02, classes="3"), audited_row(p=0.9, classes="")]
+    rows += [audited_row(p=0.02, classes="0 4", mode="all2all"), audited_row("wanet", 0.02, 0.5)]
+    rows += [audited_row("sig", 0.02, 0.1)]
+    text = zoo.table(rows)
+    assert "| benign | 4 | 1 | 25.0 (0.6 to 80.6) |  |  |" in text
+    # of 12 pairs with a benign model 2 * 4 are right and of the third one 0.5: p = 0.9 twice
+    assert "| badnet | 3 | 2 | 66.7 (9.4 to 99.2) | 1 | 70.8 |" in text
+    assert "| badnet, all2all | 1 | 1 | 100.0 (2.5 to 100.0) |  | 100.0 |" in text
+    assert "| wanet, weak | 1 | 1 |" in text and "| all that work | 4 | 3 |" in text
+    assert text.endswith("Left out, because the attack failed: 1 of sig.")
+
+
+def test_the_probability_that_a_p_value_allows():
+    """From even odds: at p = 0.05 the evidence is at most 1 / (e p log(1 / p)) = 2.46 to 1."""
+    assert zoo.probability(0.05) == pytest.approx(2.4560 / 3.4560, abs=1e-4)
+    assert zoo.probability(1 / math.e) == zoo.probability(1.0) == 0.5
+    assert zoo.probability(0.36) == pytest.approx(0.5, abs=1e-3), "no jump"
+    rows = [audited_row("clean", 1.0), audited_row(p=0.05)]
+    loss = -(math.log(0.5) + math.log(zoo.probability(0.05))) / 2
+    assert f"cross-entropy {loss:.4f}" in zoo.sentences(rows)[0]
+
+
+def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):
+    """Records that are reference models are left out; a second run audits nothing again."""
+    output = tmp_path / "audits.csv"
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "badnet").symlink_to(small)
+    model = audited.open_model(small, options.Subject())
+    others = dataclasses.replace(made([1.0] * 19), group=model.group)
+    calibration.write(tmp_path / "other.json", others)
+    words = [str(tmp_path / "zoo"), "--calibration", str(tmp_path / "other.json")]
+    words += ["--output", str(output)]
+    assert zoo.main(words) == 0
+    (row,) = files.read_csv(output)
+    assert row["sha256"] == model.sha256 and row["attack"] == "badnet"
+    assert row["outcome"] in verdict.EXIT_CODES and float(row["headstat"]) > 0
+    assert "| models | audited |" in capsys.readouterr().out
+    assert zoo.main(words) == 0 and "1  badnet" not in capsys.readouterr().out
+    assert zoo.main(["--output", str(output)]) == 0
+    assert zoo.main(["--output", str(tmp_path / "none.csv")]) == 3
 
 
 def test_the_page_says_what_was_measured():

@@ -29,9 +29,9 @@ FEW = {
     "batch_size": 16, "contrastive_batch": 16, "ssl_batch_size": 16, "head_batch_size": 8,
     "search_batch": 8, "score_batch": 16, "steps": 6, "terms": 1, "rounds": 1, "together": 2,
     "scenes": 4, "blend_size": 16, "start_batches": 2, "clean_count": 48, "pratio": 0.2,
-    "cover_ratio": 0.2,
+    "cover_ratio": 0.2, "attempts": 2,
 }  # fmt: skip
-FIXED_SHARE = {"clean", "blind", "lira"}  # attacks with a pratio of their own
+FIXED_SHARE = {"clean", "blind", "lira", "sra"}  # attacks with a pratio of their own
 # what recurs and is not in a loop of steps
 ONCE_PER_CONVOLUTION = ("defense/fmp.py:score_maps",)
 NEEDED = {"tact": {"cover_classes": 2}}  # there are three classes

@@ -7,7 +7,7 @@ import pytest
 
 from antidote_bench.utils import files
 from antidote_bench.utils.sweep import grid
-from benchmarks import tables
+from benchmarks import detection_tables, tables
 from compare import main
 from tests.helpers import ROOT
 
@@ -96,12 +96,25 @@ def test_measured_runs_are_runs_of_the_grids(name):
         assert row["seed"] == str((cell.victim or cell).options["random_seed"])
 
 
-def test_the_rules_of_the_papers_beside_the_published_table():
-    page = (ROOT / "docs" / "detection.md").read_text()
-    shown = re.findall(r"^  \| (\w+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
-    rows = files.read_csv(RESULTS / "detection_cifar10.csv")
-    found = {row["detection"]: row for row in rows if row["n_positive"] not in ("", "0")}
-    assert len(shown) == 7
-    for name, tpr, fpr in shown:
-        own = [f"{100 * float(found[name][key]):.1f}" for key in ("own_tpr", "own_fpr")]
-        assert own == [tpr, fpr], name
+def test_the_tables_of_detectors_count_what_they_say():
+    """Means over seeds; a cell is confirmed if both rates are near the published ones."""
+
+    def row(attack, detector, tpr, fpr, positive="5"):
+        facts = {"attack": attack, "label_mode": "all2one", "detection": detector, "judges": "data"}
+        facts |= {"n_positive": positive, "auroc": "0.5" if positive != "0" else ""}
+        return facts | {"own_tpr": tpr, "own_fpr": fpr, "tpr": tpr, "fpr": fpr}
+
+    rows = [row("badnet", "scan", "0.9", "0.05"), row("badnet", "scan", "1", "0.05")]
+    rows += [row("badnet", "agpd", "0.6", "0"), row("blended", "scan", "0.99", "0.11")]
+    rows += [row("clean_badnet", "scan", "", "0.04", "0"), row("badnet", "new", "0.9", "0")]
+    text = detection_tables.published(rows).splitlines()
+    assert text[0] == "| attack | scan | agpd |"
+    assert text[2:4] == [
+        "| badnet | **96/0 → 95/5** | 90/0 → 60/0 |",
+        "| blended | 100/0 → 99/11 | 100/0 → – |",
+    ]
+    assert text[-1] == "| confirmed | 1 of 2 | 0 of 1 |"
+    text = detection_tables.matrix(rows, "tpr", benign="fpr").splitlines()
+    assert text[0] == "| | detector | benign | badnet | blended |"
+    assert text[-1] == "| training images | scan | 4.0 | 95.0 | 99.0 |"
+    assert detection_tables.matrix(rows, "auroc").splitlines()[-1].endswith("| 50.0 | 50.0 |")

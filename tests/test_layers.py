@@ -22,7 +22,7 @@ FOUNDATION = {
 LEVELS = [
     FOUNDATION,
     {"data"},
-    {"train", "evaluation", "features"},
+    {"channels", "train", "evaluation", "features"},
     {"record"},
     {"wings"},
     {"protocol", "run"},
@@ -59,6 +59,7 @@ DEFENDER = {
     "optimizers",
     "checkpoint",
     "charts",
+    "channels",
     "train",
     "features",
     "run",

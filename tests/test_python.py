@@ -325,7 +325,8 @@ def test_lists_know_everything_with_its_facts():
     assert set(antidote_bench.list_defenses(needs_clean_images=False, stage="repair").index) < set(
         free.index
     )
-    assert set(antidote_bench.list_attacks(clean_label=True).index) == {"ctrl", "lc", "sig"}
+    clean_label = set(antidote_bench.list_attacks(clean_label=True).index)
+    assert clean_label == {"checkerboard", "ctrl", "grond", "lc", "sig"}
     assert antidote_bench.list_defenses().loc["fmp", "arxiv"] == "2307.11565"
     assert antidote_bench.list_models().loc["resnet9", "default_width"] == 64
 

@@ -176,10 +176,11 @@ def test_methods_are_listed(folder):
 
 
 def trains_the_victim(text):
-    """Whether a script has a loss of its own, or hands over weights that the victim starts from."""
+    """Whether a script changes the training, or hands over weights that the victim starts from."""
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     starts = [call for call in calls if getattr(call.func, "id", "") == "Prepared"]
-    return "make_loss" in text or any(len(call.args) + len(call.keywords) > 1 for call in starts)
+    own = "make_loss" in text or "after_epoch" in text
+    return own or any(len(call.args) + len(call.keywords) > 1 for call in starts)
 
 
 def test_the_list_of_attacks_says_what_the_scripts_do():

@@ -89,7 +89,8 @@ class Watched:
         attack = run.attack
 
         def watched_attack(*arguments, **named):
-            self.cover, self.in_loop = named.get("cover"), "make_loss" in named
+            self.cover = named.get("cover")
+            self.in_loop = not {"make_loss", "edit"}.isdisjoint(named)
             return attack(*arguments, **named)
 
         def fit(model, split, recipe, *, loss, **_):

@@ -1,5 +1,6 @@
 """Grids: which runs they are, that each runs once and to its end, and what a failure leaves."""
 
+import concurrent.futures
 import dataclasses
 import re
 import shutil
@@ -18,6 +19,7 @@ from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.record import claim, folder
 from antidote_bench.utils.sweep import grid, launchers
 from tests.helpers import ROOT, names
+from tests.start import start as fork
 
 QUICK = {"epochs": 1, "width": 8}
 
@@ -293,12 +295,17 @@ def test_the_documented_grid_is_right(tmp_path):
 
 @pytest.fixture
 def sweep(tmp_path, places):
-    """sweep(content, *arguments, code=0): run a grid in a folder of its own; what it printed."""
+    """sweep(content, *arguments, code=0): run a grid in a folder of its own; what it printed.
+
+    Without Ray and without --minutes it is forked, and its runs are: none loads torch.
+    """
 
     def start(content, *arguments, code=0, rest=()):
-        done = subprocess.run(
-            words(content, *arguments, rest=rest), cwd=tmp_path, capture_output=True, text=True
-        )
+        command = words(content, *arguments, rest=rest)
+        if "--minutes" not in arguments and {"serial", "--dry_run"} & set(arguments):
+            done = fork(list(map(str, command[1:])), cwd=tmp_path, env={}, forks=True)
+        else:
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == code, (
             f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
         )
@@ -372,9 +379,7 @@ def test_one_after_the_other(sweep, tmp_path, places):
     plan = sweep(SMALL, "--dry_run").stdout
     assert plan.count("done     record/digits-") == 4
     script, *options = grid.cells(SMALL, {"cache_path": places[3]})[1].words("record")
-    typed = subprocess.run(
-        [sys.executable, ROOT / script, *options], cwd=tmp_path, capture_output=True, text=True
-    )
+    typed = fork([str(ROOT / script), *options], cwd=tmp_path, env={})
     assert typed.stdout.startswith("already done: record/digits-badnet"), (
         "what is shown is what was run"
     )
@@ -794,12 +799,13 @@ def test_what_is_free_is_not_kept_waiting(tmp_path):
 
 def test_two_sweeps_at_once_make_every_run_once(sweep, tmp_path):
     words = sweep.words(SMALL, "--engine", "serial", "--results", "all.csv")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    sweeps = [subprocess.Popen(words, cwd=tmp_path, **pipes) for _ in range(2)]
+    words, place = list(map(str, words[1:])), {"cwd": tmp_path, "env": {}}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        sweeps = [pool.submit(fork, words, **place, forks=True) for _ in range(2)]
     for one in sweeps:
-        out, error = one.communicate(timeout=600)
-        assert (one.returncode, error) == (0, ""), out
-        assert out.endswith("4 runs: 4 done\n")
+        done = one.result()
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert done.stdout.endswith("4 runs: 4 done\n")
     cells = grid.cells(SMALL)
     assert all_complete(tmp_path / "record", cells)
     ended = endings(tmp_path / "record")

@@ -35,8 +35,6 @@ from antidote_bench.utils.text import printable, quoted
 
 EXECUTED = ("model", "model_file")  # options that can name a Python file
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 
 class Word(NamedTuple):
     """An option as it was written: its name, its text (None: null), and where that was."""
@@ -69,10 +67,13 @@ def parse(Config, argv, description="", script=None):
     _refuse_files(found)
     ignored = [word for word, name in zip(written, found, strict=True) if name is None]
     given = {word.name: word for word in found if word}
+    asks_for_help = bool({"-h", "--help"} & set(rest))
+    # reading them takes longer than all other parsing
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=asks_for_help)
     parser = _parser(Config, description, script)
     texts = {name: word.text for name, word in given.items()}
     defaults = defaults_for(Config, texts, own)
-    if {"-h", "--help"} & set(rest):
+    if asks_for_help:
         parser.set_defaults({name: value for name, (value, _) in defaults.items()})
         parser.parse_args(["--help"])
     _check_record(Config, given, ignored)

@@ -58,9 +58,29 @@ class Method(NamedTuple):
     prepare: Callable | None = None
     cover: Cover | None = None
     make_loss: Callable | None = None
+    prefer: Callable | None = None
+    edit: Callable | None = None
+    after_epoch: Callable | None = None
+
+    @property
+    def poisons_images(self):
+        """Whether the poison is in stored training images."""
+        return not (self.make_loss or self.edit)
 
 
-def attack(script, config, make_trigger, *, prepare=None, cover=None, make_loss=None, workers=None):
+def attack(
+    script,
+    config,
+    make_trigger,
+    *,
+    prepare=None,
+    cover=None,
+    make_loss=None,
+    prefer=None,
+    edit=None,
+    after_epoch=None,
+    workers=None,
+):
     """Poison a data set, train a victim on it, measure it and save the record.
 
     `script` is the attack's module name. `make_trigger(config, spec, stage)` gives the trigger of
@@ -68,11 +88,16 @@ def attack(script, config, make_trigger, *, prepare=None, cover=None, make_loss=
     that the trigger consists of, which make_trigger and cover.make get as `parts`. `cover`, a
     `Cover`, changes further training images, drawn from those that are not poisoned. With
     `make_loss(config, trigger, relabel)` the training set stays clean, and the attack is in the
-    loss that `train.fit` minimises. `workers` are the processes that train the victim together, by
-    default those that torchrun has started.
+    loss that `train.fit` minimises. `prefer(images)` gives a number to each of a batch of training
+    images, uint8 N,3,S,S: those of the lowest numbers are poisoned, among those that may be, and
+    not random ones. `edit(config, spec, model)` changes the trained victim in place; it gets
+    `parts` too, and the training set stays clean. `after_epoch(model)` changes the victim in place
+    after every epoch, before it is measured and its state saved; it draws no random number.
+    `workers` are the processes that train the victim together, by default those that torchrun has
+    started.
     """
     name = script.rpartition(".")[2]
-    method = Method(name, make_trigger, prepare, cover, make_loss)
+    method = Method(name, make_trigger, prepare, cover, make_loss, prefer, edit, after_epoch)
     workers = workers or distributed.from_environment()
     if make_loss and workers.size > 1:
         raise ConfigError(
@@ -90,7 +115,7 @@ def attack(script, config, make_trigger, *, prepare=None, cover=None, make_loss=
     with owner, distributed.process_group(workers, device):
         data = _load(config, device, workers)
         config = target.resolved(config, data.spec.class_names)
-        chosen = _select(config, data.train.truth, method.cover)
+        chosen = _select(config, data.train.truth, method, data.train.images)
         train.try_out(config, data.spec, data.train)
         make_victim = partial(train.new_victim, config, data.spec, data.train)
         estimate.require_trainable(make_victim, config.batch_size, data.spec.size)
@@ -128,7 +153,9 @@ def _attack(method, config, data, chosen, device, folder, workers):
         folder,
         loss=loss,
         start=prepared and prepared.victim,
-        poisons_in_loop=method.make_loss is not None,
+        poisons_in_loop=not method.poisons_images,
+        edit=method.edit and partial(method.edit, config, data.spec),
+        after_epoch=method.after_epoch,
         workers=workers,
     )
 
@@ -144,18 +171,33 @@ def train_victim(
     loss,
     start=None,
     poisons_in_loop=False,
+    edit=None,
+    after_epoch=None,
     workers=distributed.SINGLE,
 ):
     """Train a victim on a `contents.Poisoning` of `data`, measure it and save its record.
 
     `loss` is what `train.fit` minimises. The victim is a new network, or one with the weights
-    `start`. With `poisons_in_loop` the record stores no training set.
+    `start`; `edit(model)` and `after_epoch(model)` are as in `attack`. With `poisons_in_loop` the
+    record stores no training set.
     """
     state = folder / layout.STATE
     evaluator = Evaluator(poisoning.test_sets, config, layout.Log(state))
-    model = _train(config, data.spec, poisoning.train, loss, start, evaluator, state, workers)
+    model = _train(
+        config,
+        data.spec,
+        poisoning.train,
+        evaluator,
+        state,
+        loss=loss,
+        start=start,
+        after_epoch=after_epoch,
+        workers=workers,
+    )
     if workers.rank:
         return
+    if edit:
+        edit(model)
     seconds = evaluator.clock.seconds
     measured = evaluator.measure("final", model)
     victim = contents.Victim(
@@ -172,10 +214,13 @@ def train_victim(
     print(results.line(measured, seconds))
 
 
-def _select(config, truth, cover):
-    """(positions to poison, positions to change as cover images)"""
-    among = poison.poisonable(truth, config)
-    index = poison.choose(truth, config.pratio, config.poison_seed, among=among)
+def _select(config, truth, method, images=None):
+    """(positions to poison, positions to change as cover images)
+
+    Without `images` the attack's preference for some of them is left out.
+    """
+    among, cover = poison.poisonable(truth, config), method.cover
+    index = poison.to_poison(truth, config, images, method.prefer)
     if among is not None and 0 < len(index) == int(among.sum()):
         print(
             f"warning: {round(config.pratio * len(truth))} images were asked for, and all "
@@ -203,6 +248,7 @@ def _prepare(method, config, data, index, state, device, workers):
     method = method._replace(
         make_trigger=partial(method.make_trigger, parts=parts),
         cover=cover and cover._replace(make=partial(cover.make, parts=parts)),
+        edit=method.edit and partial(method.edit, parts=parts),
     )
     return method, prepared, facts
 
@@ -218,7 +264,9 @@ def _poison(method, config, data, index, cover_index):
     n_poison = len(index)
     if method.make_loss:
         trigger = method.make_trigger(config, data.spec, "train")
-        loss, index = method.make_loss(config, trigger, relabel), index[:0]
+        loss = method.make_loss(config, trigger, relabel)
+    if not method.poisons_images:
+        index = index[:0]
     split = data.train
     if len(index):
         trigger = method.make_trigger(config, data.spec, "train")
@@ -231,7 +279,7 @@ def _poison(method, config, data, index, cover_index):
     return poisoning, loss
 
 
-def _train(config, spec, split, loss, start, evaluator, state, workers):
+def _train(config, spec, split, evaluator, state, *, loss, start, after_epoch, workers):
     """The victim: a new network, or one with the weights `start`, trained on `split`."""
     torch.manual_seed(seeds.number("weights", config.random_seed))
     model = train.new_victim(config, spec, split)
@@ -244,6 +292,7 @@ def _train(config, spec, split, loss, start, evaluator, state, workers):
         loss=loss,
         augment=train.augmentation_of(config, spec, split),
         drop_last=True,
+        after_epoch=after_epoch,
         on_epoch=partial(evaluator.measure, "train"),
         checkpoint=state / "train.safetensors",
         workers=workers,
@@ -320,7 +369,7 @@ def _require_train_set(name, config, info):
     """Raise RefusedError (exit 4) where a method needs a poisoned set that the record lacks."""
     in_training = config.stage == "in-training"
     if (config.needs_train_set or in_training) and info.get("training_set") == "none":
-        why = f"{info['name']} poisons inside the training loop"
+        why = f"{info['name']} poisons inside the training loop or the weights, and no image"
         if info.get("imported"):
             why = "the victim was imported without one"
         raise RefusedError(

@@ -96,6 +96,7 @@ def fit(
     drop_last=False,
     order=None,
     after_step=None,
+    after_epoch=None,
     on_epoch=None,
     checkpoint=None,
     workers=distributed.SINGLE,
@@ -107,8 +108,9 @@ def fit(
     by default the one that recipe.optimizer names. `augment(images, generator, index=, epoch=)`
     changes the uint8 images of a batch. `order(model, generator)` gives the positions of the images
     of an epoch, recipe.epoch_steps times batch_size of them; without it an epoch shows every image
-    once, shuffled. `after_step()` runs after every optimizer step, `on_epoch(model, epoch=, loss=,
-    lr=)` after every epoch with its mean loss.
+    once, shuffled. `after_step()` runs after every optimizer step. After every epoch
+    `after_epoch(model)` may change the model, in the same way in all workers, and then
+    `on_epoch(model, epoch=, loss=, lr=)` gets it and the mean loss.
 
     With a `checkpoint` path the state after every epoch is saved there, and training goes on from
     it. Every epoch draws from its own seed, so an interrupted CPU run ends with the same weights.
@@ -150,6 +152,8 @@ def fit(
             distributed.average_norms(model, workers)
             _require_finite(mean, recipe, epoch)
             bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
+            if after_epoch:
+                after_epoch(model)
             if on_epoch and workers.rank == 0:
                 on_epoch(model, epoch=epoch + 1, loss=round(mean, 6), lr=round(rates[-1], 8))
             if checkpoint and workers.rank == 0:

@@ -10,8 +10,12 @@ from antidote_bench.utils.poisoning import poison
 GRID = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
 
 
-def pasting(config, size):
-    """The trigger x' = (1 - M) x + M P for images of `size` pixels, with a patch P of opacity M."""
+def pasting(config, size, disturb=None):
+    """The trigger x' = (1 - M) x + M P for images of `size` pixels, with a patch P of opacity M.
+
+    `disturb(patch, index)` gives each image a patch of its own, N,3,h,w, by default all have P,
+    3,h,w.
+    """
     patch, opacity = _patch(config, size)
     height, width = patch.shape[1:]
     top = _first_pixel(config.patch_row, height, size, "row")
@@ -19,6 +23,8 @@ def pasting(config, size):
 
     def paste(images, index):
         mask, colours = opacity.to(images.device), patch.to(images.device)
+        if disturb:
+            colours = disturb(colours, index)
         images = images.clone()
         window = images[:, :, top : top + height, left : left + width]
         window.copy_((1 - mask) * window + mask * colours)

@@ -91,18 +91,42 @@ def of_classes(truth, classes):
     return torch.isin(truth, torch.tensor(classes, device=truth.device))
 
 
-def choose(truth, ratio, seed, *, among=None, purpose="poison"):
+def to_poison(truth, config, images=None, prefer=None):
+    """Sorted positions of the images that an attack poisons, drawn with config.poison_seed.
+
+    `prefer(images)`, if given, gives a batch N,3,S,S uint8 a number each: those of the lowest
+    numbers are poisoned. Without `images`, uint8 of all positions, it is left out.
+    """
+    among, scores = poisonable(truth, config), None
+    if prefer and images is not None:
+        scores = _scores(images, prefer, among)
+    return choose(truth, config.pratio, config.poison_seed, among=among, scores=scores)
+
+
+def _scores(images, prefer, among):
+    """What `prefer` gives the images that may be poisoned, float64 N; inf for the others."""
+    scores = torch.full((len(images),), torch.inf, dtype=torch.float64)
+    places = torch.arange(len(images)) if among is None else among.cpu().nonzero().flatten()
+    for part in places.split(max(CHUNK // images.shape[-1] ** 2, 1)):
+        scores[part] = prefer(images[part]).cpu().double()
+    return scores
+
+
+def choose(truth, ratio, seed, *, among=None, scores=None, purpose="poison"):
     """Sorted positions of round(ratio * N) of N images, drawn uniformly; fewer if there are fewer.
 
-    `among` is a mask of the images that may be drawn, by default all. `truth` is int64 N; the
-    result lies on its device. Another `purpose` draws other images. ConfigError (exit 2) where a
-    ratio above 0 comes to no image.
+    `among` is a mask of the images that may be drawn, by default all. With `scores`, a number for
+    each of the N images, those of the lowest are taken, and only equal ones are drawn. `truth` is
+    int64 N; the result lies on its device. Another `purpose` draws other images. ConfigError
+    (exit 2) where a ratio above 0 comes to no image.
     """
     candidates = torch.arange(len(truth)) if among is None else among.cpu().nonzero().flatten()
     count = min(round(ratio * len(truth)), len(candidates))
     if ratio > 0 and not count:
         raise ConfigError(_no_image(ratio, len(truth), len(candidates), purpose))
     order = torch.randperm(len(candidates), generator=seeds.generator(purpose, seed))
+    if scores is not None:
+        order = order[scores.cpu()[candidates[order]].argsort(stable=True)]
     return candidates[order[:count]].sort().values.to(truth.device)
 
 

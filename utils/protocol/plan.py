@@ -18,6 +18,7 @@ from antidote_bench.utils.data.dataset import Spec, Split
 from antidote_bench.utils.data.loader import batch_sizes
 from antidote_bench.utils.device import free_memory
 from antidote_bench.utils.optimizers import OPTIMIZERS
+from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.options import CleanModelOptions
 from antidote_bench.utils.protocol import estimate
 from antidote_bench.utils.record import contents, results
@@ -48,7 +49,7 @@ def attack(method, config, folder, select, device):
     truth = torch.from_numpy(found["train"].read()[1])
     names, n_test = found["train"].classes, len(found["test"].read()[1])
     config = target.resolved(config, names)
-    index, cover_index = select(config, truth, method.cover)
+    index, cover_index = select(config, truth, method)
     steps = len(batch_sizes(len(truth), config.batch_size, drop_last=True))
     network = models.label(config.model, config.width)
     print(
@@ -64,8 +65,12 @@ def attack(method, config, folder, select, device):
             f"poisons  no stored image: the loss shows each of {len(truth)} images with the "
             "trigger too"
         )
+    elif method.edit:
+        print("poisons  no image: weights are changed after the training")
     else:
         per_class = torch.bincount(truth[index], minlength=len(names)).tolist()
+        if method.prefer and poison.poisonable(truth, config) is None:
+            per_class = "known when the images are read"
         print(
             f"poisons  {len(index)} of {len(truth)} images; per class {per_class}; "
             f"{len(cover_index)} more are changed and keep their label"

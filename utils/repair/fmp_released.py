@@ -12,9 +12,9 @@ from torch import nn
 
 from antidote_bench.models import Normalize
 from antidote_bench.utils import seeds
+from antidote_bench.utils.channels import traced
 from antidote_bench.utils.data.loader import augmentation
 from antidote_bench.utils.errors import ConfigError
-from antidote_bench.utils.repair.layers import traced
 
 FEW = 32  # scored images
 

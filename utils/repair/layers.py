@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from antidote_bench.utils.channels import outliers, paired_norms
 from antidote_bench.utils.data.loader import batches, evaluating, evaluation_batch, halving
 from antidote_bench.utils.device import exact
 from antidote_bench.utils.errors import ConfigError
@@ -91,52 +92,6 @@ def feature_maps(model, images):
     return outputs
 
 
-class _Tracer(torch.fx.Tracer):
-    """Follows no layer into its own code, those of other libraries included."""
-
-    def is_leaf_module(self, module, qualified_name):
-        is_layer = isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d)
-        return is_layer or super().is_leaf_module(module, qualified_name)
-
-
-def traced(model):
-    """The graph of a model as torch.fx sees it; whatever tracing raises."""
-    return torch.fx.GraphModule(model, _Tracer().trace(model))
-
-
-def paired_norms(model):
-    """{convolution: batch norm} where that BatchNorm2d alone reads the convolution's output.
-
-    A max pool may lie between them. The batch norm of a residual sum is never paired. Nothing is
-    paired, with a warning, in a model that torch.fx cannot trace.
-    """
-    modules = dict(model.named_modules())
-    try:
-        nodes = traced(model).graph.nodes
-    except Exception as error:  # tracing fails in whatever way the model's own code does
-        print(
-            f"warning: no batch norm is pruned, torch.fx cannot trace the model: {error}",
-            file=sys.stderr,
-        )
-        return {}
-    pairs = {}
-    for node in nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.Conv2d):
-            continue
-        reader = _only_reader(node)
-        if reader is not None and isinstance(modules[reader.target], nn.MaxPool2d):
-            reader = _only_reader(reader)  # the maximum of zeros is zero
-        if reader is not None and isinstance(modules[reader.target], nn.BatchNorm2d):
-            pairs[node.target] = reader.target
-    return pairs
-
-
-def _only_reader(node):
-    """The one module that reads the output of a traced node; None where there is no such module."""
-    users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].op == "call_module" else None
-
-
 def parameters_of(model, to_prune, *, norms=True, biases=True):
     """[(parameter, channels)] behind the maps `to_prune`, {convolution: channels}.
 
@@ -198,18 +153,6 @@ def prune_outliers(model, record, scores, u, *, shifts):
         file=sys.stderr,
     )
     record.report("pruned", model)
-
-
-def outliers(scores, u):
-    """bool C: which scores C of a layer exceed their mean + u * standard deviation.
-
-    The standard deviation has C - 1 degrees of freedom. A score that is not finite is left out. Of
-    n scores none can exceed the limit where u is (n - 1) / sqrt(n) or more.
-    """
-    finite = scores[scores.isfinite()]
-    if len(finite) < 2:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    return scores > finite.mean() + u * finite.std()
 
 
 @torch.no_grad()
