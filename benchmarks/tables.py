@@ -19,7 +19,8 @@ from antidote_bench.utils import files
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(
-    r"(?P<begin><!-- python (?P<words>(?:compare\.py|-m benchmarks\.detection_tables) .*?) -->\n\n).*?"
+    r"(?P<begin><!-- python (?P<words>(?:compare\.py|-m benchmarks\.detection_tables) .*?) -->\n\n)"
+    r".*?"
     r"(?P<end>\n\n<!-- end of table -->)",
     re.S,
 )

@@ -29,10 +29,10 @@ def places(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run():
     """run(*arguments, code=0): start Python as a user would, check the exit code, return what it
-    printed."""
+    printed. With forks=True a sweep forks its runs."""
 
-    def run(*arguments, code=0, env=None, cwd=ROOT):
-        done = start(list(map(str, arguments)), cwd=cwd, env=env or {})
+    def run(*arguments, code=0, env=None, cwd=ROOT, forks=False):
+        done = start(list(map(str, arguments)), cwd=cwd, env=env or {}, forks=forks)
         assert done.returncode == code, (
             f"exit {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
         )
