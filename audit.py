@@ -55,7 +55,7 @@ def audit(asked, words):
     given = audited.open_images(asked.images, model) if asked.images else None
     benign = ()
     if asked.references:
-        benign = audited.open_references(asked.references, model, subject)
+        benign = audited.open_references(asked.references, model, subject, _note)
     found = protocol.judge(model, given, plan, asked.calibration, benign)
     code = 0 if asked.exit_zero else found.verdict.exit_code
     report = protocol.report(model, given, found, (started, _now()), words, code)
@@ -99,6 +99,10 @@ def _put(content, path):
     if path.exists() and not path.is_file():
         raise UserError(f"cannot write {path}: it is no plain file")
     files.write(path, content)
+
+
+def _note(text):
+    print(text, file=sys.stderr)
 
 
 def _now():

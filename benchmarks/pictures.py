@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECORDS = ROOT / "build" / "pictures" / "record"
 MARK = "made-from"  # the name of the digest in a PNG file
+BROWSERS = "chromium", "chromium-browser", "google-chrome"
 WIDTH, ROWS = 900, 12  # pixels of the page, and rows of the leaderboard that are shown
 # what a picture without a sweep is made from
 SOURCES = {
@@ -68,13 +69,16 @@ def report(target):
     """A screenshot of the page; needs Chromium, and the package playwright."""
     from playwright.sync_api import sync_playwright
 
+    browser_path = chromium()
+    if browser_path is None:
+        raise SystemExit("error: no Chromium is installed, and the page is shown in one")
     with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
         page, shot, table = (Path(place, name) for name in ("a.html", "a.png", "a.csv"))
         rows = files.read_csv(RESULTS / "defenses.csv")
         shown = [row for row in rows if row["dataset"] == "cifar10"]
         files.write(table, files.csv_text(shown, list(shown[0])))
         compare(table, "--html", page)
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         size = {"width": WIDTH, "height": 900}
         view = browser.new_context(viewport=size, color_scheme="light").new_page()
         view.goto(page.as_uri())
@@ -92,11 +96,8 @@ def report(target):
 
 
 def chromium():
-    """The path of a Chromium; SystemExit where there is none."""
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if place := shutil.which(name):
-            return place
-    raise SystemExit("error: no Chromium is installed, and the page is shown in one")
+    """The path of a Chromium, None where there is none."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def defenses(target):

@@ -1,11 +1,11 @@
 """Audit every model in a folder of records, and print which were found.
 
     python -m benchmarks.zoo record --calibration config/audit/digits_resnet9_w8_fast.json \
-        --output benchmarks/results/audit_digits.csv
-    python -m benchmarks.zoo --output benchmarks/results/audit_digits.csv
+        --output audits.csv
+    python -m benchmarks.zoo --output audits.csv
 
 The first command writes one row for each model that is no reference model of the calibration; a
-model that the file has already is not audited again. Both print the tables of docs/audit.md.
+model that the file has already is not audited again. Both print a Markdown table of the models.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from antidote_bench.utils import files, launch
 from antidote_bench.utils.audit import calibration as known
 from antidote_bench.utils.audit import options, verdict
-from antidote_bench.utils.errors import MissingError
+from antidote_bench.utils.errors import MissingError, RefusedError
 from antidote_bench.utils.record import folder as layout
 
 WORKS, FAILED = 0.8, 0.3  # ASR from which on an attack works, and below which it has failed
@@ -36,7 +36,7 @@ def audit_all(folder, calibration, images, output):
     from antidote_bench.utils.protocol import audit as protocol
     from antidote_bench.utils.protocol import audited  # heavy
 
-    rows = files.read_csv(output) if output.is_file() else []
+    rows = read(output) if output.is_file() else []
     done = {row["sha256"] for row in rows}
     references = known.read(calibration).models
     plan = options.Plan(options.chosen(None, images is not None))
@@ -51,6 +51,14 @@ def audit_all(folder, calibration, images, output):
         rows.append(row_of(path, model, protocol.judge(model, given, plan, calibration)))
         files.write(output, files.csv_text(rows, list(rows[0])))
         print(f"{len(rows)}  {path.name}: {rows[-1]['outcome']}  p {rows[-1]['p']}", flush=True)
+    return rows
+
+
+def read(path):
+    """The rows of a file that this module has written; RefusedError (exit 4) for another one."""
+    rows = files.read_csv(path)
+    if not rows or not {"sha256", "seconds", "outcome"} <= rows[0].keys():
+        raise RefusedError(f"{path} is no table of audits that benchmarks.zoo has written")
     return rows
 
 
@@ -196,7 +204,7 @@ def run(asked):
     if asked.folder is None:
         if not asked.output.is_file():
             raise MissingError(f"there is no file {asked.output}: name a folder of records too")
-        rows = files.read_csv(asked.output)
+        rows = read(asked.output)
     else:
         if asked.calibration is None:
             raise MissingError("--calibration is missing: audit.py --calibrate makes the file")

@@ -476,9 +476,11 @@ def test_references_must_fit(bench, tmp_path, capsys):
     assert "--references needs --images" in capsys.readouterr().err
     (tmp_path / "zoo").mkdir()
     save_file(weights(100), tmp_path / "zoo" / "same.safetensors")
+    (tmp_path / "zoo" / "broken.safetensors").write_bytes(b"no weights")
     words = ["--images", without_labels(tmp_path), "--references", tmp_path / "zoo"]
     assert run(bench, "benign.safetensors", *words) == 3
-    assert "no other model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no other model" in said and "broken.safetensors: left out" in said
 
 
 def test_too_few_images_are_said(bench, tmp_path, capsys):
@@ -855,6 +857,9 @@ def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):
     assert zoo.main(words) == 0 and "1  badnet" not in capsys.readouterr().out
     assert zoo.main(["--output", str(output)]) == 0
     assert zoo.main(["--output", str(tmp_path / "none.csv")]) == 3
+    other = ROOT / "benchmarks" / "results" / "audit_digits.csv"
+    assert zoo.main(["--output", str(other)]) == 4
+    assert "no table of audits" in capsys.readouterr().err
 
 
 def test_the_page_says_what_was_measured():

@@ -111,6 +111,7 @@ def test_records_leave_in_the_layout_of_trojai(here, small, places, capsys):
         ]
         held = torch.load(io.BytesIO(content), weights_only=True)
         assert same(held, tensors(source, "model"))
+        assert all(name.startswith("network.") for name in held), "as the README beside them says"
         shown = sorted(path.name for path in (place / "clean-example-data").iterdir())
         assert shown == [f"class_{k}_example_{n}.png" for k in range(10) for n in range(3)]
         triggered = place / "poisoned-example-data"
@@ -120,6 +121,8 @@ def test_records_leave_in_the_layout_of_trojai(here, small, places, capsys):
     assert sorted(marks) == sorted(marks, key=marks.get)
     assert json.loads((place / "config.json").read_text())["number_classes"] == 10
     here("to-trojai", zoo, "--output", out, code=2)
+    here("to-trojai", zoo, "--output", out, "--dry_run", "true", code=2)
+    here("to-images", zoo, "--output", here.base / "b", "--dry_run", "true", code=4)
     here("to-trojai", here.base / "trojai", "--output", here.base / "b", code=3)
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from PIL import Image
 import compare
 from antidote_bench.utils.errors import RefusedError
 from antidote_bench.utils.report import curves, images, page, palette, published, runs, tables
+from benchmarks import pictures
 from tests.test_compare import ROOT, attack, defense, edit_record, sha256
 
 HOSTILE = (
@@ -553,9 +553,7 @@ def chromium():
         from playwright.sync_api import sync_playwright
     except ImportError:
         sync_playwright = None
-    place = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    place = pictures.chromium()
     if not (sync_playwright and place):
         assert os.environ.get("CI") != "true", "CI needs the package playwright and a Chromium"
         pytest.skip("no Chromium, or no package playwright: the page is not tried in a browser")

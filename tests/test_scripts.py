@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from antidote_bench import models
+from antidote_bench.attack import clean
 from antidote_bench.defense.ft import Config as FT
 from antidote_bench.utils import parsing
 from antidote_bench.utils import run as protocol
@@ -485,6 +486,18 @@ def test_a_clean_record_is_one_like_any_other(places, run, tmp_path):
     )
     run("defense/ft.py", *places, *QUICK, "--result_file", tmp_path / "c")
     assert results(tmp_path / "c" / "defense" / "ft")["acc_before"] == made["acc"]
+
+
+def test_a_clean_record_carries_a_trigger_that_needs_a_clean_model(places, tmp_path):
+    """That model is trained first, as for the attack itself."""
+    words = [*places, *QUICK, "--width", 4, "--trigger", "trojan_sq", "--save_folder_name", "c"]
+    words += ["--record_path", tmp_path, "--cache_path", tmp_path / "cache"]
+    clean.main(parsing.parse(clean.Config, [str(word) for word in words]))
+    made = results(tmp_path / "c")
+    assert (made["attack"], made["n_poison"]) == ("clean_trojan_sq", "0")
+    held = json.loads((tmp_path / "c" / "record.json").read_text())["clean_model"]
+    assert (Path(held["record"]) / "model.safetensors").is_file()
+    assert (tmp_path / "c" / "trigger.safetensors").is_file()
 
 
 def test_a_clean_model_does_not_start_from_a_victim(monkeypatch):

@@ -462,8 +462,9 @@ def clean_model(config, spec, device):
     and kept in config.cache_path. It is on `device`, its parameters frozen. Raises RefusedError
     (exit 4) where the record is of another data set or not of a clean model.
     """
-    if config.clean_record:
-        folder = layout.find(config.clean_record, config.record_path)
+    named = getattr(config, "clean_record", None)  # attack/clean.py borrows triggers, not options
+    if named:
+        folder = layout.find(named, config.record_path)
     else:
         folder = _train_clean_model(config, spec)
     info = contents.open_record(folder)

@@ -145,8 +145,7 @@ def new_folder(path):
     Raises ConfigError (exit 2) where there is something already.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise ConfigError(f"{shown(path)} is there already: name a folder that does not exist yet")
+    require_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     unfinished.mkdir()
@@ -155,6 +154,12 @@ def new_folder(path):
         os.rename(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_new(path):
+    """ConfigError (exit 2) where there is something at `path`."""
+    if os.path.lexists(path):
+        raise ConfigError(f"{shown(path)} is there already: name a folder that does not exist yet")
 
 
 def class_folders(names, count):

@@ -2,7 +2,7 @@
 images.
 
 The layout is that of the image classification rounds, https://pages.nist.gov/trojai/docs/data.html.
-A round stores whole pickled models; here model.pt is a state dict, which torch.load reads with
+A round stores whole pickled models; here model.pt is a state dict, which torch reads with
 weights_only.
 """
 
@@ -18,17 +18,16 @@ ABOUT = """# Models in the layout of a TrojAI round
 
 `models/id-00000000/` and so on hold one model each:
 
-* `model.pt`: a state dict, not a whole model. torch reads it with `weights_only=True`. Its first
-  entries, `normalize.mean` and `normalize.std`, are subtracted from pixels of [0, 1] and divided
-  by; the others, without the prefix `network.`, belong to the architecture in `config.json`.
-* `config.json`: the architecture, the number of classes, the side of an image in pixels, mean and
-  std.
+* `model.pt`: a state dict, not a whole model. torch reads it with `weights_only=True`. Without the
+  prefix `network.` its names are those of the architecture in `config.json`.
+* `config.json`: the architecture, the number of classes, the side of an image in pixels, and the
+  mean and std that are subtracted from pixels of [0, 1] and divided by before the network.
 * `ground_truth.csv`: 1 for a backdoored model, 0 for a benign one.
 * `clean-example-data/` and, of a backdoored model, `poisoned-example-data/`: test images
   `class_<class>_example_<number>.png`. The class is the true one.
 
 `METADATA.csv` has a row for every model. `manifest.json` has the same with the sha256 of every
-`model.pt`. The numbers of the models are in the order of these hashes and tell nothing.
+`model.pt`. The models are numbered in the order of a hash of their weights, which tells nothing.
 """
 
 

@@ -21,15 +21,9 @@ from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.data.loader import to_unit
 from antidote_bench.utils.detection import charts, triggers
 from antidote_bench.utils.detection.inspector import Inspector
-from antidote_bench.utils.errors import (
-    ConfigError,
-    MissingError,
-    RefusedError,
-    UserError,
-    is_out_of_memory,
-)
+from antidote_bench.utils.errors import ConfigError, MissingError, UserError, is_out_of_memory
 from antidote_bench.utils.evaluation import predict
-from antidote_bench.utils.protocol.audited import implausible, open_images, open_model
+from antidote_bench.utils.protocol.audited import implausible, open_benign, open_images
 from antidote_bench.utils.protocol.detect import weights_hash
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.text import cut
@@ -251,7 +245,7 @@ def calibrate(folder, said, plan, images, output, say, most=None):
     for path in options.models_in(folder):
         if found and most is not None and len(found.models) >= most:
             break
-        audited = _benign(path, said, say)
+        audited = open_benign(path, said, say)
         if audited is None:
             continue
         given = open_images(images, audited) if images else None
@@ -269,19 +263,6 @@ def calibrate(folder, said, plan, images, output, say, most=None):
     if found is None or not found.models:
         raise MissingError(f"{folder} holds no model that is known to be benign")
     return found
-
-
-def _benign(path, said, say):
-    """The `Audited` model at `path`, or None where it cannot be a reference model."""
-    try:
-        audited = open_model(path, said)
-    except RefusedError as error:
-        say(f"{path.name}: left out: {error}")
-        return None
-    if path.is_dir() and not audited.benign:
-        say(f"{path.name}: left out: its record does not say that it is benign")
-        return None
-    return audited
 
 
 def _scores(audited, given, plan):

@@ -77,17 +77,32 @@ def open_model(path, said):
     return found
 
 
-def open_references(folder, judged, said):
+def open_benign(path, said, say):
+    """The `Audited` model at `path`, or None, and say(why), where it is not known to be benign.
+
+    A record must say so itself. A file of weights counts as benign, and `said` describes it.
+    """
+    try:
+        audited = open_model(path, _of_record(said) if path.is_dir() else said)
+    except RefusedError as error:
+        say(f"{path.name}: left out: {error}")
+        return None
+    if path.is_dir() and not audited.benign:
+        say(f"{path.name}: left out: its record does not say that it is benign")
+        return None
+    return audited
+
+
+def open_references(folder, judged, said, say):
     """The benign models in `folder`, without the `judged` one: the first MOST_REFERENCES.
 
-    Records are left out unless they say that they are benign; files of weights are described by
-    `said`, as the judged model is. Raises ConfigError (exit 2) where one has other classes or
-    another image size, and MissingError (exit 3) where there is none.
+    What is left out is said with `say`, as by `open_benign`. Raises ConfigError (exit 2) where one
+    has other classes or another image size, and MissingError (exit 3) where there is none.
     """
     found = []
     for path in options.models_in(folder):
-        other = open_model(path, _of_record(said) if path.is_dir() else said)
-        if path.is_dir() and not other.benign or other.sha256 == judged.sha256:
+        other = open_benign(path, said, say)
+        if other is None or other.sha256 == judged.sha256:
             continue
         if (other.spec.classes, other.spec.size) != (judged.spec.classes, judged.spec.size):
             raise ConfigError(

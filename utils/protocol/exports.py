@@ -15,15 +15,19 @@ from antidote_bench.utils.device import setup
 from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.exchange import attack_result, image_folders, trojai
 from antidote_bench.utils.exchange.image_folders import Images
+from antidote_bench.utils.exchange.options import ToTrojai
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import folder as layout
 
 
 def plan(config):
     """Say what an export would read and write (--dry_run)."""
-    for place in _records(layout.find(config.result_file, config.record_path)):
+    found = layout.find(config.result_file, config.record_path)
+    places = _records(found) if isinstance(config, ToTrojai) else [found]
+    for place in places:
         contents.open_record(place)
         print(f"would read {place}")
+    image_folders.require_new(config.output)
     print(f"would write {config.output}")
 
 
