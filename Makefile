@@ -1,4 +1,4 @@
-# make demo   set up, attack, repair and compare on the built-in digits
+# make demo   set up, attack, repair, detect and compare on the built-in digits
 # make test   set up, then all tests
 # make lint   set up, then ruff
 # make gpu    set up, then every attack and defense on the GPU and on the CPU, compared
@@ -33,20 +33,24 @@ $(DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
 	@touch $@
 
+# awm and unit: of the repairs whose pages or tables have figures for badnet on the digits, the two
+# that keep most ACC with the backdoor gone on seeds 1 and 2; the demo itself is seed 0
+WHY = ft fails here: the victim is right on its clean images already, and none of them has the trigger, so that \
+the weights hardly move and the backdoor stays. awm masks weights and unit bounds activations, which removes it. \
+nc finds the small patch again without having seen it: the red class.
+
 demo: $(READY)
 	$(BIN)/python attack/badnet.py --dataset digits --save_folder_name demo
 	$(BIN)/python defense/ft.py --result_file demo
-	$(BIN)/python defense/fmp.py --result_file demo
-	$(BIN)/python defense/fp.py --result_file demo
-	$(BIN)/python defense/bnp.py --result_file demo
-	$(BIN)/python defense/rnp.py --result_file demo
-	$(BIN)/python defense/nad.py --result_file demo
-	$(BIN)/python defense/ft_sam.py --result_file demo
-	$(BIN)/python compare.py record/demo --html record/demo.html
+	$(BIN)/python defense/awm.py --result_file demo
+	$(BIN)/python defense/unit.py --result_file demo
+	$(BIN)/python detection/strip.py --result_file demo
+	$(BIN)/python detection/nc.py --result_file demo
+	$(BIN)/python compare.py record/demo --html record/demo.html --note "$(WHY)"
 
-# two processes, of one thread each: most tests start scripts, which is no work for several threads
+# three processes of one thread each, for two cores: tests that start and kill scripts wait much of their time
 test: $(TESTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ def compare(options):
         raise RefusedError(f"all {count} runs found are damaged or unfinished")
     stream = sys.stdout if readable or options.output else sys.stderr
     if options.html:
-        save(options.html, page.build(tables, left_out, reported, judged))
+        save(options.html, page.build(tables, left_out, reported, judged, options.note))
         say(f"page written to {options.html}", stream)
     if options.figures:
         from antidote_bench.utils.report import figures  # heavy
@@ -169,6 +169,7 @@ def main(argv=None):
     add("--format", choices=forms, default="text", help="default: text")
     add("--output", type=Path, metavar="FILE", help="write the table to a file; do not print it")
     add("--html", type=Path, metavar="FILE", help="also write a page: one file, for any browser")
+    add("--note", default="", metavar="TEXT", help="words of yours at the head of the page")
     add("--figures", type=Path, metavar="DIR", help="also write figures as PNG, PDF and SVG")
     add("--published", action="store_true", help="add published numbers, and the difference")
     try:

@@ -132,8 +132,7 @@ def table(rows):
 def _line(group, benign):
     """The row of a group; `benign` is None for the benign models themselves."""
     count, found = len(group.rows), sum(map(is_suspicious, group.rows))
-    low, high = stats.binomtest(found, count).proportion_ci(0.95, "exact") if count else (0, 1)
-    share = f"{100 * found / count:.1f} ({100 * low:.1f} to {100 * high:.1f})" if count else "–"
+    share = _share(found, count) if count else "–"
     right = area = ""
     if benign is not None:
         named = [row for row in group.rows if row["label_mode"] != "all2all"]
@@ -141,6 +140,12 @@ def _line(group, benign):
         right = right if named else ""
         area = f"{100 * auroc(group.rows, benign.rows):.1f}" if benign.rows else "–"
     return f"| {group.name} | {count} | {found} | {share} | {right} | {area} |"
+
+
+def _share(found, count):
+    """Percent, with the exact 95 % interval."""
+    low, high = stats.binomtest(found, count).proportion_ci(0.95, "exact")
+    return f"{100 * found / count:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def is_suspicious(row):
@@ -180,6 +185,11 @@ def sentences(rows):
         truth = [1] * len(backdoored) + [0] * len(benign.rows)
         loss = log_loss(truth, [probability(p_of(row)) for row in judged], labels=[0, 1])
         lines.append(f"cross-entropy {loss:.4f}; saying 1/2 of every model gives {math.log(2):.4f}")
+    smallest = min(map(p_of, rows))
+    for name, judged in {"benign": benign.rows, "backdoored": backdoored}.items():
+        if judged:
+            share = _share(sum(p_of(row) <= smallest for row in judged), len(judged))
+            lines.append(f"p at most {smallest:.4g}: {share} percent of the {name} models")
     seconds = np.array([float(row["seconds"]) for row in rows])
     lines.append(f"seconds per model: median {np.median(seconds):.2f}, most {seconds.max():.2f}")
     return lines

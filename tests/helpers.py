@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+# options that make a script's run long, beside its epochs
+SHORT = {"steps": 2, "rounds": 1, "scored_images": 10, "start_batches": 2}
 
 
 def names(folder):
@@ -18,10 +20,9 @@ def few(script):
     """The options that make a script's run short; `script` is a module's name."""
     known = importlib.import_module(f"antidote_bench.{script}").Config.__dataclass_fields__
     short = {name: 1 for name in known if name.endswith("epochs")}
-    if "steps" in known:
-        short["steps"] = 2
+    short |= {name: value for name, value in SHORT.items() if name in known}
     if script.startswith("attack"):
-        short["width"] = 8
+        short["width"] = 4
     return [str(word) for name, value in short.items() for word in (f"--{name}", value)]
 
 

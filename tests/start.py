@@ -4,6 +4,7 @@ that has torch loaded already.
 Loading it takes two seconds, and the tests start hundreds of scripts.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -48,6 +49,20 @@ def start(words, *, cwd, env, forks=False):
         return subprocess.CompletedProcess(
             words, process.exitcode, *(path.read_text() for path in said)
         )
+
+
+@contextlib.contextmanager
+def running(words, *, cwd, env):
+    """(process, file) of `python WORDS...` that has just been started, with what it says on stderr
+    in the file; what is left of it at the end is killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / name for name in ("out", "err")]
+        process = _process(words, cwd, env, said)
+        try:
+            yield process, said[1]
+        finally:
+            process.kill()
+            process.join()
 
 
 def _process(words, cwd, env, said, forks=False):

@@ -836,7 +836,10 @@ def test_the_probability_that_a_p_value_allows():
     assert zoo.probability(0.36) == pytest.approx(0.5, abs=1e-3), "no jump"
     rows = [audited_row("clean", 1.0), audited_row(p=0.05)]
     loss = -(math.log(0.5) + math.log(zoo.probability(0.05))) / 2
-    assert f"cross-entropy {loss:.4f}" in zoo.sentences(rows)[0]
+    said = zoo.sentences(rows)
+    assert f"cross-entropy {loss:.4f}" in said[0]
+    assert said[1] == "p at most 0.05: 0.0 (0.0 to 97.5) percent of the benign models"
+    assert said[2] == "p at most 0.05: 100.0 (2.5 to 100.0) percent of the backdoored models"
 
 
 def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):
@@ -857,24 +860,15 @@ def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):
     assert zoo.main(words) == 0 and "1  badnet" not in capsys.readouterr().out
     assert zoo.main(["--output", str(output)]) == 0
     assert zoo.main(["--output", str(tmp_path / "none.csv")]) == 3
-    other = ROOT / "benchmarks" / "results" / "audit_digits.csv"
+    other = ROOT / "benchmarks" / "results" / "baselines.csv"
     assert zoo.main(["--output", str(other)]) == 4
     assert "no table of audits" in capsys.readouterr().err
 
 
 def test_the_page_says_what_was_measured():
     text = (ROOT / "docs" / "audit.md").read_text()
-    rows = files.read_csv(ROOT / "benchmarks" / "results" / "audit_digits.csv")
-    found = {}
-    for row in rows:
-        if row["attack"] != "clean" and float(row["asr"]) < 0.3:
-            continue  # the attack has failed, and the model holds no backdoor
-        name = {"clean": "benign"}.get(row["attack"], row["attack"])
-        name += ", all2all" if row["label_mode"] == "all2all" else ""
-        counts = found.setdefault(name, [0, 0, 0])
-        is_found = row["outcome"] == verdict.SUSPICIOUS
-        right = name != "benign" and row["classes"] == row["target"]
-        for place, value in enumerate((1, is_found, is_found and right)):
-            counts[place] += value
-    for name, (count, suspicious, right) in found.items():
-        assert f"| {name} | {count} | {suspicious} | {right or ''}".rstrip() in text, name
+    rows = zoo.read(ROOT / "benchmarks" / "results" / "audit_digits.csv")
+    assert zoo.table(rows) in text
+    assert all(f"* {line}\n" in text for line in zoo.sentences(rows))
+    shipped = calibration.read(ROOT / "config" / "audit" / "digits_resnet9_w8_fast.json")
+    assert not shipped.models.keys() & {row["sha256"] for row in rows}

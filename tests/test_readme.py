@@ -159,12 +159,17 @@ def test_demo_is_what_make_runs():
         for line in lines
         if line.startswith(".venv/bin/python ") and " -m " not in line
     ]
-    shown = yaml.safe_load((ROOT / "config/sweep/demo.yaml").read_text())["defense"]
-    assert len(shown) == 7 and [line.split()[1] for line in demo] == [
+    grid = yaml.safe_load((ROOT / "config/sweep/demo.yaml").read_text())
+    assert len(grid["defense"]) == 3 and len(grid["detection"]) == 2
+    assert [line.split()[1] for line in demo] == [
         "attack/badnet.py",
-        *(f"defense/{name}.py" for name in shown),
+        *(f"defense/{name}.py" for name in grid["defense"]),
+        *(f"detection/{name}.py" for name in grid["detection"]),
         "compare.py",
     ]
+    words = shlex.split(demo[-1])
+    note = words[words.index("--note") + 1]
+    assert note.startswith("ft fails here: ") and set(grid["defense"]) <= set(note.split())
 
 
 @pytest.mark.parametrize("folder", ["attack", "defense"])

@@ -1,6 +1,7 @@
 """Every script end to end on real digits, started as users start it; kills, second runs and bad
 input included."""
 
+import concurrent.futures
 import csv
 import importlib
 import json
@@ -19,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from PIL import Image
 
 from antidote_bench import models
 from antidote_bench.attack import clean
@@ -31,6 +33,8 @@ from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.poisoning import attacker
 from tests.conftest import QUICK
 from tests.helpers import ROOT, few, names
+from tests.start import running
+from tests.start import start as fork
 
 WRITTEN = {
     "config.yaml",
@@ -53,6 +57,25 @@ def digits(places):
     return dataset.open_dataset("digits", "data", cache=places[3])
 
 
+@pytest.fixture(scope="module")
+def some_digits(digits, tmp_path_factory, places):
+    """(options, true training labels) of 400 of the digits, and of 100 to test on, as image folders
+    of ten classes."""
+    place = tmp_path_factory.mktemp("digits")
+    for name, split, count in (("train", digits[1], 40), ("test", digits[2], 10)):
+        for label in range(10):
+            folder = place / name / str(label)
+            folder.mkdir(parents=True)
+            for number in (split.truth == label).nonzero().flatten()[:count].tolist():
+                image = split.images[number].permute(1, 2, 0).numpy()
+                Image.fromarray(image).save(folder / f"{number:04}.png")
+    size = digits[0].size
+    words = ["--dataset", "folder", "--dataset_path", str(place), "--image_size", str(size)]
+    words += ["--model", "resnet9", "--batch_size", "64"]
+    loaded = dataset.open_dataset("folder", place, image_size=size, cache=places[3])
+    return words, loaded[1].truth
+
+
 def examine(folder, name, mode, truth):
     """What every attack leaves behind: files, one row, and a training set with the right images,
     kinds and labels."""
@@ -65,7 +88,7 @@ def examine(folder, name, mode, truth):
     )
     row, held = results(folder), safetensors.torch.load_file(folder / "poison.safetensors")
     assert float(row["asr"]) + float(row["ra"]) <= 1 and row["label_mode"] == mode
-    assert row["n_backdoor"] == str(500 if mode == "all2all" else 450)
+    assert row["n_backdoor"] == str(100 if mode == "all2all" else 90)
     wanted = round(options.pratio * len(truth))
     if options.clean_label:
         wanted = min(wanted, int((truth == 0).sum()))
@@ -98,19 +121,12 @@ def examine(folder, name, mode, truth):
 
 @pytest.mark.parametrize("mode", ["all2one", "all2all"])
 @pytest.mark.parametrize("name", names("attack"))
-def test_attack(name, mode, places, tmp_path, digits, capsys):
+def test_attack(name, mode, places, tmp_path, some_digits, capsys):
     """Every attack, in this process for the sake of time; those that have no such form say why."""
     script = importlib.import_module(f"antidote_bench.attack.{name}")
-    words = [
-        *places,
-        *few(f"attack.{name}"),
-        "--record_path",
-        str(tmp_path),
-        "--save_folder_name",
-        "a",
-        "--label_mode",
-        mode,
-    ]
+    data, truth = some_digits
+    words = [*places, *data, *few(f"attack.{name}"), "--record_path", str(tmp_path)]
+    words += ["--save_folder_name", "a", "--label_mode", mode]
     why = script.Config.refused_modes.get(mode)
     if script.Config.clean_label and mode == "all2all":
         why = "only images of the one target class are poisoned"
@@ -121,7 +137,7 @@ def test_attack(name, mode, places, tmp_path, digits, capsys):
     script.main(parsing.parse(script.Config, words))
     shown = capsys.readouterr().out
     assert shown.startswith("ACC ") and "ASR " in shown and shown.count("\n") == 1
-    examine(tmp_path / "a", name, mode, digits[1].truth)
+    examine(tmp_path / "a", name, mode, truth)
 
 
 def test_clean_labels_are_cut_to_the_class(places, run, tmp_path):
@@ -206,7 +222,6 @@ def test_a_clean_model_is_made_once_or_given(places, run, tmp_path, small):
 
 def test_two_attacks_at_once_share_one_clean_model(places, tmp_path):
     words = [
-        sys.executable,
         "-m",
         "attack.l0_inv",
         *places,
@@ -221,20 +236,12 @@ def test_two_attacks_at_once_share_one_clean_model(places, tmp_path):
         tmp_path,
         "--save_folder_name",
     ]
-    both = [
-        subprocess.Popen(
-            [*map(str, words), name],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            stdout=subprocess.DEVNULL,
-        )
-        for name in "ab"
-    ]
-    said = [script.communicate(timeout=120)[1] for script in both]
-    assert [script.returncode for script in both] == [0, 0] and "".join(said).count(
-        "a clean model is trained first"
-    ) == 1
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(fork, [*map(str, words), name], cwd=ROOT, env={}) for name in "ab"]
+    both = [script.result() for script in both]
+    said = "".join(script.stderr for script in both)
+    assert [script.returncode for script in both] == [0, 0], said
+    assert said.count("a clean model is trained first") == 1
 
 
 def test_a_trigger_is_prepared_once(tmp_path):
@@ -397,9 +404,12 @@ def others(places, run):
 
 
 @pytest.mark.parametrize("name", names("defense"))
-def test_a_defense_without_a_target_and_without_poison(name, places, run, others):
+def test_a_defense_without_a_target_and_without_poison(name, places, others):
+    """In this process for the sake of time."""
+    script = importlib.import_module(f"antidote_bench.defense.{name}")
     for record, made in others.items():
-        run("-m", f"defense.{name}", *places, *few(f"defense.{name}"), "--result_file", record)
+        words = [*places, *few(f"defense.{name}"), "--result_file", record]
+        script.main(parsing.parse(script.Config, words))
         row = results(Path(places[1]) / record / "defense" / name)
         assert (row["attack"], row["label_mode"]) == made
         assert 0 <= float(row["acc"]) <= 1 and float(row["asr"]) + float(row["ra"]) <= 1
@@ -565,21 +575,17 @@ def test_another_configuration_is_refused_and_overwritten_on_demand(places, run,
 
 
 def start_and_kill(arguments, how, log, epochs):
-    """Start a script, send it a signal once `epochs` rows are in its log, return its exit code."""
-    script = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > epochs):
-        assert script.poll() is None, script.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    script.send_signal(how)
-    return script.wait(60), script.stderr.read()
+    """Start a script, send it a signal once `epochs` rows are in its log; its exit code and what
+    it said."""
+    with running(list(map(str, arguments)), cwd=ROOT, env={}) as (script, error):
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") > epochs):
+            assert script.exitcode is None, error.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(script.pid, how)
+        script.join(60)
+        return script.exitcode, error.read_text()
 
 
 @pytest.mark.parametrize(

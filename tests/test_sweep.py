@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import re
 import shutil
 import signal
@@ -297,12 +298,12 @@ def test_the_documented_grid_is_right(tmp_path):
 def sweep(tmp_path, places):
     """sweep(content, *arguments, code=0): run a grid in a folder of its own; what it printed.
 
-    Without Ray and without --minutes it is forked, and its runs are: none loads torch.
+    Without Ray it is forked, and its runs are: none loads torch.
     """
 
     def start(content, *arguments, code=0, rest=()):
         command = words(content, *arguments, rest=rest)
-        if "--minutes" not in arguments and {"serial", "--dry_run"} & set(arguments):
+        if "serial" in arguments or "--dry_run" in arguments:
             done = fork(list(map(str, command[1:])), cwd=tmp_path, env={}, forks=True)
         else:
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -539,15 +540,13 @@ def test_ctrl_c_leaves_all_resumable(sweep, tmp_path, engine):
     assert not running, "nothing goes on behind the user's back"
 
 
-@pytest.mark.parametrize("engine", ["serial", "ray"])
-def test_no_time_is_time_that_is_up(sweep, tmp_path, engine):
-    if engine == "ray":
-        pytest.importorskip("ray")
-    done = sweep(SMALL, "--engine", engine, "--minutes", "0", code=124)
+def test_no_time_is_time_that_is_up(sweep, tmp_path):
+    """Ray is asked in test_runs_share_a_gpu_and_a_full_disk_is_told."""
+    done = sweep(SMALL, "--engine", "serial", "--minutes", "0", code=124)
     assert done.stdout == "4 runs: 4 new; 4 to run\n4 runs: 4 new\n"
     assert done.stderr == "time is up; the same command goes on after the last finished epoch\n"
     assert not endings(tmp_path / "record"), "nothing was started"
-    refused = sweep(SMALL, "--engine", engine, "--minutes", "-1", code=2)
+    refused = sweep(SMALL, "--engine", "serial", "--minutes", "-1", code=2)
     assert refused.stderr == "error: --minutes must be 0 or more\n"
 
 
@@ -558,8 +557,8 @@ def test_a_sweep_stops_in_time_and_goes_on(sweep, tmp_path):
         "attack_options": {**QUICK, "epochs": 100_000},
     }
     begin = time.monotonic()
-    done = sweep(content, "--engine", "serial", "--minutes", "0.3", code=124)
-    assert 18 <= time.monotonic() - begin < 120
+    done = sweep(content, "--engine", "serial", "--minutes", "0.15", code=124)
+    assert 9 <= time.monotonic() - begin < 120
     assert done.stdout == (
         f"2 runs: 2 new; 2 to run\nstarted {LONG}: its output goes to record/.sweep/{LONG}.log\n"
         "2 runs: 1 new, 1 partial\n"
@@ -583,32 +582,6 @@ class Moment:
         return 0.0 if self.has_come() else 60.0
 
 
-@pytest.mark.parametrize("engine", ["serial", "ray"])
-def test_the_run_under_way_leaves_a_checkpoint(tmp_path, engine):
-    if engine == "ray":
-        pytest.importorskip("ray")
-    for name, sleep in (("short", 0), ("long", 300)):
-        (tmp_path / f"{name}.py").write_text(STOPPABLE.format(name=name, sleep=sleep))
-    jobs = [
-        launchers.Job(
-            name,
-            [str(tmp_path / f"{name}.py")],
-            tmp_path / name,
-            tmp_path / f"{name}.log",
-            tmp_path,
-        )
-        for name in ("short", "long")
-    ]
-    ended = []
-    end = Moment(lambda: ended and (tmp_path / "long.begun").exists())
-    with pytest.raises(launchers.TimeIsUp, match="the same command goes on"):
-        for job, code in launchers.LAUNCHERS[engine](jobs, until=end):
-            ended.append((job.name, code))
-    assert ended == [("short", 0)]
-    assert until((tmp_path / "long.checkpoint").is_file, 10)
-    assert not (tmp_path / "short.checkpoint").exists()
-
-
 @pytest.mark.parametrize(
     ("address", "environment", "joined"),
     [(None, {}, "local"), ("auto", {}, "auto"), (None, {"RAY_ADDRESS": "auto"}, "auto")],
@@ -622,17 +595,6 @@ def test_a_ray_of_its_own_leaves_that_of_another_sweep_alone(
     with launchers._connected(ray, address):
         pass
     assert ray.init.call_args.args == (joined,)
-
-
-STOPPABLE = """
-import pathlib, signal, sys, time
-def stop(*_):
-    pathlib.Path("{name}.checkpoint").touch()
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
-pathlib.Path("{name}.begun").touch()
-time.sleep({sleep})
-"""
 
 
 def test_an_error_of_the_sweep_itself_stops_the_runs(sweep, tmp_path):
@@ -825,102 +787,124 @@ def test_ray_that_is_missing_is_named(monkeypatch):
 
 def test_ray_runs_a_grid_on_this_machine(sweep, tmp_path):
     pytest.importorskip("ray")
-    content = {**SMALL, "attack": ["badnet", "clean", {"badnet": {"lr": 1e30}}]}
+    content = {**SMALL, "attack": ["badnet", {"badnet": {"lr": 1e30}}]}
     done = sweep(content, code=1)
-    assert (
-        done.stdout.endswith("1 new, 1 failed, 4 done\n")
-        or "1 new, 1 failed, 4 done" in done.stdout
-    )
-    assert sorted(map(tuple, endings(tmp_path / "record").values())) == [("0",)] * 4 + [("1",)]
-    assert all_complete(tmp_path / "record", grid.cells(SMALL))
-    refused = sweep({**SMALL, "seed": 1}, "--cpus", "1000", code=2)
-    assert refused.stderr == "error: no machine has 1000 CPUs for a run: lower --cpus\n"
+    assert "4 runs: 1 new, 1 failed, 2 done" in done.stdout
+    assert sorted(map(tuple, endings(tmp_path / "record").values())) == [("0",)] * 2 + [("1",)]
+    assert all_complete(tmp_path / "record", grid.cells({**SMALL, "attack": ["badnet"]}))
     nobody = sweep({**SMALL, "seed": 1}, "--address", "127.0.0.1:1", code=2)
     assert nobody.stderr.startswith("error: no Ray cluster answers at 127.0.0.1:1")
 
 
-def test_runs_share_a_gpu_and_a_full_disk_is_told(tmp_path):
-    """On two nodes that say they have a GPU each; half of one is asked for."""
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of two nodes that say they have a GPU each."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    # a dead node is noticed within two seconds instead of half a minute
+    quick = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 1000,
+        "health_check_failure_threshold": 3,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
+    try:
+        cluster.nodes = [cluster.add_node(num_cpus=4, num_gpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+STOPPABLE = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path("{name}.checkpoint").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("{name}.begun").touch()
+time.sleep({sleep})
+"""
+
+
+@pytest.mark.parametrize("engine", ["serial", "ray"])
+def test_the_run_under_way_leaves_a_checkpoint(tmp_path, engine, request):
+    at = {"address": request.getfixturevalue("cluster").address} if engine == "ray" else {}
+    for name, sleep in (("short", 0), ("long", 300)):
+        (tmp_path / f"{name}.py").write_text(STOPPABLE.format(name=name, sleep=sleep))
+    jobs = [
+        launchers.Job(
+            name,
+            [str(tmp_path / f"{name}.py")],
+            tmp_path / name,
+            tmp_path / f"{name}.log",
+            tmp_path,
+        )
+        for name in ("short", "long")
+    ]
+    ended = []
+    end = Moment(lambda: ended and (tmp_path / "long.begun").exists())
+    with pytest.raises(launchers.TimeIsUp, match="the same command goes on"):
+        for job, code in launchers.LAUNCHERS[engine](jobs, until=end, **at):
+            ended.append((job.name, code))
+    assert ended == [("short", 0)]
+    assert until((tmp_path / "long.checkpoint").is_file, 10)
+    assert not (tmp_path / "short.checkpoint").exists()
+
+
+def test_runs_share_a_gpu_and_a_full_disk_is_told(cluster, tmp_path):
+    """Half of a GPU is asked for."""
     (tmp_path / "look.py").write_text(
         "import os; names = ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS'); "
         "print('sees', *map(os.environ.get, names))"
     )
     (tmp_path / "full").symlink_to("/dev/full")
-    # a dead node is noticed within two seconds instead of half a minute
-    quick = {
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 500,
-        "health_check_timeout_ms": 1000,
-        "health_check_failure_threshold": 3,
+    jobs = [
+        launchers.Job(
+            str(n), [str(tmp_path / "look.py")], tmp_path / "none", tmp_path / f"{n}.log", tmp_path
+        )
+        for n in range(4)
+    ]
+    start = functools.partial(launchers.with_ray, address=cluster.address)
+    with pytest.raises(launchers.TimeIsUp):
+        list(start(jobs, until=time.monotonic()))
+    assert not list(tmp_path.glob("*.log")), "nothing was started"
+    assert [code for _, code in start(jobs, cpus=2, gpus=0.5)] == [0] * 4
+    assert {
+        re.findall(r"^sees .*", (tmp_path / f"{n}.log").read_text(), re.M)[0] for n in range(4)
+    } == {"sees 0 2"}
+    with pytest.raises(ConfigError, match="no machine has 2 GPUs for a run: lower --gpus"):
+        list(start(jobs, gpus=2))
+    jobs = [dataclasses.replace(jobs[0], log=tmp_path / "full")]
+    with pytest.raises(OSError, match="No space left"):
+        list(start(jobs))
+
+
+def test_runs_survive_the_death_of_a_node(cluster, sweep, tmp_path):
+    """A run on each node; one is killed while it trains: all runs end done, and none twice."""
+    content = {
+        **SMALL,
+        "seed": [0, 1],
+        "attack": ["badnet"],
+        "attack_options": {"width": 8, "epochs": 20},
+        "defense": [],
     }
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=4, num_gpus=1)
-        jobs = [
-            launchers.Job(
-                str(n),
-                [str(tmp_path / "look.py")],
-                tmp_path / "none",
-                tmp_path / f"{n}.log",
-                tmp_path,
-            )
-            for n in range(4)
-        ]
-        assert [
-            code for _, code in launchers.with_ray(jobs, address=cluster.address, cpus=2, gpus=0.5)
-        ] == [0] * 4
-        assert {
-            re.findall(r"^sees .*", (tmp_path / f"{n}.log").read_text(), re.M)[0] for n in range(4)
-        } == {"sees 0 2"}
-        with pytest.raises(ConfigError, match="no machine has 2 GPUs for a run: lower --gpus"):
-            list(launchers.with_ray(jobs, address=cluster.address, gpus=2))
-        jobs = [dataclasses.replace(jobs[0], log=tmp_path / "full")]
-        with pytest.raises(OSError, match="No space left"):
-            list(launchers.with_ray(jobs, address=cluster.address))
-    finally:
-        cluster.shutdown()
-
-
-def test_runs_survive_the_death_of_a_node(sweep, tmp_path):
-    """Two nodes of one core; one is killed while it trains: all runs end done, and none twice."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    # a dead node is noticed within two seconds instead of half a minute
-    quick = {
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 500,
-        "health_check_timeout_ms": 1000,
-        "health_check_failure_threshold": 3,
-    }
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
-    try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        cluster.wait_for_nodes()
-        content = {
-            **SMALL,
-            "seed": [0, 1],
-            "attack": ["badnet"],
-            "attack_options": {"width": 8, "epochs": 20},
-            "defense": [],
-        }
-        with subprocess.Popen(
-            sweep.words(content, "--address", cluster.address),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as running:
-            until(lambda: len(list(tmp_path.glob("record/*/state/train.safetensors"))) == 2)
-            cluster.remove_node(nodes[1], allow_graceful=False)
-            out, error = running.communicate(timeout=600)
-        assert running.returncode == 0, f"{out}\n{error}"
-    finally:
-        cluster.shutdown()
+    here = ("--address", cluster.address, "--gpus", "1")
+    refused = sweep(content, *here, "--cpus", "1000", code=2)
+    assert refused.stderr == "error: no machine has 1000 CPUs for a run: lower --cpus\n"
+    with subprocess.Popen(
+        sweep.words(content, *here),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        until(lambda: len(list(tmp_path.glob("record/*/state/train.safetensors"))) == 2)
+        cluster.remove_node(cluster.nodes[1], allow_graceful=False)
+        out, error = running.communicate(timeout=600)
+    assert running.returncode == 0, f"{out}\n{error}"
     assert out.endswith("2 runs: 2 done\n") and all_complete(
         tmp_path / "record", grid.cells(content)
     )

@@ -78,7 +78,8 @@ def attack(method, config, folder, select, device):
     if isinstance(config, CleanModelOptions) and config.needs_clean_model:
         where = config.clean_record or "one is trained first where the cache has none"
         print(f"needs    a clean model: {where}")
-    print(f"trains   {network} for {config.epochs} epochs of {steps} steps in {config.precision}")
+    each = f"{steps} step" + "s" * (steps != 1)
+    print(f"trains   {network} for {config.epochs} epochs of {each} in {config.precision}")
     print(f"recipe   {results.recipe(config)}")
     spec = _unseen(config.dataset, names, side)
     counts = Counts(len(truth), n_test, len(index) + len(cover_index))

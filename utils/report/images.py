@@ -15,6 +15,7 @@ from antidote_bench.utils.text import one_line
 
 LARGEST_FILE, LARGEST_IMAGE = 2**24, 2**23  # bytes, pixels
 OWN = {folder.PREVIEW, folder.SCORES_CHART}  # images with a place of their own on the page
+FOUND = "triggers.png"  # what detectors that search for a trigger keep
 MOST_ADDED = 3  # images that one run adds
 WIDEST, FEW = 1200, 24  # pixels on the page; half as many where there are more than a few images
 MOST, ROOM = 60, 3 * 2**20  # images of one kind, and characters for them: below 10 MB on the page
@@ -27,7 +28,8 @@ class Album:
     """`triggers`: an image per data set and trigger; `scores`: one per cell of a defense with one;
     `added`: the other images that runs have added to their records, each of one run.
 
-    `judged`: the scores of each cell of a detector. `unshown` counts the images that are not on
+    `judged`: the scores of each cell of a detector, `found` the triggers that it has found.
+    `unshown` counts the images that are not on
     the page; `refused` is [(path, why)] of the files that cannot be used.
     """
 
@@ -37,6 +39,7 @@ class Album:
         self.scores = self._embed(one_name(folder.SCORES_CHART, scores(tables)))
         self.added = self._embed(added(tables))
         self.judged = self._embed(one_name(folder.SCORES_CHART, judged(detections)))
+        self.found = self._embed(one_name(FOUND, judged(detections, "found by ")))
 
     def _embed(self, wanted):
         """The facts of [(facts, name, runs)] with {path, source, size} of the first sound image."""
@@ -124,7 +127,7 @@ def scores(tables):
     return wanted
 
 
-def judged(tables):
+def judged(tables, before=""):
     """[({dataset, model, attack, caption}, runs)] of the cells of detectors."""
     return [
         (
@@ -132,7 +135,7 @@ def judged(tables):
                 "dataset": table.about["dataset"],
                 "model": table.about["model"],
                 "attack": column[0],
-                "caption": f"{table.rows[row]} on {table.columns[column]}",
+                "caption": f"{before}{table.rows[row]} on {table.columns[column]}",
             },
             runs,
         )

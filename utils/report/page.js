@@ -563,6 +563,7 @@ function drawDetections() {
   }));
   if (!shown.length) byId("detection-tables").append(soft("None of this choice."));
   drawImages("detection-images", DATA.judged);
+  if (DATA.found.length) drawImages("found-images", DATA.found);
 }
 
 function list(title, lines) {
@@ -593,6 +594,17 @@ function startTheme() {
     name();
   });
   name();
+}
+
+function startStory() {
+  const { note, story } = DATA;
+  byId("note").textContent = note;
+  byId("note").hidden = !note;
+  byId("story").hidden = !story.length;
+  const few = DATA.triggers.length === 1 && DATA.found.length <= 2; // a page of one victim: its trigger, and what was found
+  byId("story-images").hidden = !story.length || !few;
+  if (few) byId("story-images").append(...DATA.triggers.map(figure), ...DATA.found.map(figure));
+  byId("story").append(...story.map(({ kind, name, verdict, text }) => el("li", { class: kind }, el("b", {}, name), el("span", { class: "verdict" }, verdict), el("span", {}, text))));
 }
 
 function startPage() {
@@ -627,6 +639,7 @@ function draw() {
 startTheme();
 startTips();
 startFilters();
+startStory();
 startCopying();
 startPage();
 draw();

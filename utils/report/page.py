@@ -14,7 +14,7 @@ from antidote_bench.utils import config as options
 from antidote_bench.utils import parsing
 from antidote_bench.utils.errors import UserError
 from antidote_bench.utils.record import folder
-from antidote_bench.utils.report import detections, palette, published
+from antidote_bench.utils.report import detections, palette, published, story
 from antidote_bench.utils.report.curves import curve, finite
 from antidote_bench.utils.report.images import Album
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
@@ -34,11 +34,11 @@ FACTS = {
 }
 
 
-def build(tables, left_out, reported, judged=()):
+def build(tables, left_out, reported, judged=(), note=""):
     """The page as text.
 
     `tables` are as compare.py groups them, `left_out` is [(path, why)], `reported` the published
-    numbers, or {}, and `judged` are the tables of detectors.
+    numbers, or {}, and `judged` are the tables of detectors. `note` stands at the head.
     """
     try:
         import jinja2
@@ -57,7 +57,7 @@ def build(tables, left_out, reported, judged=()):
             style=style,
             script_hash=digest(script),
             style_hash=digest(style),
-            data=escaped(everything(tables, left_out, reported, judged)),
+            data=escaped(everything(tables, left_out, reported, judged, note)),
         )
     )
 
@@ -74,7 +74,7 @@ def escaped(value):
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def everything(tables, left_out, reported, judged=()):
+def everything(tables, left_out, reported, judged=(), note=""):
     """What the page shows, as plain data."""
     runs = [run for table in tables for cell in table.cells.values() for run in cell]
     album = Album(tables, judged)
@@ -93,6 +93,8 @@ def everything(tables, left_out, reported, judged=()):
     refused = [*left_out, *album.refused]
     return {
         "summary": summary(runs, gaps, left_out),
+        "note": note,
+        "story": story.tell(tables, judged),
         "footnotes": FOOTNOTES,
         "published": published.FOOTNOTES if reported else None,
         "tables": [as_table(table) for table in tables],
@@ -106,6 +108,7 @@ def everything(tables, left_out, reported, judged=()):
         "added": album.added,
         "detections": [as_detections(table) for table in judged],
         "judged": album.judged,
+        "found": album.found,
         "unshown": album.unshown,
         "left_out": [[one_line(path), one_line(why)] for path, why in refused],
     }
