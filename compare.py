@@ -5,6 +5,7 @@
     python compare.py record/ --format csv --output all.csv
     python compare.py record/ --html report.html --figures figures/
     python compare.py benchmarks/results/cpu.csv
+    python compare.py record/ --against ft
 
 ACC: clean test images classified correctly. ASR: triggered images that get the attacker's label.
 RA: triggered images that get their true class. All in percent; as fractions in CSV. Runs that
@@ -14,6 +15,7 @@ that are left out are listed with the reason.
 --table  cells: every attack and defense. overview: means only, and how many runs each defense
 repaired. ranking: the defenses in order, their means over the attacks and their costs. attacks:
 the victims, with what they cost. detection: what detectors find.
+--against shows another table: how every defense differs from the named one, victim by victim.
 --html writes one page that works offline: a leaderboard to sort and filter, charts, images of the
 triggers, and the command behind every cell. --figures writes figures for a paper. --published adds
 what others report, from benchmarks/published.csv; their recipe may differ.
@@ -29,7 +31,15 @@ from pathlib import Path
 
 from antidote_bench.utils.errors import MissingError, RefusedError, UserError
 from antidote_bench.utils.files import write
-from antidote_bench.utils.report import detections, formats, page, published, ranking, summaries
+from antidote_bench.utils.report import (
+    detections,
+    formats,
+    page,
+    paired,
+    published,
+    ranking,
+    summaries,
+)
 from antidote_bench.utils.report.runs import in_table, read_all, read_table, search
 from antidote_bench.utils.report.tables import group
 from antidote_bench.utils.text import one_line
@@ -50,7 +60,9 @@ def compare(options):
     tables, judged = group(runs), detections.group(detected)
     readable = options.format in ("text", "markdown") and not options.output
     if runs or detected:
-        if options.table == DETECTION:
+        if options.against:
+            content = paired.paired(tables, options.format, options.against)
+        elif options.table == DETECTION:
             content = detections.show(judged, options.format)
         else:
             content = TABLES[options.table](tables, options.format, reported)
@@ -165,6 +177,7 @@ def main(argv=None):
         default="cells",
         help="what to show; default: cells",
     )
+    add("--against", metavar="DEFENSE", help="compare all others with this one, victim by victim")
     forms = ["text", "markdown", "csv", "latex"]
     add("--format", choices=forms, default="text", help="default: text")
     add("--output", type=Path, metavar="FILE", help="write the table to a file; do not print it")

@@ -21,7 +21,7 @@ from PIL import Image
 import compare
 from antidote_bench.utils import files
 from antidote_bench.utils.errors import UserError
-from antidote_bench.utils.report import formats, palette, runs, summaries, tables
+from antidote_bench.utils.report import formats, paired, palette, runs, summaries, tables
 from tests.helpers import names
 
 ROOT = Path(compare.__file__).parent
@@ -978,6 +978,33 @@ def test_overview_with_published_numbers(tmp_path, run):
     out = run(tmp_path, "--table", "overview", "--published", "--format", "markdown")[1]
     assert "| ft, published | – | 90.0 / 1.5 / 89.4 | – | – | – |" in out
     assert "published: BackdoorBench leaderboard" in out
+
+
+def test_against_pairs_the_runs_on_one_victim(tmp_path, run):
+    """The fourth victim was given ft alone, and two runs on a victim count with their mean."""
+    for seed, asr in enumerate((0.2, 0.5, 0.1)):
+        victim = attack(tmp_path / f"badnet-{seed}", seed=seed)
+        defense(victim, asr=0.6, ra=0.3)
+        defense(victim, asr=asr, acc=0.9, ra=0.3, name="anp")
+    defense(victim, asr=0.3, acc=0.9, ra=0.3, name="anp", seed=1, folder="anp-1")
+    defense(attack(tmp_path / "badnet-3", seed=3), asr=0.0)
+    words = [str(tmp_path), "--against", "ft"]
+    (line,) = (x for x in run(*words)[1].splitlines() if x.startswith("anp"))
+    assert "3   +2.0 (+2.0 to +2.0)   -30.0 (-40.0 to -10.0)" in line
+    assert line.endswith("lower on all 3")
+    (row,) = csv.DictReader(io.StringIO(run(*words, "--format", "csv")[1]))
+    assert (row["defense"], row["against"], row["victims"]) == ("anp", "ft", "3")
+    assert [float(row[f"asr_difference_{part}"]) for part in ("mean", "min", "max")] == [
+        pytest.approx(each) for each in (-0.3, -0.4, -0.1)
+    ]
+    said = "error: no defense is called 'fp' in these tables: there are anp, ft\n"
+    assert run(tmp_path, "--against", "fp") == (2, "", said)
+
+
+def test_a_difference_in_words():
+    assert paired.in_words([]) == "–" and paired.in_words([0.1, 0.2]) == "too few victims"
+    assert paired.in_words([0.1, 0.2, 0.3]) == "higher on all 3"
+    assert paired.in_words([-0.1, 0.2, 0.0]) == "lower on 1, higher on 1 of 3"
 
 
 def test_attacks(tmp_path, run):
