@@ -48,7 +48,7 @@ demo: $(READY)
 	$(BIN)/python detection/nc.py --result_file demo
 	$(BIN)/python compare.py record/demo --html record/demo.html --note "$(WHY)"
 
-# three processes of one thread each, for two cores: tests that start and kill scripts wait much of their time
+# three processes of one thread each, for two cores: tests that start and kill scripts often wait
 test: $(TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 from antidote_bench.utils import run
-from antidote_bench.utils.repair.isolation import logits
+from antidote_bench.utils.repair.isolation import losses_of
 from antidote_bench.utils.repair.layers import frozen
 from antidote_bench.utils.train import (
     Recipe,
@@ -90,11 +90,6 @@ def train_confounder(record, config):
         on_epoch=partial(record.report, "confounder"),
         checkpoint=record.state / "confounder.safetensors",
     )
-
-
-def losses_of(network, split):
-    """The cross-entropy of every image of `split`, float32 N, in evaluation mode."""
-    return F.cross_entropy(logits(network, split), split.labels, reduction="none")
 
 
 def first_share(first, second):

@@ -836,10 +836,12 @@ def test_the_probability_that_a_p_value_allows():
     assert zoo.probability(0.36) == pytest.approx(0.5, abs=1e-3), "no jump"
     rows = [audited_row("clean", 1.0), audited_row(p=0.05)]
     loss = -(math.log(0.5) + math.log(zoo.probability(0.05))) / 2
+    rows = [row | {"nc_p": p} for row, p in zip(rows, ("", "0.05"), strict=True)]
     said = zoo.sentences(rows)
     assert f"cross-entropy {loss:.4f}" in said[0]
     assert said[1] == "p at most 0.05: 0.0 (0.0 to 97.5) percent of the benign models"
     assert said[2] == "p at most 0.05: 100.0 (2.5 to 100.0) percent of the backdoored models"
+    assert said[3] == "`nc` alone, p at most 0.05: 0 of 1 benign, 1 of 1 backdoored models"
 
 
 def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):

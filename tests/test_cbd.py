@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from antidote_bench.defense import cbd
 from antidote_bench.utils.errors import ConfigError
+from antidote_bench.utils.repair import isolation
 from tests.test_abl import planted
 from tests.test_fmp import found_record
 from tests.test_scripts import results
@@ -89,7 +90,7 @@ def test_the_first_network_stays_as_it_is_while_the_second_one_is_trained(tmp_pa
     assert not torch.equal(*(next(net.parameters()) for net in (model, seen["network"])))
     assert stages == ["confounder", "confounder", "train"]
     kept = load_file(tmp_path / "kept/weights.safetensors")
-    first, second = (cbd.losses_of(net, record.train) for net in (seen["network"], model))
+    first, second = (isolation.losses_of(net, record.train) for net in (seen["network"], model))
     torch.testing.assert_close(kept["loss"], first)
     torch.testing.assert_close(kept["weight"], first / (first + second))
 

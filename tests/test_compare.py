@@ -1001,6 +1001,14 @@ def test_against_pairs_the_runs_on_one_victim(tmp_path, run):
     assert run(tmp_path, "--against", "fp") == (2, "", said)
 
 
+def test_against_marks_weak_attacks(tmp_path, run):
+    victim = attack(tmp_path / "a", asr=0.5, ra=0.4)
+    for name in ("ft", "anp"):
+        defense(victim, name=name)
+    out = run(tmp_path, "--against", "ft")[1]
+    assert re.search(r"^anp +badnet\* +1 ", out, re.M) and "* weak attack" in out
+
+
 def test_a_difference_in_words():
     assert paired.in_words([]) == "–" and paired.in_words([0.1, 0.2]) == "too few victims"
     assert paired.in_words([0.1, 0.2, 0.3]) == "higher on all 3"

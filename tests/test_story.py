@@ -88,7 +88,7 @@ def test_a_line_says_what_a_detector_found(table, kind, text):
 
 
 def test_the_found_trigger_is_on_the_page(tmp_path):
-    record = add(attack(tmp_path / "a"), {images.FOUND: png(), folder.SCORES_CHART: png(40, 30)})
+    record = add(attack(tmp_path / "a"), {folder.TRIGGERS: png(), folder.SCORES_CHART: png(40, 30)})
     (run,), _ = runs.read_all([record])
     found = table_of("model")
     cells = {key: [run] for key in found.cells}

@@ -62,7 +62,7 @@ def _detection(name, audited, given, references):
         seconds = time.monotonic() - start
         triggers_png = b""
         with suppress(FileNotFoundError):
-            triggers_png = (Path(place) / layout.OWN / "triggers.png").read_bytes()
+            triggers_png = (Path(place) / layout.OWN / layout.TRIGGERS).read_bytes()
     judged = finding is not None and not why
     networks = [audited.model, *references]
     per_class = tuple(finding.per_class.tolist()) if judged else ()

@@ -30,6 +30,7 @@ POISONED = "poison.safetensors"
 TRIGGER = "trigger.safetensors"
 PREVIEW = "preview.png"
 SCORES_CHART = "scores.png"
+TRIGGERS = "triggers.png"  # of detectors that search for one
 STATE = "state"  # folder of a run under way
 BEGUN = "begun.json"  # in it, what the run works on: data set or victim, and who began it
 FINISHED = ".finished"  # what is left of state/ when a run is complete, to be deleted

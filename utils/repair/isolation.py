@@ -34,7 +34,7 @@ def isolate(record, config):
         on_epoch=partial(record.report, "isolate"),
         checkpoint=record.state / "isolate.safetensors",
     )
-    losses = F.cross_entropy(logits(model, record.train), record.train.labels, reduction="none")
+    losses = losses_of(model, record.train)
     index = lowest(losses, config.isolated)
     limit = losses[index].max()
     print(
@@ -68,6 +68,11 @@ def logits(model, split):
     """
     with exact():
         return forward_all(model, split, lambda images, *_: model(images))
+
+
+def losses_of(model, split):
+    """The cross-entropy of every image of `split` and its label, float32 N, in evaluation mode."""
+    return F.cross_entropy(logits(model, split), split.labels, reduction="none")
 
 
 def lowest(losses, share):

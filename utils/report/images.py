@@ -15,7 +15,6 @@ from antidote_bench.utils.text import one_line
 
 LARGEST_FILE, LARGEST_IMAGE = 2**24, 2**23  # bytes, pixels
 OWN = {folder.PREVIEW, folder.SCORES_CHART}  # images with a place of their own on the page
-FOUND = "triggers.png"  # what detectors that search for a trigger keep
 MOST_ADDED = 3  # images that one run adds
 WIDEST, FEW = 1200, 24  # pixels on the page; half as many where there are more than a few images
 MOST, ROOM = 60, 3 * 2**20  # images of one kind, and characters for them: below 10 MB on the page
@@ -39,7 +38,7 @@ class Album:
         self.scores = self._embed(one_name(folder.SCORES_CHART, scores(tables)))
         self.added = self._embed(added(tables))
         self.judged = self._embed(one_name(folder.SCORES_CHART, judged(detections)))
-        self.found = self._embed(one_name(FOUND, judged(detections, "found by ")))
+        self.found = self._embed(one_name(folder.TRIGGERS, judged(detections, "found by ")))
 
     def _embed(self, wanted):
         """The facts of [(facts, name, runs)] with {path, source, size} of the first sound image."""

@@ -5,7 +5,7 @@ import statistics
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.report.formats import Grid, about, csv_text, footnotes, grids, title
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
-from antidote_bench.utils.report.tables import place
+from antidote_bench.utils.report.tables import place, spread
 
 FEWEST = 3  # victims below which nothing is said in words
 PARTS = ("mean", "min", "max")
@@ -38,9 +38,11 @@ def paired(tables, form, against):
 
 
 def differences(table, against):
-    """[(label of a defense, label of an attack, {measure: its differences, one of each victim})],
-    as fractions; a defense and an attack without a victim that both were given are left out."""
-    (other,) = (row for row, label in table.rows.items() if label == against)
+    """[(row, column, {measure: its differences, one of each victim})], as fractions.
+
+    A defense and an attack without a victim that both were given are left out.
+    """
+    other = next(row for row, label in table.rows.items() if label == against)
     found = []
     for row in table.rows:
         for column in table.columns:
@@ -48,12 +50,11 @@ def differences(table, against):
             both = [victim for victim in ours if victim in theirs]
             if row in (NONE, other) or not both:
                 continue
-            pairs = [(_mean(ours[each]), _mean(theirs[each])) for each in both]
-            values = {
-                name: [a[name] - b[name] for a, b in pairs if None not in (a[name], b[name])]
-                for name in METRICS
-            }
-            found.append((table.rows[row], table.columns[column], values))
+            values = {}
+            for name in METRICS:
+                pairs = [(spread(ours[at], name)[0], spread(theirs[at], name)[0]) for at in both]
+                values[name] = [a - b for a, b in pairs if None not in (a, b)]
+            found.append((row, column, values))
     return found
 
 
@@ -64,22 +65,16 @@ def _by_victim(table, column, row):
     return victims
 
 
-def _mean(runs):
-    """{measure: the mean over runs on one victim, None where one has none}."""
-    values = {name: [run.numbers[name] for run in runs] for name in METRICS}
-    return {name: None if None in v else statistics.fmean(v) for name, v in values.items()}
-
-
 def _grid(table, tables, against):
     rows = [
         [
-            defense,
-            attack,
+            table.rows[row] + table.marks[row],
+            table.columns[column] + table.marks[column],
             str(max(map(len, values.values()))),
             *(_shown(values[name]) for name in METRICS),
             in_words(values["asr"]),
         ]
-        for defense, attack, values in differences(table, against)
+        for row, column, values in differences(table, against)
     ]
     words = f"{about(table)}; differences to {against} on the same victims, in points"
     header = ["defense", "attack", "victims", *(name.upper() for name in METRICS), "ASR in words"]
@@ -87,14 +82,14 @@ def _grid(table, tables, against):
 
 
 def _csv(table, against):
-    for defense, attack, values in differences(table, against):
+    for row, column, values in differences(table, against):
         parts = (
             function(values[name]) if values[name] else None
             for name in METRICS
             for function in (statistics.fmean, min, max)
         )
-        count = max(map(len, values.values()))
-        yield [*table.about.values(), defense, against, attack, count, *parts]
+        labels = table.rows[row], against, table.columns[column]
+        yield [*table.about.values(), *labels, max(map(len, values.values())), *parts]
 
 
 def _shown(values):

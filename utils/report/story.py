@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from antidote_bench.utils.record import folder
 from antidote_bench.utils.report.runs import METRICS, NONE
-from antidote_bench.utils.report.summaries import LARGEST_ASR, LARGEST_LOSS, SMALLEST_RA, repaired
+from antidote_bench.utils.report.summaries import missed
 from antidote_bench.utils.report.tables import credited, spread
 
 MOST = 16  # lines; a page of more cells has its tables alone
@@ -57,28 +57,11 @@ def _of_cell(table, key):
     text = f"ASR {was[1]} → {asr}, ACC {was[0]} → {acc}, RA {was[2]} → {ra}"
     if not any(credited(table, column, run) for run in runs):
         return Line("plain", name, "no verdict", text)
-    good = [run for run in runs if repaired(run)]
-    if len(good) == len(runs):
+    lacks = [words for run in runs if (words := missed(run))]
+    if not lacks:
         return Line("good", name, "repaired", text)
-    verdict = f"{len(good)} of {len(runs)} repaired" if len(runs) > 1 else "not repaired"
-    return Line("bad", name, f"{verdict}: {_why(runs)}", text)
-
-
-def _why(runs):
-    """The conditions of `summaries.repaired` that a run misses, in words; of several runs all."""
-    missed = {}  # a set in order
-    for run in runs:
-        acc, asr, ra = (run.numbers[name] for name in METRICS)
-        before = run.attack.numbers["acc"]
-        if None in (acc, asr, ra, before):
-            missed["a figure is missing"] = None
-        elif asr > LARGEST_ASR:
-            missed[f"the ASR is above {100 * LARGEST_ASR:.0f} %"] = None
-        elif acc < before - LARGEST_LOSS:
-            missed[f"the ACC falls by more than {100 * LARGEST_LOSS:.0f} points"] = None
-        elif ra < SMALLEST_RA * acc:
-            missed[f"the RA is below {SMALLEST_RA} of the ACC"] = None
-    return " or ".join(missed)
+    count = f"{len(runs) - len(lacks)} of {len(runs)} repaired" if len(runs) > 1 else "not repaired"
+    return Line("bad", name, f"{count}: {' or '.join(dict.fromkeys(lacks))}", text)
 
 
 def _of_detector(table, key):

@@ -109,11 +109,20 @@ def count_repaired(table, key):
 
 def repaired(run):
     """Whether the backdoor is gone and the rest of the model is as good as before; see REPAIRED."""
+    return not missed(run)
+
+
+def missed(run):
+    """The first condition of REPAIRED that a run does not meet, in words; "" for a repaired one."""
     acc, asr, ra = (run.numbers[name] for name in METRICS)
     before = run.attack.numbers["acc"]
     if None in (acc, asr, ra, before):
-        return False
-    return asr <= LARGEST_ASR and acc >= before - LARGEST_LOSS and ra >= SMALLEST_RA * acc
+        return "a figure is missing"
+    if asr > LARGEST_ASR:
+        return f"the ASR is above {100 * LARGEST_ASR:.0f} %"
+    if acc < before - LARGEST_LOSS:
+        return f"the ACC falls by more than {100 * LARGEST_LOSS:.0f} points"
+    return f"the RA is below {SMALLEST_RA} of the ACC" if ra < SMALLEST_RA * acc else ""
 
 
 def counts(table, key):
