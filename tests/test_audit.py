@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 import audit
 from antidote_bench.utils import VERSION, config, files
 from antidote_bench.utils.audit import calibration, options, page, report, sarif, verdict
+from antidote_bench.utils.data import dataset
 from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.protocol import audit as protocol
 from antidote_bench.utils.protocol import audited
 from antidote_bench.utils.record import contents
-from benchmarks import zoo
+from benchmarks import task_images, zoo
 from tests.helpers import ROOT
 from tests.test_page import chromium, visit
 
@@ -865,6 +866,20 @@ def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):
     other = ROOT / "benchmarks" / "results" / "baselines.csv"
     assert zoo.main(["--output", str(other)]) == 4
     assert "no table of audits" in capsys.readouterr().err
+
+
+def test_task_images_are_the_first_of_every_class(tmp_path, capsys):
+    words = ["digits", "--cache_path", str(tmp_path / "cache"), "--count", "2", "--output"]
+    assert task_images.main([*words, str(tmp_path / "images")]) == 0
+    labels = dataset.open_dataset("digits", "data", cache=str(tmp_path / "cache")).test.labels
+    written = sorted((tmp_path / "images").rglob("*.png"))
+    assert [path.parent.name for path in written] == [str(k) for k in range(10) for _ in range(2)]
+    for path in written:
+        place, label = int(path.stem), int(path.parent.name)
+        assert labels[place] == label and int((labels[:place] == label).sum()) < 2
+    assert task_images.main([*words, str(tmp_path / "images")]) == 2
+    assert task_images.main([*words, str(tmp_path / "more"), "--count", "49"]) == 2
+    assert "from 1 to 48" in capsys.readouterr().err
 
 
 def test_the_page_says_what_was_measured():

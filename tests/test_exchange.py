@@ -410,6 +410,7 @@ def test_a_record_comes_back_from_backdoorbench_as_it_was(real, here, capsys):
     number, entry = next(iter(first.items()))
     assert entry["path"] == f"./record/back/bd_train_dataset/{entry['other_info'][1]}/{number}.png"
     here("from-backdoorbench", output, *data, "--save_folder_name", "back", "--attack", "badnet")
+    assert f"record: {here.record / 'back'}\n" in capsys.readouterr().out
     assert same(tensors(here.record / "back"), tensors(real))
     assert same(tensors(here.record / "back", "model"), tensors(real, "model"))
     for name in ("acc", "asr", "ra", "pratio"):

@@ -361,6 +361,8 @@ def _claimed(config, device, data=None):
         except Exception:
             _leave_nothing(folder)
             raise
+        if new:
+            print(f"record: {folder}")
 
 
 def _leave_nothing(folder):
