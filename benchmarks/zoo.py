@@ -33,20 +33,24 @@ ALONE = 0.05  # largest p-value at which one detector alone finds a model
 
 
 def audit_all(folder, calibration, images, output):
-    """Audit the records in `folder`, and write a row of each to the file `output`."""
+    """Audit the records in `folder`, and write a row of each to the file `output`.
+
+    Only those detectors run that the reference models were scored with.
+    """
     from antidote_bench.utils.protocol import audit as protocol
     from antidote_bench.utils.protocol import audited  # heavy
 
     rows = read(output) if output.is_file() else []
     done = {row["sha256"] for row in rows}
-    references = known.read(calibration).models
-    plan = options.Plan(options.chosen(None, images is not None))
+    references = known.read(calibration)
+    usable = options.ALL if images else options.DATA_FREE
+    plan = options.Plan(tuple(name for name in usable if name in references.methods))
     said = options.Subject()
     for path in options.models_in(folder):
         if not (path / layout.RECORD).is_file():
             continue
         model = audited.open_model(path, said)
-        if model.sha256 in done or model.sha256 in references:
+        if model.sha256 in done or model.sha256 in references.models:
             continue
         given = audited.open_images(images, model) if images else None
         rows.append(row_of(path, model, protocol.judge(model, given, plan, calibration)))

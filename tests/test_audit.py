@@ -240,6 +240,18 @@ def test_only_models_of_one_kind_are_compared(tmp_path, monkeypatch):
     assert options.calibration_for(tmp_path / "a.json", nameless) == (there, "", "assumed")
 
 
+def test_reference_models_that_saw_the_same_images_are_preferred(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "SHIPPED", tmp_path)
+    plain = made([1.0])
+    methods = {"mm_bd": plain.methods["mm_bd"], "nc": calibration.Method("o", VERSION, "i")}
+    models = {name: {**scores, "nc": 2.0} for name, scores in plain.models.items()}
+    seen = dataclasses.replace(plain, name="seen", methods=methods, models=models)
+    calibration.write(tmp_path / "a.json", plain)
+    calibration.write(tmp_path / "b.json", seen)
+    for images, expected in (("", plain), ("others", plain), ("i", seen)):
+        assert options.calibration_for(None, plain.group, images)[0] == expected
+
+
 @pytest.mark.parametrize("path", sorted(options.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
 def test_what_ships_can_be_used(path):
     found = calibration.read(path)
@@ -710,7 +722,9 @@ def test_a_record_says_all_but_its_poison(small, places, capsys, monkeypatch):
 
 
 def test_a_poisoned_record_is_no_reference_model(small, places, tmp_path, capsys):
-    words = ["--calibrate", str(small.parent), "--output", str(tmp_path / "a.json"), *places]
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / small.name).symlink_to(small)
+    words = ["--calibrate", str(tmp_path / "zoo"), "--output", str(tmp_path / "a.json"), *places]
     assert audit.main([*words, "--detectors", "headstat"]) == 3
     out, err = capsys.readouterr()
     assert f"{small.name}: left out" in out and "known to be benign" in err
@@ -851,7 +865,9 @@ def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "badnet").symlink_to(small)
     model = audited.open_model(small, options.Subject())
-    others = dataclasses.replace(made([1.0] * 19), group=model.group)
+    scored = {f"{place:064x}": {"headstat": 1.0} for place in range(19)}
+    methods = {"headstat": calibration.Method("o", VERSION, "")}
+    others = calibration.Calibration("other", model.group, methods, scored)
     calibration.write(tmp_path / "other.json", others)
     words = [str(tmp_path / "zoo"), "--calibration", str(tmp_path / "other.json")]
     words += ["--output", str(output)]
@@ -859,6 +875,7 @@ def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):
     (row,) = files.read_csv(output)
     assert row["sha256"] == model.sha256 and row["attack"] == "badnet"
     assert row["outcome"] in verdict.EXIT_CODES and float(row["headstat"]) > 0
+    assert "mm_bd" not in row, "the reference models were not scored with it"
     assert "| models | audited |" in capsys.readouterr().out
     assert zoo.main(words) == 0 and "1  badnet" not in capsys.readouterr().out
     assert zoo.main(["--output", str(output)]) == 0
@@ -882,10 +899,12 @@ def test_task_images_are_the_first_of_every_class(tmp_path, capsys):
     assert "from 1 to 48" in capsys.readouterr().err
 
 
-def test_the_page_says_what_was_measured():
+@pytest.mark.parametrize("name", ("digits", "digits_images"))
+def test_the_page_says_what_was_measured(name):
     text = (ROOT / "docs" / "audit.md").read_text()
-    rows = zoo.read(ROOT / "benchmarks" / "results" / "audit_digits.csv")
+    rows = zoo.read(ROOT / "benchmarks" / "results" / f"audit_{name}.csv")
     assert zoo.table(rows) in text
     assert all(f"* {line}\n" in text for line in zoo.sentences(rows))
-    shipped = calibration.read(ROOT / "config" / "audit" / "digits_resnet9_w8_fast.json")
+    kind = "digits_resnet9_w8_fast" + name.removeprefix("digits")
+    shipped = calibration.read(ROOT / "config" / "audit" / f"{kind}.json")
     assert not shipped.models.keys() & {row["sha256"] for row in rows}

@@ -63,6 +63,10 @@ class Calibration:
         """The scores of these detectors, one dict per model."""
         return [{name: scores.get(name) for name in names} for scores in self.models.values()]
 
+    def saw(self, images):
+        """Whether a detector scored the models with the images of this digest."""
+        return any(method.images == images for method in self.methods.values())
+
     def without(self, sha256):
         """The same without the model of this digest: none is judged beside itself."""
         others = {name: scores for name, scores in self.models.items() if name != sha256}

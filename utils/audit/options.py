@@ -86,22 +86,27 @@ def chosen(names, has_images):
     return tuple(name for name in ALL if name in asked)
 
 
-def calibration_for(path, group):
+def calibration_for(path, group, images=""):
     """(the `Calibration` to use or None, why there is none, how its models are comparable).
 
     `path` is the file that the user names, or None for those of this project. `group` is that of
-    the model; its `data` and `recipe` may be unknown. Raises ConfigError (exit 2) where the named
-    file is of models that cannot be compared.
+    the model; its `data` and `recipe` may be unknown. `images` is the digest of the user's images,
+    and of this project's files one that was made with them is preferred. Raises ConfigError
+    (exit 2) where the named file is of models that cannot be compared.
     """
     if path is not None:
         found = known.read(path)
         if why := _difference(found.group, group):
             raise ConfigError(f"the models of {path} cannot be compared with this one: {why}")
         return found, "", comparable(found.group, group)
-    for file in sorted(SHIPPED.glob("*.json")):
-        found = known.read(file)
-        if not _difference(found.group, group) and group.dataset == found.group.dataset:
-            return found, "", comparable(found.group, group)
+    fitting = [
+        found
+        for found in map(known.read, sorted(SHIPPED.glob("*.json")))
+        if not _difference(found.group, group) and group.dataset == found.group.dataset
+    ]
+    if fitting:
+        found = max(fitting, key=lambda found: bool(images) and found.saw(images))
+        return found, "", comparable(found.group, group)
     if not group.dataset:
         return None, "name the data set that the model was trained on with --dataset", ""
     return None, "audit.py --calibrate makes them of benign models of your own", ""

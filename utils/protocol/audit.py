@@ -185,7 +185,9 @@ def judge(audited, given, plan, calibration_file=None, references=()):
     """
     if reason := implausible(given, audited.spec):
         return Judged([], verdict.Verdict(verdict.UNKNOWN, reason, plan.alpha), None, "", [])
-    calibration, why, comparable = options.calibration_for(calibration_file, audited.group)
+    calibration, why, comparable = options.calibration_for(
+        calibration_file, audited.group, given.digest if given else ""
+    )
     if calibration:
         calibration = calibration.without(audited.sha256)
     found, left_out = inspect(audited, given, plan, references)
