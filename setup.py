@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "antidote_bench"
-FOLDERS = ("attack", "defense", "detection", "models", "utils", "config")
+FOLDERS = ("analysis", "attack", "defense", "detection", "models", "utils", "config")
 FILES = ("benchmarks/published.csv",)
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 

@@ -35,7 +35,7 @@ from pathlib import Path
 from antidote_bench.utils import files, parsing
 from antidote_bench.utils.errors import ConfigError, UserError
 from antidote_bench.utils.launch import guard
-from antidote_bench.utils.record import folder
+from antidote_bench.utils.record import folder, measures
 from antidote_bench.utils.sweep import grid, launchers
 from antidote_bench.utils.text import printable
 
@@ -217,6 +217,7 @@ def _row(cell, records):
     return {
         "run": str(cell.path),
         **results,
+        **measures.read(place, info["files"].get(folder.WEIGHTS))[0],
         "command": _without_places(info["command"]),
         **{name: info[name] for name in FACTS if name in info},
         **_data_fingerprint(info),

@@ -11,7 +11,7 @@ import pandas
 from antidote_bench import models
 from antidote_bench.utils import config
 from antidote_bench.utils.errors import ConfigError
-from antidote_bench.utils.poisoning.options import CleanModelOptions
+from antidote_bench.utils.poisoning.options import CleanRecordOptions
 
 
 def list_attacks(**facts) -> pandas.DataFrame:
@@ -93,7 +93,7 @@ def _facts_of_attack(Config):
         "clean_label": Config.clean_label,
         "all2all": "all2all" not in refused,
         "one2one": "one2one" not in refused,
-        "uses_clean_model": issubclass(Config, CleanModelOptions),
+        "uses_clean_model": issubclass(Config, CleanRecordOptions),
     }
 
 

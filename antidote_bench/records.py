@@ -14,12 +14,13 @@ from torch import nn
 
 from antidote_bench import models
 from antidote_bench.models.examine import modes_kept
-from antidote_bench.utils import checkpoint, evaluation, files, parsing
 from antidote_bench.utils import device as devices
-from antidote_bench.utils.config import Defense, scripts
+from antidote_bench.utils import evaluation, files, parsing
+from antidote_bench.utils.config import Defense
 from antidote_bench.utils.data.dataset import Spec, Split
-from antidote_bench.utils.errors import ConfigError, MissingError, RefusedError
+from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.evaluation import TestSets
+from antidote_bench.utils.protocol import repaired as repairs
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.report import detections as reported
@@ -311,10 +312,7 @@ def _load_repaired(record, name):
     path = record.path / layout.DEFENSES / name
     if not path.is_dir():
         raise MissingError(f"{record.path} has no defense {quoted(name)}: run_defense runs one")
-    info = layout.verify(path, "defense")
-    victim = layout.verify(record.path, "attack")["files"][layout.WEIGHTS]
-    if info.get("victim_sha256") != victim:
-        raise RefusedError(f"{path} repaired another victim than the one of {record.path}")
+    path, info = repairs.find(record.path, name, layout.verify(record.path, "attack"))
     run = runs.read_run(path, {})
     row = _frame([run], layout.RESULT_COLUMNS).iloc[0]
     before, after = (
@@ -327,19 +325,5 @@ def _load_repaired(record, name):
 
 def _rebuilt(record, path, info):
     """The model of a defense, whose network may have layers that the victim's has not."""
-    from antidote_bench import catalogue
-
-    name = info["name"]
-    if name not in scripts("defense"):
-        raise RefusedError(f"{path} is of a defense {quoted(name)}, which is not known here")
-    weights = checkpoint.from_bytes(layout.read_checked(path, layout.WEIGHTS, info), path)
-    rebuild = getattr(catalogue.module("defense", name), "rebuild", None)
-    model = record.new_network()
-    try:
-        if rebuild:
-            model = rebuild(model, weights)
-        else:
-            model.load_state_dict(weights)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise RefusedError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    model = repairs.rebuilt(path, info, record.new_network())
     return model.to(record.device).eval()

@@ -1,6 +1,6 @@
 """Make every picture of the pages.
 
-    python -m benchmarks.pictures                     # all: triggers takes a sweep of 25 minutes
+    python -m benchmarks.pictures                     # all: half an hour, most of it for triggers
     python -m benchmarks.pictures report defenses     # only these, from tables in the repository
 
 report    the page of `compare.py --html` on the runs of benchmarks/results/defenses.csv that are on
@@ -8,6 +8,8 @@ report    the page of `compare.py --html` on the runs of benchmarks/results/defe
 defenses  the heat map of `compare.py benchmarks/results/baselines.csv --figures`
 triggers  benchmarks.gallery, on the records of config/sweep/attacks_digits.yaml, which a sweep
           makes in build/pictures/record; it goes on where it was interrupted
+analysis  analysis/gradcam.py, on a victim of BadNets on the digits and its repair by awm, which are
+          made in the same place first
 
 They are written into benchmarks/results. The first two carry a digest of what they were made from,
 by which tests/test_site.py sees that one is older than its table or the code that draws it.
@@ -123,6 +125,25 @@ def marked(image, target, name):
         files.write(target, Path(place, "image.png").read_bytes())
 
 
+def analysis(target):
+    """Grad-CAM before and after a repair; both models are made first where they are missing."""
+    places = ["--record_path", str(RECORDS)]
+    script("attack/badnet.py", "--dataset", "digits", "--save_folder_name", "shown", *places)
+    script("defense/awm.py", "--result_file", "shown", *places)
+    with tempfile.TemporaryDirectory() as place:
+        words = ["--result_file", "shown", "--defense", "awm", "--images", "6"]
+        script("analysis/gradcam.py", *words, "--output", place, *places)
+        with Image.open(Path(place, "gradcam-awm.png")) as image:
+            small = image.convert("RGB").resize((WIDTH, round(image.height * WIDTH / image.width)))
+        small.quantize(128).save(Path(place, "image.png"), optimize=True)
+        files.write(target, Path(place, "image.png").read_bytes())
+
+
+def script(*words):
+    """Run a script of the checkout in its root."""
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
 def triggers(target):
     """The gallery of all attacks; their records are made first where they are missing."""
     places = ["--record_path", str(RECORDS)]
@@ -132,7 +153,7 @@ def triggers(target):
     subprocess.run([sys.executable, *draw], cwd=ROOT, check=True)
 
 
-MAKERS = {"report": report, "defenses": defenses, "triggers": triggers}
+MAKERS = {"report": report, "defenses": defenses, "triggers": triggers, "analysis": analysis}
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from pathlib import Path
 from antidote_bench.utils import files
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMAND = r"(?:compare\.py|-m benchmarks\.(?:detection_tables|leaderboard))"
 TABLE = re.compile(
-    r"(?P<begin><!-- python (?P<words>(?:compare\.py|-m benchmarks\.detection_tables) .*?) -->\n\n)"
+    rf"(?P<begin><!-- python (?P<words>{COMMAND} .*?) -->\n\n)"
     r".*?"
     r"(?P<end>\n\n<!-- end of table -->)",
     re.S,

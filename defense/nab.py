@@ -52,6 +52,7 @@ from torch import nn
 from antidote_bench.utils import run
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.repair.isolation import highest, isolate, logits
+from antidote_bench.utils.repair.stamps import Stamp
 from antidote_bench.utils.train import (
     Recipe,
     augmentation_of,
@@ -127,22 +128,6 @@ def stamping(model, size):
     """
     stamp = Stamp(model.normalize.mean.repeat(1, 1, size, size))
     return nn.Sequential(OrderedDict(stamp=stamp, normalize=model.normalize, network=model.network))
-
-
-class Stamp(nn.Module):
-    """Paints `patch` 1,3,k,k over the upper left corner of images N,3,S,S in [0, 1].
-
-    The patch is in the state dict, so that no plain network loads these weights.
-    """
-
-    def __init__(self, patch):
-        super().__init__()
-        self.register_buffer("patch", patch)
-
-    def forward(self, images):
-        images = images.clone()
-        images[..., : self.patch.shape[2], : self.patch.shape[3]] = self.patch.to(images.dtype)
-        return images
 
 
 def rebuild(model, weights):

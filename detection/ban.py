@@ -53,7 +53,8 @@ from torch.func import functional_call
 
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.data.loader import batches, evaluation_batch, gradient_batch, halving
-from antidote_bench.utils.detection import soundness, split_head
+from antidote_bench.utils.decoupling import split_head
+from antidote_bench.utils.detection import soundness
 from antidote_bench.utils.detection.inspector import Finding
 
 BATCH = 250  # images per pass with a gradient, at most

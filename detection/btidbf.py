@@ -53,20 +53,16 @@ if __name__ == "__main__":
     launch(Config)
 
 import torch
-from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.charts import preview
-from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.data.loader import batches, to_unit
-from antidote_bench.utils.detection import soundness, split_head
-from antidote_bench.utils.detection.generator import UNet
+from antidote_bench.utils.decoupling import search, split_head
+from antidote_bench.utils.detection import soundness
 from antidote_bench.utils.detection.inspector import Finding
-from antidote_bench.utils.features import features_of
 
 SHOWN = 8  # images in triggers.png
-KEPT = 0.01  # weight of the kept features' change
 
 
 def score(model, record, config):
@@ -74,8 +70,8 @@ def score(model, record, config):
     if why:
         return soundness.abstained(record, why)
     split, classes = record.reference, record.spec.classes
-    mask = learn_mask(model, split, config)
-    generator = train_generator(model, mask, record, config)
+    mask = search.learn_mask(model, split, config)
+    generator = trained_generator(model, mask, record, config)
     changed, before, after = answers(model, generator, split, config)
     save_images(record, split, changed, before, after)
     share, clean_share = (
@@ -92,57 +88,20 @@ def score(model, record, config):
     return Finding(float(per_class.max()), per_class, evidence=evidence)
 
 
-def learn_mask(model, split, config):
-    """The mask of the features that clean images need: D values of [0, 1]."""
-    features, head = split_head.known_features(model, split, config)
-    draws = seeds.generator("btidbf mask", config.random_seed)
-    raw = torch.randn(features.shape[1], generator=draws).to(features).requires_grad_()
-    optimizer = torch.optim.Adam([raw], config.mask_lr)
-    for _ in range(config.mask_epochs):
-        order = torch.randperm(len(features), generator=draws).to(features.device)
-        for rows in order.split(config.search_batch):
-            mask = raw.tanh() / 2 + 0.5
-            loss = split_head.mask_loss(head, features[rows], split.labels[rows], mask)
-            (raw.grad,) = torch.autograd.grad(loss, raw)
-            optimizer.step()
-    return raw.detach().tanh() / 2 + 0.5
-
-
-def train_generator(model, mask, record, config):
+def trained_generator(model, mask, record, config):
     """The generator that moves the features outside the mask and little else."""
     split, device = record.reference, record.reference.labels.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.number("btidbf generator", config.random_seed))
-        generator = UNet(config.generator_width).to(device)
-    optimizer = torch.optim.Adam(generator.parameters(), config.generator_lr)
-    path = record.state / "generator.safetensors"
-    done = load(path, generator, optimizer)
+    generator, optimizer = search.new_generator(config, device)
     deviation = torch.tensor(record.spec.std, device=device).view(3, 1, 1)
-    for epoch in tqdm(range(done, config.generator_epochs), unit=" epochs", disable=None):
-        draws = seeds.generator("btidbf batches", config.random_seed, epoch, device=device)
-        for images, _, _ in batches(split, config.search_batch, generator=draws):
-            loss = generator_loss(model, generator, images, mask, deviation, config)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        save(path, generator, optimizer, epoch + 1)
+
+    def loss(images):
+        return search.generator_loss(model, generator, images, mask, deviation, config)
+
+    path = record.state / "generator.safetensors"
+    search.train_generator(
+        generator, optimizer, split, loss, config, epochs=config.generator_epochs, path=path
+    )
     return generator.eval()
-
-
-def generator_loss(model, generator, images, mask, deviation, config):
-    """Of a batch of images: minus the change of the features outside the mask, plus a little of
-    the others'; or the change of the images, where a bound is passed."""
-    changed = generator(images)
-    with torch.no_grad():
-        old = features_of(model, images)
-    new = features_of(model, changed)
-    scale = old.square().mean()  # is 0 only where all features are
-    moved = (new - old).square() / scale.clamp(min=torch.finfo(old.dtype).tiny)
-    kept, other = (mask**2 * moved).mean(), ((1 - mask) ** 2 * moved).mean()
-    distance = ((changed - images) / deviation).square().mean()
-    if distance > config.image_bound or kept > config.feature_bound:
-        return distance
-    return KEPT * kept - other
 
 
 @torch.no_grad()
@@ -151,8 +110,7 @@ def answers(model, generator, split, config):
     draws = seeds.generator("btidbf noise", config.random_seed)
     parts = []
     for images, _, _ in batches(split, config.search_batch):
-        noise = torch.randn(images.shape, generator=draws).to(images.device)
-        changed = generator((images + config.noise * noise).clamp(0, 1))
+        changed = search.changed_images(generator, images, config.noise, draws)
         parts.append((changed[:SHOWN], model(images).argmax(1), model(changed).argmax(1)))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 

@@ -75,8 +75,8 @@ from antidote_bench.utils.charts import preview
 from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.dataset import Split, balanced_subset
 from antidote_bench.utils.data.loader import Passes, batches, forward_all, gradient_batch, to_unit
+from antidote_bench.utils.decoupling.generator import UNet
 from antidote_bench.utils.detection import soundness
-from antidote_bench.utils.detection.generator import UNet
 from antidote_bench.utils.detection.inspector import Finding
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.features import features_of, last_linear

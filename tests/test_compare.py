@@ -959,6 +959,22 @@ def test_overview_in_other_formats(tmp_path, run):
     row = table.set_index("defense").loc["ft"]
     assert (row["repaired"], row["attacked"], row["n_min"], row["n_max"]) == (2, 2, 1, 2)
     assert (row["stage"], row["clean_budget"], row["seconds_mean"]) == ("repair", 72, 3.5)
+    assert row["benign_loss_mean"] == pytest.approx(0.01)
+
+
+def test_the_ranking_says_what_a_defense_costs_a_benign_model(tmp_path, run):
+    """Of two benign victims with an ACC of 90 %; nothing ran there but ft."""
+    overview_runs(tmp_path)
+    defense(tmp_path / "free_1", asr="", ra="", acc=0.87, row={"n_poison": 0})
+    out = run(tmp_path, "--table", "ranking", "--format", "markdown")[1]
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    place = rows[0].index("benign")
+    assert {row[0]: row[place] for row in rows[2:]} == {
+        "none": "–", "ft": "2.0", "fp": "–", "anp‡": "–",
+    }  # fmt: skip
+    assert "benign: the points of ACC" in out
+    shutil.rmtree(tmp_path / "free_0"), shutil.rmtree(tmp_path / "free_1")
+    assert "benign" not in run(tmp_path, "--table", "ranking")[1]
 
 
 def test_overview_reads_tables_of_results(tmp_path, run):

@@ -372,7 +372,7 @@ def test_rates_of_fine_tuning_are_relative_to_the_victims(victim, scale, tmp_pat
             parse("--result_file", tmp_path, of=Config),
             Config(result_file=str(tmp_path)),
         )
-        relative = {"ft", "fmp", "fp", "nad", "ft_sam", "fst", "nc", "mcr", "rnp"}
+        relative = {"ft", "fmp", "fp", "nad", "ft_sam", "fst", "nc", "mcr", "rnp", "pam"}
         changed = {
             key
             for key in ("lr", "lr_min", "curve_lr")

@@ -12,7 +12,8 @@ from scipy import integrate, stats
 from torch import nn
 
 from antidote_bench.detection import ban, btidbf, headprobe, headstat, pixel, trodo, weights
-from antidote_bench.utils.detection import foreign, generator, split_head, triggers
+from antidote_bench.utils.decoupling import generator, search, split_head
+from antidote_bench.utils.detection import foreign, triggers
 from antidote_bench.utils.detection.outliers import FARTHEST
 from antidote_bench.utils.features import features_of
 from antidote_bench.utils.record.folder import OWN
@@ -309,7 +310,7 @@ def test_the_loss_of_the_generator_by_hand():
 
     def loss(factor):
         change = brighter(factor)
-        return float(btidbf.generator_loss(net, change, images, mask, deviation, config))
+        return float(search.generator_loss(net, change, images, mask, deviation, config))
 
     old, new = (features_of(net, shown) for shown in (images, brighter(0.05)(images)))
     kept = other = 0.0

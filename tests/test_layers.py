@@ -12,8 +12,18 @@ from tests.helpers import ROOT, names
 
 PACKAGE = "antidote_bench"
 # what starts runs, and is imported by no one
-SCRIPTS = {"attack", "defense", "detection", "audit", "compare", "convert", "sweep"}
-FOLDERS = ["attack", "defense", "detection"]
+SCRIPTS = {
+    "analysis",
+    "attack",
+    "defense",
+    "detection",
+    "audit",
+    "compare",
+    "convert",
+    "measure",
+    "sweep",
+}
+FOLDERS = ["analysis", "attack", "defense", "detection"]
 # a group of modules may import from the groups before it, and from itself without a circle
 FOUNDATION = {
     "errors", "text", "backdoorbench", "files", "seeds", "device", "distributed", "optimizers",
@@ -22,13 +32,13 @@ FOUNDATION = {
 LEVELS = [
     FOUNDATION,
     {"data"},
-    {"channels", "train", "evaluation", "features"},
+    {"channels", "train", "evaluation", "features", "decoupling"},
     {"record"},
     {"wings"},
     {"protocol", "run"},
 ]  # fmt: skip
 # they never import each other
-WINGS = {"poisoning", "repair", "detection", "report", "sweep", "exchange", "audit"}
+WINGS = {"poisoning", "repair", "detection", "report", "sweep", "exchange", "audit", "analysis"}
 TORCH_FREE = [
     "config",
     "parsing",
@@ -39,6 +49,7 @@ TORCH_FREE = [
     "repair.options",
     "detection.options",
     "exchange.options",
+    "analysis.options",
     "audit.options",
     "audit.page",
     "audit.sarif",
@@ -66,6 +77,7 @@ DEFENDER = {
     "data.dataset",
     "data.loader",
     "data.memmap",
+    "decoupling",
     "repair",
     "detection.options",
     "detection.signatures",
@@ -212,7 +224,7 @@ def test_some_modules_need_no_torch():
 STARTED = [f"{folder}/{name}.py" for folder in FOLDERS for name in names(folder)]
 
 
-@pytest.mark.parametrize("script", [*STARTED, "audit.py", "compare.py"])
+@pytest.mark.parametrize("script", [*STARTED, "audit.py", "compare.py", "measure.py"])
 def test_help_answers_without_torch(script):
     begin = time.perf_counter()
     command = [sys.executable, "-X", "importtime", script, "--help"]

@@ -326,7 +326,7 @@ def test_lists_know_everything_with_its_facts():
         free.index
     )
     clean_label = set(antidote_bench.list_attacks(clean_label=True).index)
-    assert clean_label == {"checkerboard", "ctrl", "grond", "lc", "sig"}
+    assert clean_label == {"checkerboard", "combat", "ctrl", "grond", "lc", "narcissus", "sig"}
     assert antidote_bench.list_defenses().loc["fmp", "arxiv"] == "2307.11565"
     assert antidote_bench.list_models().loc["resnet9", "default_width"] == 64
 

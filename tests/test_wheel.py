@@ -20,10 +20,10 @@ from tests.helpers import ROOT
 QUICK = ("--epochs", "1", "--width", "4")
 # what a clone has and a wheel needs
 NEEDED = (
-    "antidote_bench", "attack", "benchmarks", "config", "defense", "detection", "models", "utils",
-    "pyproject.toml", "requirements.txt", "README.md", "LICENSE",
+    "analysis", "antidote_bench", "attack", "benchmarks", "config", "defense", "detection",
+    "models", "utils", "pyproject.toml", "requirements.txt", "README.md", "LICENSE",
 )  # fmt: skip
-FOLDERS = ("attack", "defense", "detection", "models", "utils", "config")
+FOLDERS = ("analysis", "attack", "defense", "detection", "models", "utils", "config")
 
 
 def python(*words, cwd, path=None):

@@ -5,6 +5,9 @@ import sys
 import torch
 from torch import nn
 
+from antidote_bench.utils.data.loader import batches, evaluating, evaluation_batch, halving
+from antidote_bench.utils.device import exact
+
 
 class _Tracer(torch.fx.Tracer):
     """Follows no layer into its own code, those of other libraries included."""
@@ -88,3 +91,50 @@ def outliers(scores, u):
     if len(finite) < 2:
         return torch.zeros_like(scores, dtype=torch.bool)
     return scores > finite.mean() + u * finite.std()
+
+
+def layers_of_channels(model):
+    """{qualified name: layer} whose outputs are what a channel says: the batch norms, or in a model
+    without them the convolutions."""
+    modules = dict(model.named_modules())
+    for kind in (nn.BatchNorm2d, nn.Conv2d):
+        found = {name: module for name, module in modules.items() if isinstance(module, kind)}
+        if found:
+            return found
+    return {}
+
+
+@torch.no_grad()
+def trigger_activation_change(model, clean, triggered, layers=None):
+    """{layer: float64 C}: by how much a trigger changes the map of each channel.
+
+    `clean` and `triggered` are splits of the same images without and with it. For a pair of maps
+    h,w it is the root of the mean squared difference, and the result is the mean over the pairs:
+    TAC of Zheng et al., "Data-Free Backdoor Removal Based on Channel Lipschitzness", ECCV 2022
+    (arXiv 2208.03111), which has the norm of the difference, sqrt(h w) times as much. `layers`,
+    {name: layer}, are by default `layers_of_channels`; one that does not run is left out. In
+    evaluation mode and float32.
+    """
+    layers = layers_of_channels(model) if layers is None else layers
+
+    def pass_over_all(size):
+        sums, handles = {}, []
+        for name, layer in layers.items():
+
+            def add(_module, _inputs, output, name=name):
+                before, after = output.double().flatten(2).chunk(2)
+                change = (after - before).square().mean(2).sqrt().sum(0)
+                sums[name] = sums.get(name, 0.0) + change
+
+            handles.append(layer.register_forward_hook(add))
+        try:
+            pairs = zip(batches(clean, size), batches(triggered, size), strict=True)
+            for (without, *_), (with_it, *_) in pairs:
+                model(torch.cat([without, with_it]))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: change / len(clean) for name, change in sums.items()}
+
+    with evaluating(model), exact():
+        return halving(pass_over_all, max(1, evaluation_batch(model, clean.images) // 2))

@@ -24,15 +24,20 @@ def last_linear(model):
 
 def features_of(model, images):
     """The input n,D of the last linear layer for images n,3,S,S; gradients reach the images."""
+    return features_and_logits(model, images)[0]
+
+
+def features_and_logits(model, images):
+    """(`features_of` the images, the logits n,C that `model` makes of them)."""
     features = []
     hook = last_linear(model).register_forward_pre_hook(
         lambda _layer, inputs: features.append(inputs[0])
     )
     try:
-        model(images)
+        logits = model(images)
     finally:
         hook.remove()
-    return features[0]
+    return features[0], logits
 
 
 def last_features(model, split, precision="fp32"):

@@ -14,6 +14,7 @@ class MemmapImages:
     `base` is the memory-mapped tensor on the CPU, `device` the one that images are returned on,
     `rows` the positions in `base` of the N images (by default all). `changed` are the images 3,S,S
     that replace some of them: `place` has for every row of `base` its position in `changed`, or -1.
+    Rows beyond the end of `base` are in `changed` alone.
     """
 
     def __init__(self, base, device, rows=None, changed=None, place=None):
@@ -47,6 +48,19 @@ class MemmapImages:
         place[self._rows[index.cpu()]] = torch.arange(len(changed) - len(images), len(changed))
         return MemmapImages(self.base, self.device, self._rows, changed, place)
 
+    def joined(self, images, times=1):
+        """The same images, and after them `images`, which are held in memory, `times` times over.
+
+        Their rows are those beyond the end of `base`.
+        """
+        place = torch.full((len(self.base),), -1) if self._place is None else self._place
+        images = images.cpu()
+        changed = images if self._changed is None else torch.cat([self._changed, images])
+        new = torch.arange(len(images))
+        rows = torch.cat([self._rows, (len(place) + new).repeat(times)])
+        place = torch.cat([place, len(changed) - len(images) + new])
+        return MemmapImages(self.base, self.device, rows, changed, place)
+
     def ahead(self, parts):
         """Yield the images of each of `parts` (positions), while a thread reads the next ones."""
         parts = torch.cat(parts).cpu().split([len(part) for part in parts])  # to the CPU once
@@ -64,7 +78,7 @@ class MemmapImages:
         return images.pin_memory() if self.device.type == "cuda" else images
 
     def _read(self, rows):
-        images = self.base[rows]
+        images = self.base[rows.clamp(max=len(self.base) - 1)]
         if self._place is not None:
             place = self._place[rows]
             images[place >= 0] = self._changed[place[place >= 0]]
@@ -78,3 +92,10 @@ def replaced(images, index, others):
     images = images.clone()
     images[index] = others
     return images
+
+
+def joined(images, others, times=1):
+    """`images`, a tensor or `MemmapImages`, and after them `others`, a tensor, `times` times."""
+    if isinstance(images, MemmapImages):
+        return images.joined(others, times)
+    return torch.cat([images, *[others] * times])

@@ -7,20 +7,26 @@ from antidote_bench.utils.config import Attack, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CleanModelOptions(Attack):
+class CleanRecordOptions(Attack):
     """Options of an attack whose trigger is made with the help of a clean model."""
 
     clean_record: str | None = None
     """clean model's record, a folder's path or its name below record_path; by default one is
     trained and kept in cache_path"""
-    steps: int = option(500, at_least=1)
-    """of the search for the pattern"""
 
     @property
     def needs_clean_model(self):
         """Whether the pattern is made rather than drawn or loaded."""
         made = getattr(self, "pattern", "inverted") == "inverted"
         return made and getattr(self, "trigger_path", None) is None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanModelOptions(CleanRecordOptions):
+    """Options of an attack that searches for a pattern with the help of a clean model."""
+
+    steps: int = option(500, at_least=1)
+    """of the search for the pattern"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

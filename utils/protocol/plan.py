@@ -19,7 +19,7 @@ from antidote_bench.utils.data.loader import batch_sizes
 from antidote_bench.utils.device import free_memory
 from antidote_bench.utils.optimizers import OPTIMIZERS
 from antidote_bench.utils.poisoning import poison
-from antidote_bench.utils.poisoning.options import CleanModelOptions
+from antidote_bench.utils.poisoning.options import CleanRecordOptions
 from antidote_bench.utils.protocol import estimate
 from antidote_bench.utils.record import contents, results
 from antidote_bench.utils.record import folder as layout
@@ -75,7 +75,7 @@ def attack(method, config, folder, select, device):
             f"poisons  {len(index)} of {len(truth)} images; per class {per_class}; "
             f"{len(cover_index)} more are changed and keep their label"
         )
-    if isinstance(config, CleanModelOptions) and config.needs_clean_model:
+    if isinstance(config, CleanRecordOptions) and config.needs_clean_model:
         where = config.clean_record or "one is trained first where the cache has none"
         print(f"needs    a clean model: {where}")
     each = f"{steps} step" + "s" * (steps != 1)

@@ -37,6 +37,8 @@ FINISHED = ".finished"  # what is left of state/ when a run is complete, to be d
 OWN = "kept"  # in it, the files that a defense adds to its record
 DEFENSES = "defense"  # folder of a victim's defenses
 DETECTIONS = "detection"  # folder of what detectors say about a victim
+MEASURES = "measure"  # folder of what was measured later of a victim or of a repaired model
+ANALYSES = "analysis"  # folder of the pictures that are made of it
 SHARED = ".shared"  # in both, what several runs on the same training set use
 SCORES = "scores.safetensors"
 EVIDENCE = "evidence.safetensors"
@@ -44,6 +46,7 @@ NEEDED = {
     "attack": (OPTIONS, WEIGHTS, POISONED, RESULTS),
     "defense": (OPTIONS, WEIGHTS, RESULTS),
     "detection": (OPTIONS, SCORES, RESULTS),
+    "measure": (OPTIONS, RESULTS),
 }
 # bytes of a file; real ones of text have a few thousand
 LARGEST = {RECORD: 2**22, BEGUN: 2**22, OPTIONS: 2**18, RESULTS: 2**20, LOG: 2**24}
@@ -71,6 +74,21 @@ DETECTION_COLUMNS = [
     "own_f1", "score", "suspects", "target_found", "target_rank", "published", "abstained",
     "seconds", "peak_mb", "device", "version", "config_hash",
 ]  # fmt: skip
+# of results.csv in the folder of a measure, by its name
+MEASURE_COLUMNS = {
+    "relearn": [
+        *ATTACK_COLUMNS, "defense", "variant", "seed", "poison_seed", "data_seed", "defense_seed",
+        "measure", "control", "acc", "asr", "acc_relearn", "asr_relearn", "asr_relearn_std",
+        "poisons", "poisons_from", "n_images", "lr", "repeats", "relearn_seed", "seconds",
+        "peak_mb", "device", "version", "config_hash",
+    ],
+    "cut": [
+        *ATTACK_COLUMNS, "defense", "variant", "seed", "poison_seed", "data_seed", "defense_seed",
+        "measure", "control", "acc", "asr", "cut_precision", "cut_recall", "cut_lift", "cut_p",
+        "truth", "n_channels", "n_cut", "n_unjudged", "n_truth", "n_hits", "n_chance", "asr_hits",
+        "asr_misses", "seconds", "peak_mb", "device", "version", "config_hash",
+    ],
+}  # fmt: skip
 NO_CLASS = "none"  # in the column suspects: the method takes no class for a target
 LOG_COLUMNS = [
     "stage", "epoch", "loss", "lr", "acc", "asr", "ra", "seconds", "asr_all", "asr_other",

@@ -29,6 +29,53 @@ class SelectionOptions(Defense):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReversalOptions(Defense):
+    """Options of a defense that unlearns what a generator of triggers makes, in rounds.
+
+    See utils/repair/reversal.py.
+    """
+
+    adds: ClassVar[dict[str, str]] = {
+        "mask.safetensors": "of every round the `mask` (rounds, D) of the features, the `shares` "
+        "(rounds, K) of the changed images that are taken for each class, and the `target`, the "
+        "class of most of them in the first round",
+        "triggers.png": "some clean images, and what the generator of the first round makes of "
+        "them",
+    }
+
+    rounds: int = option(5, at_least=0)
+    """rounds of learning the mask, training the generator, and unlearning"""
+    identity_epochs: int = option(50, at_least=0)
+    """epochs on the clean images in which the new generator learns to change nothing"""
+    mask_epochs: int = option(20, at_least=1)
+    """epochs of a round in which the mask of the features is learned"""
+    mask_lr: float = option(0.01, above=0)
+    """learning rate of the mask"""
+    generator_epochs: int = option(30, at_least=1)
+    """epochs of a round in which the generator is trained"""
+    generator_lr: float = option(1e-3, above=0)
+    """learning rate of the generator"""
+    generator_width: int = option(32, at_least=1, unit="channels")
+    """channels of the generator's first level"""
+    search_batch: int = option(128, at_least=1, unit="images")
+    """images per step of the mask and of the generator"""
+    image_bound: float = option(0.3, above=0)
+    """mean squared change of the images, in units of their standard deviation, above which only it
+    is made smaller"""
+    feature_bound: float = option(3.0, above=0)
+    """mean squared change of the kept features, in units of their mean square, above which only
+    the change of the images is made smaller"""
+    noise: float = option(0.03, at_least=0)
+    """standard deviation of the noise on the images whose changed forms say what the target is"""
+    epochs: int = option(30, at_least=0)
+    """epochs of a round in which the network unlearns"""
+    batch_size: int = option(128, at_least=2, unit="images")
+    """images per step of the unlearning"""
+    share: float = option(0.1, at_least=0, at_most=1)
+    """share of a batch that the generator changes; one image at least"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrainingOptions(FromScratch, Defense):
     """Options of a defense that retrains the victim's architecture from scratch.
 
@@ -37,6 +84,38 @@ class RetrainingOptions(FromScratch, Defense):
 
     holds_clean: ClassVar[bool] = False
     copies_recipe: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SemiSupervisedOptions(Defense):
+    """Options of a defense that believes some labels of the training set and takes the other images
+    as unlabelled ones.
+
+    See utils/repair/semi_supervised.py.
+    """
+
+    alpha: float = option(0.1, at_least=0)
+    """weight of the cross-entropy in the symmetric cross-entropy"""
+    beta: float = option(1.0, at_least=0)
+    """weight of the reverse cross-entropy in it"""
+    labelled: float = option(0.5, above=0, below=1)
+    """share of the training set, of lowest loss, whose labels MixMatch believes"""
+    steps: int = option(1024, at_least=1)
+    """steps of MixMatch per epoch"""
+    mixmatch_lr: float = option(0.002, above=0)
+    """learning rate of Adam in MixMatch"""
+    batch_size: int = option(64, at_least=1, unit="images")
+    """labelled images per step of MixMatch, and as many unlabelled ones in two views"""
+    sharpening: float = option(0.5, above=0)
+    """temperature that sharpens guessed labels; 1 leaves them as they are"""
+    mixing: float = option(0.75, above=0)
+    """parameter of the Beta distribution of the share in which images are mixed"""
+    unlabelled_weight: float = option(15.0, at_least=0)
+    """weight of the unlabelled images at the end, to which it rises from 0 step by step"""
+
+    @property
+    def prior(self):
+        return f"labelled={self.labelled}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

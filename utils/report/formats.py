@@ -8,8 +8,15 @@ from typing import NamedTuple
 
 from antidote_bench.utils.files import as_cell
 from antidote_bench.utils.report import published
-from antidote_bench.utils.report.runs import METRICS, TABLE
-from antidote_bench.utils.report.tables import FOOTNOTES, IN_TRAINING, ORACLE, UNTRAINED, spread
+from antidote_bench.utils.report.runs import GAP, MEASURED, METRICS, TABLE
+from antidote_bench.utils.report.tables import (
+    FOOTNOTES,
+    IN_TRAINING,
+    ORACLE,
+    UNTRAINED,
+    spread,
+    victims,
+)
 
 LATEX = str.maketrans(
     {
@@ -34,17 +41,38 @@ CSV_PUBLISHED = [
     *(f"{name}_{part}" for name in METRICS for part in ("published", "difference")),
     "usable", "source", "note",
 ]  # fmt: skip
+# {column: (title, what it is)} of what was measured afterwards, shown where a run has it
+MORE = {
+    "asr_relearn": (
+        "RELEARN",
+        "the ASR after 5 epochs of fine-tuning on 2 % of the training set, 5 poisoned images among "
+        "them",
+    ),
+    GAP: ("GAP", "by how many points RELEARN is above that of a benign model of the same recipe"),
+    "cut_precision": (
+        "CUT-P",
+        "the share of the pruned channels that carry the backdoor, as the evaluator has found",
+    ),
+    "cut_recall": ("CUT-R", "the share of the channels that carry the backdoor that were pruned"),
+    "cut_lift": (
+        "LIFT",
+        "how many times more of these were pruned than by as many channels of each layer at random",
+    ),
+}
+FACTORS = ("cut_lift",)  # of these, what is not in percent
+CONTROL = "asr_relearn_benign"
 TEXT_WIDTH = 120  # characters; further columns go into a further block
 
 
 class Sheet(NamedTuple):
-    """A table with three measures per attack, as it is shown, without its layout."""
+    """A table with several measures per attack, as it is shown, without its layout."""
 
     title: str
     about: str
     columns: list  # labels
-    rows: list  # (label, [[ACC, ASR, RA] per column])
+    rows: list  # (label, [[a text for each of `measures`] per column])
     footnotes: list
+    measures: list  # titles: ACC, ASR, RA and others
 
 
 class Grid(NamedTuple):
@@ -70,17 +98,37 @@ def cells(tables, form, reported):
 
 def to_sheet(table, tables, reported):
     """What `table` shows, with the published numbers below each row that has some."""
-    rows, notes = [], list(footnotes(table))
+    rows, notes, names = [], list(footnotes(table)), [*METRICS, *more([table])]
     for key, label in table.rows.items():
         runs = [table.cells.get((column, key), []) for column in table.columns]
         label_and_marks = label + table.marks[key]
-        rows.append((label_and_marks, [[show(each, name) for name in METRICS] for each in runs]))
+        rows.append((label_and_marks, [[show(each, name) for name in names] for each in runs]))
         theirs = [published.find(reported, table, column, key) for column in table.columns]
         if any(theirs):
-            rows += beside(label, runs, theirs)
+            rows += beside(label, runs, theirs, len(names))
             notes += sources(theirs)
+    if GAP in names:
+        rows.append(control_row(table, names))
+    notes += [f"{MORE[name][0]}: {MORE[name][1]}" for name in names[len(METRICS) :]]
     columns = [label + table.marks[key] for key, label in table.columns.items()]
-    return Sheet(title(table, tables), about(table), columns, rows, list(dict.fromkeys(notes)))
+    titles = [MORE[name][0] if name in MORE else name.upper() for name in names]
+    notes = list(dict.fromkeys(notes))
+    return Sheet(title(table, tables), about(table), columns, rows, notes, titles)
+
+
+def more(tables):
+    """The columns of MORE that a run in the tables has."""
+    runs = [run for table in tables for cell in table.cells.values() for run in cell]
+    return [name for name in MORE if any(run.numbers.get(name) is not None for run in runs)]
+
+
+def control_row(table, names):
+    """The row of the benign models that the attacks' poisoned images were tried on."""
+    cells = []
+    for column in table.columns:
+        text = show(victims(table, column), CONTROL)
+        cells.append([text if name == "asr_relearn" else "–" for name in names])
+    return "benign model", cells
 
 
 def title(table, tables):
@@ -108,16 +156,20 @@ def footnotes(table):
 
 
 def show(runs, name):
-    """A measure in percent, as it stands in a cell."""
+    """A measure, most in percent, as it stands in a cell."""
     mean, deviation = spread(runs, name)
     if mean is None:
         return "–"
-    more = "" if deviation is None else f" ± {100 * deviation:.1f} ({len(runs)})"
-    return f"{100 * mean:.1f}{more}"
+    scale, sign = (1 if name in FACTORS else 100), ("+" if name == GAP else "")
+    beside = "" if deviation is None else f" ± {scale * deviation:.1f} ({len(runs)})"
+    return f"{scale * mean:{sign}.1f}{beside}"
 
 
-def beside(label, cells, theirs):
-    """The two rows below a row: what was published for it, and by how much ours is higher."""
+def beside(label, cells, theirs, width):
+    """The two rows below a row: what was published for it, and by how much ours is higher.
+
+    `width` is the number of measures of an attack, of which the first ones are METRICS.
+    """
     published_row, difference_row = [], []
     for runs, row in zip(cells, theirs, strict=True):
         mark = published.MARKS[row["usable"]] if row else ""
@@ -128,6 +180,10 @@ def beside(label, cells, theirs):
         difference_row.append(
             ["–" if None in pair else f"{100 * (pair[1] - pair[0]):+.1f}" for pair in pairs]
         )
+    empty = ["–"] * (width - len(METRICS))
+    published_row, difference_row = (
+        [[*cell, *empty] for cell in row] for row in (published_row, difference_row)
+    )
     return [(f"{label}, published", published_row), (f"{label}, difference", difference_row)]
 
 
@@ -144,9 +200,9 @@ def sources(theirs):
 def cells_csv(tables, reported):
     """One row per table, attack and defense, as fractions; n is 0 where nothing was run.
 
-    With `reported` there are more columns.
+    With `reported` there are more columns, and with measures that were made afterwards.
     """
-    rows = []
+    rows, measured = [], [*MEASURED, GAP] if more(tables) else []
     for table in tables:
         for column, row in itertools.product(table.columns, table.rows):
             runs, options = table.cells.get((column, row), []), dict(row[1])
@@ -161,9 +217,12 @@ def cells_csv(tables, reported):
                     *(number for name in METRICS for number in spread(runs, name)),
                     spread(runs, "seconds")[0],
                     *(csv_published(runs, theirs) if reported else []),
+                    *(number for name in measured for number in spread(runs, name)),
                 ]
             )
-    return csv_text([*CSV_HEADER, *(CSV_PUBLISHED if reported else [])], rows)
+    header = [*CSV_HEADER, *(CSV_PUBLISHED if reported else [])]
+    header += [f"{name}_{part}" for name in measured for part in ("mean", "std")]
+    return csv_text(header, rows)
 
 
 def csv_published(runs, theirs):
@@ -205,17 +264,16 @@ def grids(tables, form):
 def text(sheet):
     """Aligned columns; attacks that do not fit into TEXT_WIDTH follow in a further block."""
     groups = [
-        text_group(label, [cells[index] for _, cells in sheet.rows])
+        text_group(label, [sheet.measures, *(cells[index] for _, cells in sheet.rows)])
         for index, label in enumerate(sheet.columns)
     ]
     return text_blocks(sheet, ["", "defense", *(label for label, _ in sheet.rows)], groups)
 
 
 def text_group(label, cells):
-    """The lines of one attack, equally long."""
-    cells = [("ACC", "ASR", "RA"), *cells]
+    """The lines of one attack, equally long; the first of its cells are titles."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    widths[0] += max(0, len(label) - sum(widths) - 4)
+    widths[0] += max(0, len(label) - sum(widths) - 2 * (len(widths) - 1))
     lines = [
         "  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True))
         for row in cells
@@ -247,7 +305,7 @@ def grid_text(grid):
 
 def markdown(sheet):
     """A GitHub table."""
-    header = [f"{label} {name.upper()}" for label in sheet.columns for name in METRICS]
+    header = [f"{label} {name}" for label in sheet.columns for name in sheet.measures]
     rows = [[label, *itertools.chain(*cells)] for label, cells in sheet.rows]
     return grid_markdown(
         Grid(sheet.title, sheet.about, ["defense", *header], rows, sheet.footnotes)
@@ -270,16 +328,19 @@ def as_markdown(text):
 
 def latex(sheet):
     """A table float (needs booktabs): title in the caption, footnotes below."""
-    count = len(sheet.columns)
-    attacks = (rf"\multicolumn{{3}}{{c}}{{{label.translate(LATEX)}}}" for label in sheet.columns)
-    rules = (rf"\cmidrule(lr){{{3 * index + 2}-{3 * index + 4}}}" for index in range(count))
+    count, width = len(sheet.columns), len(sheet.measures)
+    attacks = (
+        rf"\multicolumn{{{width}}}{{c}}{{{label.translate(LATEX)}}}" for label in sheet.columns
+    )
+    begins = (width * index + 2 for index in range(count))
+    rules = (rf"\cmidrule(lr){{{begin}-{begin + width - 1}}}" for begin in begins)
     header = [
         latex_line("", *attacks),
         " ".join(rules),
-        latex_line("defense", *["ACC", "ASR", "RA"] * count),
+        latex_line("defense", *sheet.measures * count),
     ]
     rows = [[label, *itertools.chain(*cells)] for label, cells in sheet.rows]
-    return latex_float(sheet, f"l{'rrr' * count}", header, rows)
+    return latex_float(sheet, f"l{'r' * width * count}", header, rows)
 
 
 def grid_latex(grid):

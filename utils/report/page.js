@@ -148,6 +148,10 @@ function columns() {
     id: `${id}-published`, title: `${id.toUpperCase()} publ.`, number: true, published: id, value: (cell) => cell.published?.[id] ?? null,
     text: (cell) => (cell.published?.[id] == null ? "–" : `${percent(cell.published[id])}${DOUBT[cell.published.usable]} (${signed(difference(cell, id))})`),
   });
+  const more = ({ id, title, factor }) => ({
+    id, title, number: true, value: (cell) => cell[id][0],
+    text: (cell) => (cell[id][0] === null ? "–" : factor ? cell[id][0].toFixed(1) : shownText(cell, id)),
+  });
   return [
     { ...text("dataset", "Data set", (cell) => cell.dataset), elsewhere: true },
     { ...text("model", "Model", (cell) => cell.model), elsewhere: true },
@@ -155,6 +159,7 @@ function columns() {
     { ...text("attack", "Attack", (cell) => label(cell, "attack")), name: true },
     { ...text("defense", "Defense", (cell) => label(cell, "defense")), name: true },
     ...METRICS.map(metric), ...(DATA.cells.some((cell) => cell.published) ? METRICS.map(published) : []),
+    ...DATA.more.map(more),
     { id: "seconds", title: "Seconds", number: true, text: (cell) => seconds(cell.seconds[0]), value: (cell) => cell.seconds[0] },
     { id: "n", title: "n", number: true, text: (cell) => cell.runs.length + (cell.lacks ? ` of ${cell.lacks[1]}` : ""), value: (cell) => cell.runs.length },
   ];
@@ -280,6 +285,7 @@ function detailsRow(cell, width) {
 function footnotes(cells) {
   const marks = cells.map((cell) => cell.marks.join("")).join("");
   const notes = Object.entries(DATA.footnotes).filter(([mark]) => marks.includes(mark)).map(([mark, text]) => `${mark} ${text}`);
+  for (const { id, title, about } of DATA.more) if (cells.some((cell) => cell[id][0] !== null)) notes.push(`${title}: ${about}`);
   const found = cells.map((cell) => cell.published).filter(Boolean);
   for (const source of new Set(found.map((figure) => figure.source)))
     notes.push(`publ. (and what ours has more): ${source}; one seed, and the recipe may differ: point at a number for what is known of it`);

@@ -14,7 +14,7 @@ from antidote_bench.utils import config as options
 from antidote_bench.utils import parsing
 from antidote_bench.utils.errors import UserError
 from antidote_bench.utils.record import folder
-from antidote_bench.utils.report import detections, palette, published, story
+from antidote_bench.utils.report import detections, formats, palette, published, story
 from antidote_bench.utils.report.curves import curve, finite
 from antidote_bench.utils.report.images import Album
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
@@ -97,6 +97,7 @@ def everything(tables, left_out, reported, judged=(), note=""):
         "story": story.tell(tables, judged),
         "footnotes": FOOTNOTES,
         "published": published.FOOTNOTES if reported else None,
+        "more": [as_column(name) for name in formats.more(tables)],
         "tables": [as_table(table) for table in tables],
         "cells": cells,
         "looks": {cell["names"][1]: palette.look(cell["names"][1]) for cell in cells},
@@ -136,6 +137,12 @@ def as_table(table):
     }
 
 
+def as_column(name):
+    """A column of what was measured afterwards."""
+    title, about = formats.MORE[name]
+    return {"id": name, "title": title, "about": about, "factor": name in formats.FACTORS}
+
+
 def as_detections(table):
     """A table of detectors as text."""
     return {
@@ -168,7 +175,10 @@ def as_cell(table, number, key, reported, points):
         "weak": any(mark in table.marks[column] for mark in UNCREDITED),
         "oracle": ORACLE in table.marks[row],
         "victim": row == NONE,
-        **{name: [finite(value) for value in spread(runs, name)] for name in (*METRICS, "seconds")},
+        **{
+            name: [finite(value) for value in spread(runs, name)]
+            for name in (*METRICS, "seconds", *formats.MORE)
+        },
         "before": before,
         "runs": [as_run(run, points) for run in runs],
         "published": theirs

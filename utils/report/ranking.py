@@ -6,13 +6,22 @@ import statistics
 from antidote_bench.utils.report.formats import Grid, about, csv_text, footnotes, grids, title
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
 from antidote_bench.utils.report.summaries import seconds
-from antidote_bench.utils.report.tables import ORACLE, count_in, credited, of_row, spread
+from antidote_bench.utils.report.tables import (
+    ORACLE,
+    benign_loss,
+    count_in,
+    credited,
+    of_row,
+    spread,
+)
 
 CSV_HEADER = [
     *TABLE, "defense", "stage", "selection", "attacks", "attacks_all",
     *(f"{name}_mean" for name in METRICS), "der_mean", "rank_mean", "seconds_mean", "peak_mb_max",
+    "benign_loss_mean",
 ]  # fmt: skip
-HEADER = ["defense", "rank", "DER", "ACC", "ASR", "RA", "attacks", "seconds", "MB"]
+BENIGN = "benign"
+HEADER = ["defense", "rank", "DER", "ACC", "ASR", "RA", "attacks", BENIGN, "seconds", "MB"]
 NOTES = (
     "means over the attacks, each a mean over the seeds; clean models, weak attacks and untrained "
     "victims do not count",
@@ -22,7 +31,11 @@ NOTES = (
     "of their places; then the mean over the attacks",
     "compare ranks and means only between rows with the same attacks",
 )
-MEMORY = "MB: the largest peak memory of a run"
+# columns that are left out where nothing stands in them, and what they mean
+OPTIONAL = {
+    BENIGN: "benign: the points of ACC that the defense costs a benign model of the same recipe",
+    "MB": "MB: the largest peak memory of a run",
+}
 
 
 def ranking(tables, form, reported):
@@ -40,14 +53,21 @@ def ranking_grid(table, tables):
             "–" if place is None else f"{place:.1f}",
             *("–" if value is None else f"{100 * value:.1f}" for value in values),
             f"{len(there)} of {len(strong_attacks(table))}",
+            "–" if (loss := benign_loss(table, row)) is None else f"{100 * loss:.1f}",
             seconds(of_row(table, row)),
             f"{memory:.0f}" if (memory := peak_mb(table, row)) else "–",
         ]
         for row, place, values, there in ranked(table)
     ]
-    header, notes = HEADER, [*footnotes(table), *NOTES, MEMORY]
-    if all(row[-1] == "–" for row in rows):
-        header, rows, notes = header[:-1], [row[:-1] for row in rows], notes[:-1]
+    empty = {
+        place
+        for place, name in enumerate(HEADER)
+        if name in OPTIONAL and all(row[place] == "–" for row in rows)
+    }
+    header, *rows = (
+        [word for place, word in enumerate(row) if place not in empty] for row in [HEADER, *rows]
+    )
+    notes = [*footnotes(table), *NOTES, *(OPTIONAL[name] for name in header if name in OPTIONAL)]
     return Grid(title(table, tables), about(table), header, rows, notes)
 
 
@@ -66,6 +86,7 @@ def ranking_csv(table):
             place,
             spread(of_row(table, row), "seconds")[0],
             peak_mb(table, row) or None,
+            benign_loss(table, row),
         ]
 
 

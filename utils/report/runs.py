@@ -12,7 +12,7 @@ from antidote_bench.utils import config, parsing
 from antidote_bench.utils.config import NOT_IDENTITY, SEEDS, Attack, default_of
 from antidote_bench.utils.errors import RefusedError
 from antidote_bench.utils.files import read_rows
-from antidote_bench.utils.record import folder
+from antidote_bench.utils.record import folder, measures
 from antidote_bench.utils.report.content import (
     UNUSABLE,
     load,
@@ -25,6 +25,8 @@ from antidote_bench.utils.report.content import (
 from antidote_bench.utils.text import name_of_class, one_line
 
 METRICS = ("acc", "asr", "ra")
+MEASURED = tuple(name for columns in measures.SHOWN.values() for name in columns.values())
+GAP = "relearn_gap"  # how much more of a backdoor a model learns again than a benign one does
 TABLE = ("dataset", "model", "recipe", "precision")
 # Results that keep runs apart as options do; a label shows them where the options do not suffice.
 OF_ATTACK = ("label_mode", "n_test")
@@ -60,7 +62,7 @@ class Run:
 
     path: Path
     row: dict  # results.csv: column -> text
-    numbers: dict  # acc, asr, ra (fractions) and seconds; None: not applicable
+    numbers: dict  # acc, asr, ra (fractions), seconds and MEASURED; None: not applicable
     config: dict  # option -> text
     record: dict  # record.json
     victim: "Run | None"
@@ -160,7 +162,10 @@ def search(folders):
             if new and (folder.STATE in inside or {folder.RESULTS, folder.RECORD} & set(files)):
                 runs.append(Path(path))
             seen.add(real)
-            below = sorted(set(inside) - {folder.STATE, folder.FINISHED}) if new else []
+            others = {folder.STATE, folder.FINISHED}
+            if folder.RECORD in files:
+                others.add(folder.MEASURES)  # what was measured of this run
+            below = sorted(set(inside) - others) if new else []
             links = [name for name in below if outside(os.path.join(path, name))]
             inside[:] = [name for name in below if name not in links]
             left_out += [(Path(path, name), LEADS_OUT) for name in links]
@@ -231,7 +236,7 @@ def parse_row(row):
     total = (numbers["asr"] or 0) + (numbers["ra"] or 0)
     if total > 1 + 2e-6:  # either may be rounded to 6 digits
         raise ValueError(f"ASR + RA is {total:.6g}, more than 1")
-    return row, numbers
+    return row, numbers | numbers_of(row) | {GAP: None}
 
 
 def read_table(path):
@@ -269,6 +274,7 @@ def in_table(path, rows):
             if seconds := values.get("trigger_seconds"):
                 record["trigger_seconds"] = float(seconds)
             run = Run(path / name, values, numbers, options_of(values, victim), record, victim)
+            add_gap(run)
         except KeyError:
             left_out.append((path / name, "the table has no row of its victim"))
         except ValueError as error:
@@ -303,7 +309,36 @@ def read_all(paths):
         run = known[os.path.abspath(path)] = read_run(path, known)
         return run
 
-    return distinct(paths, read, lambda run: (keys(run), seeds_of(run, run.attack)))
+    runs, left_out = distinct(paths, read, lambda run: (keys(run), seeds_of(run, run.attack)))
+    places = {}
+    for run in [*runs, *(run.victim for run in runs if run.victim)]:
+        places.setdefault(os.path.abspath(run.path), []).append(run)
+    for same in places.values():
+        found, damaged = measures.read(same[0].path, same[0].weights)
+        left_out += damaged
+        for run in same:
+            run.row.update(found)
+            run.numbers.update(numbers_of(found))
+    for run in runs:
+        add_gap(run)
+    return runs, left_out
+
+
+def add_gap(run):
+    """Put the difference of a run to the control of its victim beside its numbers."""
+    after, control = run.numbers["asr_relearn"], run.attack.numbers["asr_relearn_benign"]
+    run.numbers[GAP] = None if None in (after, control) else after - control
+
+
+def numbers_of(row):
+    """{one of MEASURED: number, None where it is not there}; ValueError where one is out of
+    range."""
+    numbers = {name: float(row[name]) if row.get(name) else None for name in MEASURED}
+    for name, number in numbers.items():
+        most = math.inf if name in measures.UNBOUNDED else 1
+        if number is not None and not (0 <= number <= most and math.isfinite(number)):
+            raise ValueError(f"{name} is {number}")
+    return numbers
 
 
 def distinct(paths, read, identity):

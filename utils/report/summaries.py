@@ -14,7 +14,14 @@ from antidote_bench.utils.report.formats import (
     title,
 )
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
-from antidote_bench.utils.report.tables import UNCREDITED, credited, of_row, spread, victims
+from antidote_bench.utils.report.tables import (
+    UNCREDITED,
+    benign_loss,
+    credited,
+    of_row,
+    spread,
+    victims,
+)
 
 LARGEST_ASR, LARGEST_LOSS, SMALLEST_RA = (
     0.1,
@@ -27,7 +34,7 @@ REPAIRED = (
 )
 OVERVIEW_CSV = [
     *TABLE, "defense", "stage", "selection", "clean_budget", "n_min", "n_max", "repaired",
-    "attacked", "seconds_mean",
+    "attacked", "seconds_mean", "benign_loss_mean",
 ]  # fmt: skip
 ATTACKS_CSV = [
     *TABLE, "attack", "pratio_effective", "n",
@@ -93,6 +100,7 @@ def overview_csv(table):
             *counts(table, key),
             *count_repaired(table, key),
             spread(runs, "seconds")[0],
+            benign_loss(table, key),
         ]
 
 

@@ -207,6 +207,17 @@ def of_row(table, row):
     return [run for (_, key), runs in table.cells.items() if key == row for run in runs]
 
 
+def benign_loss(table, row):
+    """The mean ACC that a defense loses on the benign models of the table, a fraction; None where
+    it ran on none."""
+    runs = [run for column in table.clean for run in table.cells.get((column, row), [])]
+    pairs = [(run.attack.numbers["acc"], run.numbers["acc"]) for run in runs]
+    losses = [before - after for before, after in pairs if None not in (before, after)]
+    if not losses or row == NONE:
+        return None
+    return statistics.fmean(losses)
+
+
 def reached(row):
     """The share that was poisoned, where it is smaller than the share that was asked for."""
     asked, got = (float(row.get(name) or 0) for name in ("pratio", "pratio_effective"))

@@ -1,0 +1,131 @@
+"""The leaderboard: every entry fits the schema, and those from tables are what the tables say."""
+
+import json
+
+import jsonschema
+import pytest
+
+from antidote_bench.utils import files
+from benchmarks import leaderboard
+from tests.helpers import ROOT
+
+SCHEMA = json.loads((leaderboard.FOLDER / "entry.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+ENTRIES = leaderboard.read()
+# what someone else may send
+EXTERNAL = {
+    "kind": "external",
+    "attack": "badnet",
+    "pratio": 0.1,
+    "defense": "ft",
+    "dataset": "cifar10",
+    "network": "preactresnet18",
+    "acc": 0.9,
+    "asr": 0.2,
+    "ra": 0.7,
+    "sd": {"acc": 0.01, "asr": 0.1, "ra": 0.1},
+    "n": 2,
+    "seeds": [0, 1],
+    "command": "python defense/ft.py --result_file badnet_cifar10",
+    "hardware": "one GPU",
+    "source": {"text": "https://example.org/records"},
+    "note": "",
+}
+
+
+def faults(entry):
+    return [error.message for error in VALIDATOR.iter_errors(entry)]
+
+
+def test_the_schema_is_one():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert not faults(EXTERNAL)
+    assert SCHEMA["properties"]["kind"]["enum"] and set(SCHEMA["required"]) < set(EXTERNAL)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "best"},
+        {"acc": 91.3},
+        {"acc": None},
+        {"seeds": None},
+        {"seeds": [0, 0]},
+        {"command": None},
+        {"hardware": ""},
+        {"source": {}},
+        {"source": {"text": "x", "table": "mine.csv"}},
+        {"n": 1},
+        {"kind": "unreliable"},
+        {"defense": "../ft"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(change):
+    assert faults({**EXTERNAL, **change})
+
+
+def test_every_entry_fits_and_lies_in_the_folder_of_its_kind():
+    for path, entry in ENTRIES:
+        assert not faults(entry), path
+        assert path.parent.name == entry["kind"], path
+        assert entry["seeds"] is None or len(entry["seeds"]) == entry["n"], path
+    known = {path for path, _ in ENTRIES}
+    assert known == set(leaderboard.FOLDER.rglob("*.json")) - {
+        leaderboard.FOLDER / "entry.schema.json"
+    }
+    assert set(SCHEMA["properties"]["source"]["properties"]["table"]["enum"]) == {
+        leaderboard.PUBLISHED,
+        *(f"benchmarks/results/{name}.csv" for name in leaderboard.TABLES),
+    }
+
+
+def test_entries_from_tables_are_what_the_tables_say():
+    made = {leaderboard.FOLDER / name: entry for name, entry in leaderboard.generated().items()}
+    there = {path: entry for path, entry in ENTRIES if "table" in entry["source"]}
+    assert made == there, "python -m benchmarks.leaderboard writes them anew"
+    kinds = {entry["kind"] for entry in made.values()}
+    assert kinds == {"ours", "reported", "unreliable"}
+
+
+def test_ours_are_the_rows_of_the_results():
+    rows = {
+        (row["model"], row["defense"], row["variant"]): row
+        for row in files.read_csv(ROOT / "benchmarks/results/cpu.csv")
+    }
+    found = [entry for _, entry in ENTRIES if entry["source"].get("table", "").endswith("cpu.csv")]
+    assert len(found) == len(rows)
+    for entry in found:
+        method, _, variant = entry["defense"].partition("-")
+        row = rows[entry["network"], method, variant]
+        assert [entry[name] for name in ("acc", "asr", "ra")] == pytest.approx(
+            [float(row[name]) for name in ("acc", "asr", "ra")], abs=1e-6
+        )
+        assert (entry["command"], entry["n"], entry["seeds"]) == (row["command"], 1, [0])
+
+
+def test_runs_that_differ_in_their_seeds_are_one_entry():
+    row = next(files.read_csv(ROOT / "benchmarks/results/cpu.csv").__iter__())
+    two = [{**row, "seed": "1", "acc": "0.8"}, {**row, "seed": "0", "acc": "0.9"}]
+    entry = leaderboard.from_runs(two, "benchmarks/results/cpu.csv")
+    assert entry["acc"] == 0.85 and entry["sd"]["acc"] == pytest.approx(0.070711)
+    assert (entry["n"], entry["seeds"], entry["sd"]["asr"]) == (2, [0, 1], 0)
+    assert not faults(entry)
+    entry = leaderboard.from_runs([two[0], {**two[1], "ra": ""}], "benchmarks/results/cpu.csv")
+    assert entry["ra"] is None and entry["sd"]["ra"] is None
+
+
+def test_entries_of_others_stay(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(leaderboard, "FOLDER", tmp_path)
+    own, old = tmp_path / "external" / "a.json", tmp_path / "ours" / "gone.json"
+    stale = {**EXTERNAL, "kind": "ours", "source": {"text": "x", "table": leaderboard.PUBLISHED}}
+    files.write_json(own, EXTERNAL)
+    files.write_json(old, stale)
+    assert leaderboard.main([]) == 0
+    assert json.loads(own.read_text()) == EXTERNAL and not old.exists()
+    assert len(leaderboard.read()) == 1 + len(leaderboard.generated())
+    capsys.readouterr()
+    assert leaderboard.main(["--table", "--attack", "badnet"]) == 0
+    line = "| badnet | 10 % | ft | external | cifar10, preactresnet18 | 90.0 ± 1.0 | 20.0 ± 10.0 |"
+    assert line in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""What the scripts in analysis/ share before torch is loaded: their options."""

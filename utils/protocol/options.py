@@ -1,0 +1,58 @@
+"""Options of the measures of finished runs. Imports no torch."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from antidote_bench.utils.config import Common, option
+
+POISONS = 5  # the dose that tables show
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure(Common):
+    """Options of every measure."""
+
+    name: ClassVar[str]
+    needs_control: ClassVar[bool] = True  # and looks at victims, not at their repairs alone
+
+    dataset_path: str | None = option(None, identity=False)
+    """where the records' data set lies; by default where the attack found it"""
+    allow_other_data: bool = option(False, identity=False)
+    """use a record although the data set here has other pixels than the one it was made on"""
+    model_file: str | None = option(None, identity=False)
+    """path/to/file.py:function of the records' model, where that is one from a file: it is executed
+    only if you name it"""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """of training and evaluation; auto: bf16 where the device computes in it"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Relearn(Measure):
+    """Options of relearning."""
+
+    name: ClassVar[str] = "relearn"
+
+    poisons: int = option(POISONS, at_least=0, unit="images")
+    """poisoned images among those that the model is fine-tuned on; tables show 5, and 0 says what
+    fine-tuning alone does"""
+    random_seed: int = option(0, at_least=0)
+    """of the images and of the training; the repeats after the first count on from it"""
+
+    @property
+    def folder_name(self):
+        """The name of a run's folder; tables read the one of the usual dose."""
+        dose = "" if self.poisons == POISONS else f"_{self.poisons}"
+        return self.save_folder_name or f"{self.name}{dose}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut(Measure):
+    """Options of the measures of pruned channels."""
+
+    name: ClassVar[str] = "cut"
+    needs_control: ClassVar[bool] = False
+
+    @property
+    def folder_name(self):
+        """The name of a run's folder."""
+        return self.save_folder_name or self.name
