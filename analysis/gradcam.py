@@ -45,9 +45,8 @@ COLUMNS = [
     "image", "class", "input", "model", "predicted", "probability", "on_trigger", "row", "column",
     "value",
 ]  # fmt: skip
-SMALL_TRIGGER = (
-    0.5  # share of an image up to which it says something that a map lies on the trigger
-)
+# share of an image up to which it says something that a map lies on the trigger
+SMALL_TRIGGER = 0.5
 TILE, LABEL = 0.72, 12  # inches, and letters of a class
 
 

@@ -973,7 +973,8 @@ def test_the_ranking_says_what_a_defense_costs_a_benign_model(tmp_path, run):
         "none": "–", "ft": "2.0", "fp": "–", "anp‡": "–",
     }  # fmt: skip
     assert "benign: the points of ACC" in out
-    shutil.rmtree(tmp_path / "free_0"), shutil.rmtree(tmp_path / "free_1")
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / f"free_{seed}")
     assert "benign" not in run(tmp_path, "--table", "ranking")[1]
 
 

@@ -370,6 +370,19 @@ class Attack(FromScratch, Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadsRecord(Common):
+    """Options of what looks at finished records and adds no run to them."""
+
+    dataset_path: str | None = option(None, identity=False)
+    """where the records' data set lies; by default where the attack found it"""
+    allow_other_data: bool = option(False, identity=False)
+    """use a record although the data set here has other pixels than the one it was made on"""
+    model_file: str | None = option(None, identity=False)
+    """path/to/file.py:function of the records' model, where that is one from a file: it is executed
+    only if you name it"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OnRecord(Common):
     """Options of every script that works on a saved record: a defense or a detector."""
 

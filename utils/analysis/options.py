@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from antidote_bench.utils.config import Common, option, require
+from antidote_bench.utils.config import ReadsRecord, option, require
 from antidote_bench.utils.record import folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Analysis(Common):
+class Analysis(ReadsRecord):
     """Options of every analysis."""
 
     result_file: str = option(identity=False)
@@ -19,13 +19,6 @@ class Analysis(Common):
     folder, ft say"""
     output: str | None = option(None, identity=False)
     """folder for the picture and its numbers; by default analysis/ in the record"""
-    dataset_path: str | None = option(None, identity=False)
-    """where the record's data set lies; by default where the attack found it"""
-    allow_other_data: bool = option(False, identity=False)
-    """use a record although the data set here has other pixels than the one it was made on"""
-    model_file: str | None = option(None, identity=False)
-    """path/to/file.py:function of the record's model, where that is one from a file: it is executed
-    only if you name it"""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """of the passes through a network; auto: bf16 where the device computes in it"""
     random_seed: int = option(0, at_least=0)

@@ -4,7 +4,7 @@ import dataclasses
 from types import ModuleType
 from typing import ClassVar, Literal
 
-from antidote_bench.utils.config import CHANGED, Attack, Common, LabelMode, option, require
+from antidote_bench.utils.config import CHANGED, Attack, LabelMode, ReadsRecord, option, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class FromImages(Labelled, Attack):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Export(Common):
+class Export(ReadsRecord):
     """Options of what leaves a record."""
 
     result_file: str = option(identity=False)
@@ -102,13 +102,6 @@ class Export(Common):
     name of the command is the same"""
     output: str = option(identity=False)
     """folder to write, which must not exist yet"""
-    dataset_path: str | None = option(None, identity=False)
-    """where the record's data set lies; by default where the attack found it"""
-    allow_other_data: bool = option(False, identity=False)
-    """export a record although the data set here has other pixels than the one it was made on"""
-    model_file: str | None = option(None, identity=False)
-    """path/to/file.py:function of the record's model, where that is one from a file: it is executed
-    only if you name it"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

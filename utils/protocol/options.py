@@ -3,25 +3,17 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from antidote_bench.utils.config import Common, option
-
-POISONS = 5  # the dose that tables show
+from antidote_bench.utils.config import ReadsRecord, option
+from antidote_bench.utils.record.measures import POISONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measure(Common):
+class Measure(ReadsRecord):
     """Options of every measure."""
 
     name: ClassVar[str]
     needs_control: ClassVar[bool] = True  # and looks at victims, not at their repairs alone
 
-    dataset_path: str | None = option(None, identity=False)
-    """where the records' data set lies; by default where the attack found it"""
-    allow_other_data: bool = option(False, identity=False)
-    """use a record although the data set here has other pixels than the one it was made on"""
-    model_file: str | None = option(None, identity=False)
-    """path/to/file.py:function of the records' model, where that is one from a file: it is executed
-    only if you name it"""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """of training and evaluation; auto: bf16 where the device computes in it"""
 

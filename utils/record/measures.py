@@ -10,7 +10,8 @@ SHOWN = {
     "cut": {name: name for name in ("cut_precision", "cut_recall", "cut_lift")},
 }
 UNBOUNDED = ("cut_lift",)  # columns of which a number may exceed 1
-USUAL = {"poisons": "5"}  # what a row must say to stand in a table, where it says it
+POISONS = 5  # images that relearning teaches in what tables show
+USUAL = {"poisons": str(POISONS)}  # what a row must say to stand in a table, where it says it
 
 
 def read(place, weights):

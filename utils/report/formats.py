@@ -85,6 +85,19 @@ class Grid(NamedTuple):
     footnotes: list
 
 
+def without_empty(header, rows, optional):
+    """(header, rows) without those of the columns `optional` in which nothing but – stands."""
+    empty = {
+        place
+        for place, name in enumerate(header)
+        if name in optional and all(row[place] == "–" for row in rows)
+    }
+    header, *rows = (
+        [word for place, word in enumerate(row) if place not in empty] for row in [header, *rows]
+    )
+    return header, rows
+
+
 # ---------- the table of all cells ----------
 
 

@@ -3,7 +3,15 @@
 import itertools
 import statistics
 
-from antidote_bench.utils.report.formats import Grid, about, csv_text, footnotes, grids, title
+from antidote_bench.utils.report.formats import (
+    Grid,
+    about,
+    csv_text,
+    footnotes,
+    grids,
+    title,
+    without_empty,
+)
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
 from antidote_bench.utils.report.summaries import seconds
 from antidote_bench.utils.report.tables import (
@@ -59,14 +67,7 @@ def ranking_grid(table, tables):
         ]
         for row, place, values, there in ranked(table)
     ]
-    empty = {
-        place
-        for place, name in enumerate(HEADER)
-        if name in OPTIONAL and all(row[place] == "–" for row in rows)
-    }
-    header, *rows = (
-        [word for place, word in enumerate(row) if place not in empty] for row in [HEADER, *rows]
-    )
+    header, rows = without_empty(HEADER, rows, OPTIONAL)
     notes = [*footnotes(table), *NOTES, *(OPTIONAL[name] for name in header if name in OPTIONAL)]
     return Grid(title(table, tables), about(table), header, rows, notes)
 

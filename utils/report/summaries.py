@@ -12,6 +12,7 @@ from antidote_bench.utils.report.formats import (
     show,
     sources,
     title,
+    without_empty,
 )
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
 from antidote_bench.utils.report.tables import (
@@ -201,14 +202,7 @@ def attacks_grid(table, tables, reported):
             ]
         )
         notes += sources([theirs])
-    empty = {
-        place
-        for place, name in enumerate(header)
-        if name in ("trigger s", "published") and all(row[place] == "–" for row in rows)
-    }
-    header, *rows = (
-        [word for place, word in enumerate(row) if place not in empty] for row in [header, *rows]
-    )
+    header, rows = without_empty(header, rows, ("trigger s", "published"))
     return Grid(title(table, tables), about(table), header, rows, list(dict.fromkeys(notes)))
 
 
