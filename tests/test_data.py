@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from antidote_bench.utils.data import dataset, images, published_sets, sources
+from antidote_bench.utils.data.loader import clipped
 from antidote_bench.utils.data.memmap import MemmapImages
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError
 from tests.helpers import ROOT
@@ -161,6 +163,28 @@ def test_second_start_reads_the_cache(tmp_path, monkeypatch):
     assert torch.equal(
         first[1].images, load("folder", tmp_path / "set", tmp_path, image_size=16)[1].images
     )
+
+
+def test_another_run_that_decodes_the_same_set_may_be_quicker(tmp_path, monkeypatch):
+    folders(tmp_path / "set")
+    rename = Path.rename
+
+    def be_late(unfinished, folder):
+        shutil.copytree(unfinished, folder)
+        return rename(unfinished, folder)
+
+    monkeypatch.setattr(Path, "rename", be_late)
+    first = load("folder", tmp_path / "set", tmp_path / "cache", image_size=16)
+    assert first[0] == load("folder", tmp_path / "set", tmp_path / "cache", image_size=16)[0]
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing unfinished stays
+
+
+def test_clipped_pixels_have_a_slope_at_black_and_white():
+    pixels = torch.tensor([-0.5, 0.0, 0.5, 1.0, 1.5], requires_grad=True)
+    shown = clipped(pixels)
+    shown.sum().backward()
+    assert shown.tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert pixels.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
 
 
 CACHE_DAMAGE = {

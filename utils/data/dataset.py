@@ -274,8 +274,11 @@ def _decode(splits, side, folder, check_count=None):
                 meta |= _statistics(images)
         meta["sizes"] = {name: (unfinished / name).stat().st_size for name in CACHED}
         files.write_json(unfinished / "meta.json", meta | {"sha256": facts.mark_of(meta)})
-        if not folder.is_dir():  # another run may have been quicker
+        try:
             unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run was quicker
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
