@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
-from antidote_bench.utils.data.loader import augmentation, batches, mixed_precision
+from antidote_bench.utils.data.loader import augmentation, batches, clipped, mixed_precision
 from antidote_bench.utils.poisoning import generator, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 from antidote_bench.utils.train import new_victim, trainable
@@ -131,7 +131,7 @@ def make_stamp(config, size, device):
 
     def stamp(images, noise):
         noise = low @ noise.tanh() @ low
-        return soft @ (images + config.strength / 255 * noise).clamp(0, 1) @ soft.T
+        return soft @ clipped(images + config.strength / 255 * noise) @ soft.T
 
     return stamp
 

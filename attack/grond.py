@@ -41,7 +41,13 @@ from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
 from antidote_bench.utils.channels import lipschitz_bounds, paired_norms
-from antidote_bench.utils.data.loader import Passes, gradient_batch, mixed_precision, to_unit
+from antidote_bench.utils.data.loader import (
+    Passes,
+    clipped,
+    gradient_batch,
+    mixed_precision,
+    to_unit,
+)
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Prepared
@@ -83,7 +89,7 @@ def universal_perturbation(model, train, config):
         def gradient(size, pattern=pattern, index=index):
             shown = pattern.clone().requires_grad_()
             for part in index.split(size):
-                changed = (to_unit(train.images[part]) + shown).clamp(0, 1)
+                changed = clipped(to_unit(train.images[part]) + shown)
                 target = torch.full((len(part),), config.attack_target, device=device)
                 with mixed_precision(device, config.precision):
                     cost = F.cross_entropy(model(changed), target, reduction="sum")

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import torch
 
 from antidote_bench.utils import run, seeds
+from antidote_bench.utils.data.loader import clipped
 from antidote_bench.utils.poisoning import inversion, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 
@@ -50,7 +51,7 @@ def prepare(config, attacker):
     pattern = inversion.excite(
         attacker.clean_model(),
         attacker.train,
-        lambda images, pattern: (images + pattern).clamp(0, 1),
+        lambda images, pattern: clipped(images + pattern),
         noise * 10 / 255,
         steps=config.steps,
         seed=config.poison_seed,

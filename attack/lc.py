@@ -45,7 +45,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from antidote_bench.utils import run
-from antidote_bench.utils.data.loader import gradient_batch, halving, mixed_precision, to_unit
+from antidote_bench.utils.data.loader import (
+    clipped,
+    gradient_batch,
+    halving,
+    mixed_precision,
+    to_unit,
+)
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 
@@ -114,7 +120,7 @@ def perturbation(model, images, labels, config):
     for _ in range(config.steps):
         change.requires_grad_()
         with mixed_precision(images.device, config.precision):
-            loss = F.cross_entropy(model((images + change).clamp(0, 1)), labels, reduction="sum")
+            loss = F.cross_entropy(model(clipped(images + change)), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, change)
         change = (change.detach() + rate * gradient.sign()).clamp(-epsilon, epsilon)
     return change

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
-from antidote_bench.utils.data.loader import augmentation, batches, mixed_precision
+from antidote_bench.utils.data.loader import augmentation, batches, clipped, mixed_precision
 from antidote_bench.utils.optimizers import OPTIMIZERS
 from antidote_bench.utils.poisoning import generator, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
@@ -124,7 +124,7 @@ def _shuffled(config, attacker, epoch):
 
 def triggered(drawing, images, epsilon):
     """T(x) = clip(x + epsilon tanh g(x))"""
-    return (images + epsilon * torch.tanh(drawing(images).float())).clamp(0, 1)
+    return clipped(images + epsilon * torch.tanh(drawing(images).float()))
 
 
 def weighted(alpha, victim, images, labels, triggered_images, targets):

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 
 from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import clipped
 from antidote_bench.utils.poisoning import inversion, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 
@@ -87,15 +88,6 @@ def inward_noise(model, images, config):
         batch=min(BATCH, len(images)),
         precision=config.precision,
     )
-
-
-def clipped(pixels):
-    """`pixels` clipped to [0, 1], with the derivative 1 at 0 and at 1 too.
-
-    That of torch.clamp is 0 there: where all images are black, noise could never begin.
-    """
-    inside = (pixels >= 0) & (pixels <= 1)
-    return torch.where(inside, pixels, pixels.detach().clamp(0, 1))
 
 
 def main(config):

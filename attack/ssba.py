@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from antidote_bench.utils import run, seeds
-from antidote_bench.utils.data.loader import mixed_precision, to_unit
+from antidote_bench.utils.data.loader import clipped, mixed_precision, to_unit
 from antidote_bench.utils.poisoning import generator, poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 
@@ -71,7 +71,7 @@ def prepare(config, attacker):
         images, messages = _batch(train, config.bits, draw)
         with mixed_precision(device, config.precision):
             change = hider(images, messages).float()
-            logits = reader((images + change).clamp(0, 1)).float()
+            logits = reader(clipped(images + change)).float()
         accuracy = torch.lerp(accuracy, ((logits > 0) == (messages > 0)).float().mean(), 0.05)
         begun = (accuracy > READABLE) | (readable_steps > 0)
         readable_steps = torch.where(begun, readable_steps + 1, readable_steps)

@@ -91,6 +91,7 @@ from antidote_bench.utils import run, seeds
 from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.loader import (
     Passes,
+    clipped,
     evaluating,
     gradient_batch,
     predicted_classes,
@@ -260,7 +261,7 @@ def slope(model, images, labels, index, delta, config, size):
     for part in index.split(size):
         perturbed = images[part] + delta
         if config.clamp == "both":
-            perturbed = perturbed.clamp(0, 1)
+            perturbed = clipped(perturbed)
         loss = F.cross_entropy(model(perturbed), labels[part])
         (gradient,) = torch.autograd.grad(loss, delta)
         total = total + gradient * (len(part) / len(index))
@@ -294,7 +295,7 @@ def descend(mask, images, labels, delta, weight, config):
     beta = 1 - alpha if config.beta is None else config.beta
     perturbed = images + delta
     if config.clamp != "none":
-        perturbed = perturbed.clamp(0, 1)
+        perturbed = clipped(perturbed)
     # one pass for both: in evaluation mode images do not influence each other
     on_clean, on_perturbed = mask.logits(torch.cat([images, perturbed])).chunk(2)
     clean_loss = F.cross_entropy(on_clean, labels)

@@ -47,7 +47,7 @@ import torch
 from scipy import stats
 
 from antidote_bench.utils import run, seeds
-from antidote_bench.utils.data.loader import Passes, batch_slices, gradient_batch
+from antidote_bench.utils.data.loader import Passes, batch_slices, clipped, gradient_batch
 from antidote_bench.utils.detection.inspector import Finding
 from antidote_bench.utils.detection.outliers import LEAST_CLASSES, outlyingness
 
@@ -121,7 +121,7 @@ def margins(model, images, labels, scale, size):
 
 def margin(model, images, labels, scale):
     """The logit of each image's label over its largest other logit, over `scale`; float n."""
-    logits = model(images.clamp(0, 1)) / scale
+    logits = model(clipped(images)) / scale
     own = logits.gather(1, labels[:, None]).squeeze(1)
     other = logits.scatter(1, labels[:, None], float("-inf")).max(1).values
     return own - other

@@ -59,6 +59,7 @@ from antidote_bench.utils.data.dataset import balanced_subset
 from antidote_bench.utils.data.loader import (
     Passes,
     batches,
+    clipped,
     evaluation_batch,
     gradient_batch,
     halving,
@@ -249,7 +250,7 @@ def success_rates(model, split, state, rows, config):
 
 def outputs(model, images, trigger):
     """Logits n,k,classes of images n,3,S,S with each of k triggers added, cut to [0, 1]."""
-    return triggers.logits_of_each(model, (images[:, None] + trigger).clamp(0, 1))
+    return triggers.logits_of_each(model, clipped(images[:, None] + trigger))
 
 
 def chart(trigger, pixels, per_class, names):

@@ -368,7 +368,7 @@ def test_the_features_of_a_victim_lead_to_its_target(victim, places, tmp_path):
     split = featurere.some_images(record.reference, config)
     known = featurere.parts_of(model, split, record, config)
     found = featurere.invert(known, model, split, 0, record, config)
-    assert found.value < -0.3 and found.success > 0.9
+    assert found.value < -0.3 and found.success > 0.8
     assert found.share < 0.04 and found.change < 0.2
 
 

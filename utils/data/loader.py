@@ -245,6 +245,16 @@ def to_unit(images):
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
+def clipped(pixels):
+    """`pixels` clipped to [0, 1], with the derivative 1 at 0 and at 1 too.
+
+    That of torch.clamp is 0 there since torch 2.15: a change that begins at zero could not begin
+    where an image is black or white.
+    """
+    inside = (pixels >= 0) & (pixels <= 1)
+    return torch.where(inside, pixels, pixels.detach().clamp(0, 1))
+
+
 def augmentation(
     spec, pad=4, padding="zeros", first_mirrored=None, *, crop="shift", crop_area=0.08
 ):

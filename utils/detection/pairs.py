@@ -16,6 +16,7 @@ from antidote_bench.utils.checkpoint import load, save
 from antidote_bench.utils.data.loader import (
     Passes,
     batches,
+    clipped,
     evaluation_batch,
     forward_all,
     gradient_batch,
@@ -195,7 +196,7 @@ def outputs(model, images, trigger):
         mask, pattern = triggers.unit(trigger)
         changed = triggers.add_trigger(images, mask[:, None], pattern[:, None])
     else:
-        changed = (images + trigger[:, None]).clamp(0, 1)
+        changed = clipped(images + trigger[:, None])
     return model(changed.flatten(0, 1)).unflatten(0, changed.shape[:2])
 
 

@@ -5,7 +5,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from antidote_bench.utils import seeds
-from antidote_bench.utils.data.loader import Passes, gradient_batch, mixed_precision, to_unit
+from antidote_bench.utils.data.loader import (
+    Passes,
+    clipped,
+    gradient_batch,
+    mixed_precision,
+    to_unit,
+)
 from antidote_bench.utils.features import features_of, last_features, last_linear
 from antidote_bench.utils.poisoning import patterns
 
@@ -79,7 +85,7 @@ def low_frequency(model, train, target, *, steps, seed, peak=0.2, precision="fp3
 
     def objective(field, images):
         targets = torch.full((len(images),), target, device=images.device)
-        return F.cross_entropy(model((images + smooth(field)).clamp(0, 1)), targets)
+        return F.cross_entropy(model(clipped(images + smooth(field))), targets)
 
     noise = torch.randn(3, size, size, generator=seeds.generator("low frequency", seed))
     field = minimise(model, objective, noise, train, steps=steps, seed=seed, precision=precision)
