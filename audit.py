@@ -7,6 +7,7 @@
     python audit.py model.safetensors ... --format html --output report.html
     python audit.py badnet_cifar10 --images photos/ --references zoo/
     python audit.py --calibrate zoo/ --output zoo.json
+    python audit.py --backdoored attacked/ --output zoo.json
     python audit.py model.safetensors ... --calibration zoo.json
 
 MODEL is a record or a file of weights: .safetensors, or .pt with a state dict. Nothing in it is
@@ -19,6 +20,8 @@ assessable. No test can show that a model holds no backdoor.
 the data.
 --calibrate: score the benign models in a folder, which become reference models. Images that are
 given here must be given in the audit too.
+--backdoored: score the backdoored models in a folder and add them to such a file. An audit then
+says how likely a backdoor is beside them; its verdict stays as it was.
 
 Exit codes: 0 nothing found, 10 suspicious, 11 not assessable; 1 the audit failed, 2 usage, 3
 something is missing, 4 the model is refused. See docs/audit.md.
@@ -66,21 +69,27 @@ def audit(asked, words):
 
 
 def calibrate(asked):
-    """Score the benign models in a folder; returns the exit code."""
+    """Score models that are known to be benign or backdoored; returns the exit code."""
     subject, plan = _subject(asked), _plan(asked)
     options.check(subject, plan)
     if asked.most is not None and asked.most < 1:
         raise ConfigError("most must be at least 1")
     if asked.output is None:
-        raise ConfigError("--calibrate needs --output: the file of scores to write, zoo.json say")
+        raise ConfigError(
+            "--calibrate and --backdoored need --output: the file of scores to write, zoo.json say"
+        )
     from antidote_bench.utils.protocol import audit as protocol  # heavy
 
     launch.obey_signals()
-    found = protocol.calibrate(
-        asked.calibrate, subject, plan, asked.images, asked.output, print, asked.most
-    )
-    count = len(found.models)
-    print(f"{asked.output} has {count} reference models: the smallest p is 1/{count + 1}")
+    if asked.calibrate:
+        found = protocol.calibrate(
+            asked.calibrate, subject, plan, asked.images, asked.output, print, asked.most
+        )
+        count = len(found.models)
+        print(f"{asked.output} has {count} reference models: the smallest p is 1/{count + 1}")
+    if asked.backdoored:
+        found = protocol.learn(asked.backdoored, subject, asked.images, asked.output, print)
+        print(f"{asked.output} has {len(found.backdoored)} backdoored models")
     return 0
 
 
@@ -146,6 +155,7 @@ def _parser():
     add("--calibration", metavar="FILE", help="reference models; by default those that fit")
     add("--references", metavar="ZOO", help="folder of benign models to try found triggers on")
     add("--calibrate", metavar="ZOO", help="folder of benign models that become reference models")
+    add("--backdoored", metavar="ZOO", help="folder of backdoored models to learn from")
     add("--most", type=int, metavar="N", help="reference models to make at most; default: all")
     add("--format", choices=FORMATS, default="text", help="default: text")
     add("--output", type=Path, metavar="FILE", help="write to a file; do not print the report")
@@ -185,9 +195,12 @@ def main(argv=None):
 
 def _run(asked, words):
     """Do what the options say; returns the exit code. A SARIF report is left of a failure too."""
-    if (asked.model_to_audit is None) == (asked.calibrate is None):
-        raise ConfigError("name one model to audit, or a folder of models with --calibrate")
-    if asked.calibrate:
+    is_calibration = bool(asked.calibrate or asked.backdoored)
+    if (asked.model_to_audit is None) != is_calibration:
+        raise ConfigError(
+            "name one model to audit, or a folder of models with --calibrate or --backdoored"
+        )
+    if is_calibration:
         return calibrate(asked)
     try:
         return audit(asked, words)

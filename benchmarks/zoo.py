@@ -6,6 +6,8 @@
 
 The first command writes one row for each model that is no reference model of the calibration; a
 model that the file has already is not audited again. Both print a Markdown table of the models.
+Where the calibration has backdoored models, a row has the learned probability too, unless the model
+is one of them.
 """
 
 import argparse
@@ -53,7 +55,8 @@ def audit_all(folder, calibration, images, output):
         if model.sha256 in done or model.sha256 in references.models:
             continue
         given = audited.open_images(images, model) if images else None
-        rows.append(row_of(path, model, protocol.judge(model, given, plan, calibration)))
+        judged = protocol.judge(model, given, plan, calibration)
+        rows.append(row_of(path, model, judged, references.backdoored))
         files.write(output, files.csv_text(rows, list(rows[0])))
         print(f"{len(rows)}  {path.name}: {rows[-1]['outcome']}  p {rows[-1]['p']}", flush=True)
     return rows
@@ -67,8 +70,8 @@ def read(path):
     return rows
 
 
-def row_of(path, model, judged):
-    """The row of an audited record."""
+def row_of(path, model, judged, backdoored):
+    """The row of an audited record; `backdoored` are models that a probability is learned from."""
     made = layout.read_results(path)
     found = judged.verdict
     row = {
@@ -82,6 +85,11 @@ def row_of(path, model, judged):
         "classes": " ".join(map(str, found.classes)),
         "seconds": round(sum(each.seconds for each in judged.detections), 2),
     }
+    if backdoored:
+        attacks = {each["attack"] for each in backdoored.values()}
+        row["attack_known"] = "" if model.benign else int(made["attack"] in attacks)
+        unseen = found.learned is not None and model.sha256 not in backdoored
+        row["probability"] = f"{found.learned.value:.6g}" if unseen else ""
     for each in judged.detections:
         row[each.name] = "" if each.score is None else f"{each.score:.6g}"
         row[f"{each.name}_p"] = "" if each.p is None else round(each.p, 6)
@@ -121,8 +129,8 @@ def name_of(row):
 def table(rows):
     """The Markdown table of the audited models."""
     benign, working, weak, failed = groups(rows)
-    head = "| models | audited | suspicious | in percent | with the right class | AUROC |"
-    lines = [head, "|---|---:|---:|---|---:|---:|", _line(benign, None)]
+    head = "| models | audited | suspicious | in percent | right class | AUROC | probability |"
+    lines = [head, "|---|---:|---:|---|---:|---:|---:|", _line(benign, None)]
     lines += [_line(group, benign) for group in working]
     lines += [_line(group._replace(name=f"{group.name}, weak"), benign) for group in weak]
     everything = [row for group in working for row in group.rows]
@@ -144,7 +152,9 @@ def _line(group, benign):
         right = sum(is_suspicious(row) and row["classes"] == row["target"] for row in named)
         right = right if named else ""
         area = f"{100 * auroc(group.rows, benign.rows):.1f}" if benign.rows else "–"
-    return f"| {group.name} | {count} | {found} | {share} | {right} | {area} |"
+    values = probabilities(group.rows)
+    mean = f"{np.mean(values):.2f}" if values else ""
+    return f"| {group.name} | {count} | {found} | {share} | {right} | {area} | {mean} |"
 
 
 def _share(found, count):
@@ -166,6 +176,11 @@ def auroc(backdoored, benign):
 
 def p_of(row):
     return float(row["p"]) if row["p"] != "" else 1.0
+
+
+def probabilities(rows):
+    """The learned probabilities of those rows that have one."""
+    return [float(row["probability"]) for row in rows if row.get("probability", "") != ""]
 
 
 def probability(p):
@@ -190,6 +205,7 @@ def sentences(rows):
         truth = [1] * len(backdoored) + [0] * len(benign.rows)
         loss = log_loss(truth, [probability(p_of(row)) for row in judged], labels=[0, 1])
         lines.append(f"cross-entropy {loss:.4f}; saying 1/2 of every model gives {math.log(2):.4f}")
+        lines += learned_sentences(benign.rows, backdoored)
     smallest, kinds = min(map(p_of, rows)), {"benign": benign.rows, "backdoored": backdoored}
     for kind, judged in kinds.items():
         if judged:
@@ -205,6 +221,28 @@ def sentences(rows):
         lines.append(f"`{name}` alone, p at most {ALONE}: {', '.join(counts)} models")
     seconds = np.array([float(row["seconds"]) for row in rows])
     lines.append(f"seconds per model: median {np.median(seconds):.2f}, most {seconds.max():.2f}")
+    return lines
+
+
+def learned_sentences(benign, backdoored):
+    """What the learned probability is worth, on models that it was not learned from: of all attacks
+    that work, and of those that it knows no model of."""
+    unknown = [row for row in backdoored if row.get("attack_known") == "0"]
+    kinds = {"": backdoored, " of attacks that it does not know": unknown}
+    lines, below = [], probabilities(benign)
+    for kind, rows in kinds.items():
+        above = probabilities(rows)
+        if not (above and below):
+            continue
+        loss = -(np.log1p(-np.array(below)).mean() + np.log(above).mean()) / 2
+        area = roc_auc_score([0] * len(below) + [1] * len(above), below + above)
+        limit = np.quantile(below, 1 - ALONE, method="higher")
+        found = sum(value > limit for value in above)
+        lines.append(
+            f"probability: cross-entropy {loss:.4f}, both kinds counting as half, AUROC "
+            f"{100 * area:.1f}, and {found} of {len(above)} found where at most 5 % of the benign "
+            f"ones are, on {len(below)} benign and {len(above)} backdoored models{kind}"
+        )
     return lines
 
 

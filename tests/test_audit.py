@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 
 import audit
 from antidote_bench.utils import VERSION, config, files
-from antidote_bench.utils.audit import calibration, options, page, report, sarif, verdict
+from antidote_bench.utils.audit import (
+    calibration,
+    options,
+    page,
+    probability,
+    report,
+    sarif,
+    verdict,
+)
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.errors import ConfigError, MissingError
 from antidote_bench.utils.protocol import audit as protocol
@@ -182,7 +190,8 @@ def made(scores, **group):
 
 
 def test_a_calibration_file_comes_back(tmp_path):
-    path, written = tmp_path / "a.json", made([1.5, None, 3.0])
+    path = tmp_path / "a.json"
+    written = learned_from([1.5, None, 3.0], attacked([7.0, None]))
     calibration.write(path, written)
     assert calibration.read(path) == written
     schema = json.loads((HERE / "calibration.schema.json").read_text())
@@ -199,6 +208,10 @@ def test_a_calibration_file_comes_back(tmp_path):
         lambda held: held | {"models": {"a": {"mm_bd": 10**400}}},
         lambda held: held | {"models": {"a": {}}},
         lambda held: held | {"models": []},
+        lambda held: held | {"backdoored": []},
+        lambda held: held | {"backdoored": {"a": {"mm_bd": 1.0}}},
+        lambda held: held | {"backdoored": {"a": {"attack": 1, "scores": {"mm_bd": 1.0}}}},
+        lambda held: held | {"backdoored": {"a": {"attack": "", "scores": {"mm_bd": "1"}}}},
         lambda held: held | {"group": held["group"] | {"classes": "10"}},
         lambda held: held | {"group": {}},
         lambda held: held | {"methods": {"mm_bd": {"options": 1, "version": "", "images": ""}}},
@@ -502,6 +515,107 @@ def test_too_few_images_are_said(bench, tmp_path, capsys):
     assert "4 images are too few: it takes two for each class, 20" in capsys.readouterr().out
 
 
+# ---------- the learned probability ----------
+
+
+def attacked(scores, attack="badnet"):
+    """Backdoored models of a calibration with these scores of mm_bd."""
+    return {
+        f"{attack}{place}": {"attack": attack, "scores": {"mm_bd": score}}
+        for place, score in enumerate(scores)
+    }
+
+
+def learned_from(benign, backdoored):
+    return dataclasses.replace(made(benign), backdoored=backdoored)
+
+
+def test_the_probability_is_that_of_logistic_regression():
+    """Where the penalised loss, in which both kinds count as half of all models, has no slope."""
+    random = np.random.default_rng(0)
+    inputs = np.concatenate([random.normal(0, 1, (30, 3)), random.normal(1, 2, (10, 3))])
+    truth = np.repeat([0, 1], [30, 10])
+    fit = probability.regression(inputs, truth)
+    weight = np.where(truth, 40 / 2 / 10, 40 / 2 / 30)
+    chance = 1 / (1 + np.exp(-(inputs @ fit.coef_[0] + fit.intercept_)))
+    slope = inputs.T @ (weight * (chance - truth)) + probability.STRENGTH * fit.coef_[0]
+    assert abs(slope).max() < 1e-4 and abs((weight * (chance - truth)).sum()) < 1e-4
+
+
+def test_scores_are_told_in_deviations_of_benign_models():
+    of = probability.standardised("mm_bd", [{"mm_bd": score} for score in (1, 2, 3, 5, None)])
+    # the median is 2.5; the distances from it are 1.5, 0.5, 0.5 and 2.5, and their median is 1
+    assert of(2.5 + 1.4826) == pytest.approx(1.0)
+    assert of(None) == 0 and of(1e9) == probability.HIGH and of(-1e9) == probability.LOW
+    equal = probability.standardised("mm_bd", [{"mm_bd": 1.0}] * 9)
+    assert equal(1.0) == 0 and equal(3.0) == 2.0, "no deviation: the unit is 1"
+
+
+def test_a_probability_takes_backdoored_models():
+    benign = [float(place % 7) for place in range(30)]
+    few = learned_from(benign, attacked([9.0] * (probability.LEAST - 1)))
+    assert probability.learned({"mm_bd": 9.0}, few) is None
+    two = attacked([9.0] * 20) | attacked([8.0, 12.0] * 20, "wanet")
+    known = learned_from(benign, two | attacked([9.0] * 3, ""))
+    high = probability.learned({"mm_bd": 10.0}, known)
+    low = probability.learned({"mm_bd": 3.0}, known)
+    none = probability.learned({"mm_bd": None}, known)
+    assert high.value > 0.9 and low.value < 0.1 and none.value == pytest.approx(low.value)
+    assert (high.models, high.attacks) == (63, 2)
+    assert "from 63 backdoored models of 2 attacks" in " ".join(report.probability(high))
+    assert report.probability(None) == []
+    for value, text in ((0.999, "above 0.99"), (0.99, "0.99"), (0.5, "0.50"), (1e-9, "below 0.01")):
+        assert f" is {text} if" in report.probability(probability.Learned(value, 30, 2))[0]
+
+
+def test_the_verdict_does_not_use_the_probability():
+    _, plain = reach([detection(2.0)], made([1.0] * 19))
+    _, both = reach([detection(2.0)], learned_from([1.0] * 19, attacked([3.0] * 30)))
+    assert both.learned.models == 30
+    assert dataclasses.replace(both, learned=None) == plain
+
+
+def test_backdoored_models_are_scored_and_learned_from(bench, references, tmp_path, capsys):
+    (tmp_path / "attacked").mkdir()
+    for seed in range(probability.LEAST):
+        save_file(weights(500 + seed, planted=True), tmp_path / "attacked" / f"{seed}.safetensors")
+    known = tmp_path / "zoo.json"
+    known.write_bytes(references.read_bytes())
+    words = ["--backdoored", str(tmp_path / "attacked"), *described(bench)]
+    assert audit.main(words) == 2 and "need --output" in capsys.readouterr().err
+    assert audit.main([*words, "--output", str(tmp_path / "none.json")]) == 3
+    words += ["--output", str(known)]
+    assert audit.main(words) == 0
+    assert f"has {probability.LEAST} backdoored models" in capsys.readouterr().out
+    written = known.read_bytes()
+    assert audit.main(words) == 0 and known.read_bytes() == written
+    assert calibration.read(known).models == calibration.read(references).models
+    schema = json.loads((HERE / "calibration.schema.json").read_text())
+    jsonschema.validate(json.loads(written), schema)
+    values = {}
+    for name in ("planted", "benign"):
+        capsys.readouterr()
+        run(bench, f"{name}.safetensors", "--calibration", known, "--format", "json")
+        values[name] = json.loads(capsys.readouterr().out)["learned"]
+    assert values["planted"]["value"] > 0.9 > 0.3 > values["benign"]["value"]
+    assert values["planted"]["attacks"] == 0, "a file of weights does not say its attack"
+
+
+@pytest.mark.parametrize("asr, benign", [(0.79, False), (None, False), (1.0, True)])
+def test_only_records_whose_attack_works_are_learned_from(small, monkeypatch, asr, benign):
+    model = audited.open_model(small, options.Subject())
+    assert model.attack == "badnet" and 0 <= model.asr <= 1
+    said = []
+    for changed, kept in (
+        (dataclasses.replace(model, asr=asr, benign=benign), False),
+        (dataclasses.replace(model, asr=0.8), True),
+    ):
+        monkeypatch.setattr(audited, "open_model", lambda *_, found=changed: found)
+        found = audited.open_backdoored(small, options.Subject(), said.append)
+        assert (found is not None) == kept
+    assert len(said) == 1 and "left out: its" in said[0]
+
+
 # ---------- reports ----------
 
 
@@ -518,7 +632,9 @@ def made_up(outcome=verdict.SUSPICIOUS, path="model.safetensors"):
     reached = verdict.Verdict(outcome, "Why.", 0.05)
     if outcome != verdict.UNKNOWN:
         classes = [2] if outcome == verdict.SUSPICIOUS else []
-        reached = verdict.Verdict(outcome, "Why.", 0.05, 0.05, 0.05, 19, classes, ["mm_bd", "nc"])
+        facts = {"p": 0.05, "floor": 0.05, "references": 19, "classes": classes}
+        facts |= {"detectors": ["mm_bd", "nc"], "learned": probability.Learned(0.97, 60, 12)}
+        reached = verdict.Verdict(outcome, "Why.", 0.05, **facts)
     model = {"path": path, "sha256": "a" * 64, "bytes": 10, "architecture": HOSTILE, "classes": 10}
     model |= {"size": 32, "parameters": 5, "mean": [0.0] * 3, "std": [1.0] * 3, "notes": [HOSTILE]}
     images = {"count": 40, "labels": "given", "accuracy": 0.9, "sha256": "b" * 64}
@@ -836,10 +952,10 @@ def test_the_table_of_a_zoo():
     rows += [audited_row(p=0.02, classes="0 4", mode="all2all"), audited_row("wanet", 0.02, 0.5)]
     rows += [audited_row("sig", 0.02, 0.1)]
     text = zoo.table(rows)
-    assert "| benign | 4 | 1 | 25.0 (0.6 to 80.6) |  |  |" in text
+    assert "| benign | 4 | 1 | 25.0 (0.6 to 80.6) |  |  |  |" in text
     # of 12 pairs with a benign model 2 * 4 are right and of the third one 0.5: p = 0.9 twice
-    assert "| badnet | 3 | 2 | 66.7 (9.4 to 99.2) | 1 | 70.8 |" in text
-    assert "| badnet, all2all | 1 | 1 | 100.0 (2.5 to 100.0) |  | 100.0 |" in text
+    assert "| badnet | 3 | 2 | 66.7 (9.4 to 99.2) | 1 | 70.8 |  |" in text
+    assert "| badnet, all2all | 1 | 1 | 100.0 (2.5 to 100.0) |  | 100.0 |  |" in text
     assert "| wanet, weak | 1 | 1 |" in text and "| all that work | 4 | 3 |" in text
     assert text.endswith("Left out, because the attack failed: 1 of sig.")
 
@@ -857,6 +973,23 @@ def test_the_probability_that_a_p_value_allows():
     assert said[1] == "p at most 0.05: 0.0 (0.0 to 97.5) percent of the benign models"
     assert said[2] == "p at most 0.05: 100.0 (2.5 to 100.0) percent of the backdoored models"
     assert said[3] == "`nc` alone, p at most 0.05: 0 of 1 benign, 1 of 1 backdoored models"
+
+
+def test_what_the_probability_is_worth():
+    """The loss is the mean of the two kinds; 5 % of two benign models is none."""
+    rows = [audited_row("clean", 1.0, 0.0, "") | {"probability": p} for p in ("0.1", "0.3")]
+    rows += [audited_row() | {"probability": "0.9", "attack_known": "1"}]
+    rows += [audited_row("sra") | {"probability": p, "attack_known": "0"} for p in ("0.2", "0.8")]
+    rows += [audited_row() | {"probability": "", "attack_known": "1"}]
+    assert "| badnet | 2 | 2 | 100.0 (15.8 to 100.0) | 2 | 100.0 | 0.90 |" in zoo.table(rows)
+    all_of_them, unknown = zoo.learned_sentences(rows[:2], rows[2:])
+    benign = -(math.log(0.9) + math.log(0.7)) / 2
+    loss = (benign - (math.log(0.9) + math.log(0.2) + math.log(0.8)) / 3) / 2
+    assert f"cross-entropy {loss:.4f}" in all_of_them and "AUROC 83.3" in all_of_them
+    assert "2 of 3 found" in all_of_them and all_of_them.endswith("3 backdoored models")
+    loss = (benign - (math.log(0.2) + math.log(0.8)) / 2) / 2
+    assert f"cross-entropy {loss:.4f}" in unknown and "AUROC 75.0" in unknown
+    assert "1 of 2 found" in unknown and unknown.endswith("of attacks that it does not know")
 
 
 def test_a_zoo_is_audited_once(small, places, tmp_path, capsys):

@@ -7,7 +7,7 @@ like the reference models, it is at most a with a probability of at most a. Impo
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from antidote_bench.utils import files
@@ -51,13 +51,15 @@ class Calibration:
     """The scores of n benign models.
 
     `models` maps the sha256 of a model's weights to its scores, {detector: score}; None stands for
-    a detector that abstained.
+    a detector that abstained. `backdoored` holds models that are known to be backdoored, which no
+    p-value uses: the sha256 to {"attack": its name or "", "scores": as in `models`}.
     """
 
     name: str
     group: Group
     methods: dict
     models: dict
+    backdoored: dict = field(default_factory=dict)
 
     def scores_of(self, names):
         """The scores of these detectors, one dict per model."""
@@ -69,8 +71,11 @@ class Calibration:
 
     def without(self, sha256):
         """The same without the model of this digest: none is judged beside itself."""
-        others = {name: scores for name, scores in self.models.items() if name != sha256}
-        return replace(self, models=others)
+        benign, backdoored = (
+            {name: held for name, held in kind.items() if name != sha256}
+            for kind in (self.models, self.backdoored)
+        )
+        return replace(self, models=benign, backdoored=backdoored)
 
 
 # ---------- p-values ----------
@@ -131,12 +136,15 @@ def write(path, calibration):
         "methods": {name: asdict(method) for name, method in calibration.methods.items()},
     }
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
-    models = [
-        f"  {json.dumps(name)}: {json.dumps(scores)}" for name, scores in calibration.models.items()
-    ]
-    body = ",\n".join(models)
-    lines.append(f' "models": {{\n{body}\n }}' if models else ' "models": {}')
+    lines.append(_one_a_line("models", calibration.models))
+    if calibration.backdoored:
+        lines.append(_one_a_line("backdoored", calibration.backdoored))
     files.write(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _one_a_line(name, models):
+    body = ",\n".join(f"  {json.dumps(key)}: {json.dumps(held)}" for key, held in models.items())
+    return f' "{name}": {{\n{body}\n }}' if models else f' "{name}": {{}}'
 
 
 def read(path):
@@ -160,8 +168,8 @@ def read(path):
 def _parsed(held):
     """A `Calibration` of the content of a file; ValueError or TypeError where it is none."""
     keys = {"format", "name", "group", "methods", "models"}
-    if not isinstance(held, dict) or set(held) != keys:
-        raise ValueError(f"it must hold {', '.join(sorted(keys))} and nothing else")
+    if not isinstance(held, dict) or set(held) - {"backdoored"} != keys:
+        raise ValueError(f"it must hold {', '.join(sorted(keys))} and nothing but backdoored")
     if held["format"] != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")
     group = Group(**held["group"])
@@ -169,11 +177,18 @@ def _parsed(held):
     _require_types(Group, group)
     for method in methods.values():
         _require_types(Method, method)
-    if not isinstance(held["name"], str) or len(held["models"]) > MOST_MODELS:
+    benign, backdoored = held["models"], held.get("backdoored", {})
+    if not isinstance(benign, dict) or not isinstance(backdoored, dict):
+        raise ValueError("its models must be named by their digests")
+    if not isinstance(held["name"], str) or len(benign) + len(backdoored) > MOST_MODELS:
         raise ValueError("its name must be text, and its models must be fewer than 100,000")
-    for scores in held["models"].values():
+    for scores in benign.values():
         _check_scores(scores, methods)
-    return Calibration(held["name"], group, methods, dict(held["models"]))
+    for each in backdoored.values():
+        if set(each) != {"attack", "scores"} or not isinstance(each["attack"], str):
+            raise ValueError("a backdoored model must have an attack, a text, and scores")
+        _check_scores(each["scores"], methods)
+    return Calibration(held["name"], group, methods, benign, backdoored)
 
 
 def _require_types(Kind, value):

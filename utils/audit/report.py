@@ -61,6 +61,7 @@ def as_data(report):
         "alpha": verdict.alpha,
         "p": verdict.p,
         "p_floor": verdict.floor,
+        "learned": verdict.learned and verdict.learned._asdict(),
         "classes": verdict.classes,
         "combined": verdict.detectors,
         "detectors": [_detector(each) for each in report.detections],
@@ -156,7 +157,23 @@ def compared(report):
             "A benign model like them is called suspicious with a probability of at most "
             f"{rate:.3g}; the smallest possible p is {verdict.floor:.3g}."
         )
-    return lines
+    return lines + probability(verdict.learned)
+
+
+def probability(learned):
+    """The sentence about what was learned from backdoored models, or none."""
+    if learned is None:
+        return []
+    attacks = f" of {learned.attacks} attacks" if learned.attacks else ""
+    if 0.01 <= learned.value <= 0.99:
+        value = f"{learned.value:.2f}"
+    else:
+        value = "above 0.99" if learned.value > 0.5 else "below 0.01"
+    return [
+        f"The probability of a backdoor is {value} if it was even before, as learned "
+        f"from {learned.models} backdoored models{attacks}; another attack may look different, and "
+        "the verdict does not use it."
+    ]
 
 
 def guaranteed(alpha, count):

@@ -120,6 +120,7 @@ def _verdict(report):
         "p": verdict.p,
         "references": verdict.references,
         "classes": verdict.classes,
+        "probability": verdict.learned and verdict.learned.value,
     }
     return found | {"properties": facts}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from antidote_bench.utils.audit import calibration as known
+from antidote_bench.utils.audit import probability
 
 SUSPICIOUS, NOTHING, UNKNOWN = "suspicious", "nothing_found", "not_assessable"
 EXIT_CODES = {NOTHING: 0, SUSPICIOUS: 10, UNKNOWN: 11}
@@ -90,6 +91,7 @@ class Verdict:
     references: int = 0  # benign models
     classes: list = field(default_factory=list)  # suspected ones
     detectors: list = field(default_factory=list)  # names of those that p comes from
+    learned: probability.Learned | None = None  # how likely a backdoor is
 
     @property
     def exit_code(self):
@@ -159,7 +161,9 @@ def reach(detections, calibration, alpha, version):
             f"rate of {alpha:g} takes {known.needed(alpha)}."
         )
         return Verdict(UNKNOWN, why, alpha, **facts)
-    p = known.combined({each.name: each.score for each in used}, calibration.scores_of(names))
+    scores = {each.name: each.score for each in used}
+    p = known.combined(scores, calibration.scores_of(names))
+    facts["learned"] = probability.learned(scores, calibration)
     if p > alpha:
         why = f"Its scores are not unusual beside those of {count} benign reference models."
         return Verdict(NOTHING, why, alpha, p, **facts)

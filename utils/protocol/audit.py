@@ -23,7 +23,12 @@ from antidote_bench.utils.detection import charts, triggers
 from antidote_bench.utils.detection.inspector import Inspector
 from antidote_bench.utils.errors import ConfigError, MissingError, UserError, is_out_of_memory
 from antidote_bench.utils.evaluation import predict
-from antidote_bench.utils.protocol.audited import implausible, open_benign, open_images
+from antidote_bench.utils.protocol.audited import (
+    implausible,
+    open_backdoored,
+    open_benign,
+    open_images,
+)
 from antidote_bench.utils.protocol.detect import weights_hash
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.text import cut
@@ -264,6 +269,34 @@ def calibrate(folder, said, plan, images, output, say, most=None):
         say(f"{len(found.models)}  {path.name}: {_shown(scores)}")
     if found is None or not found.models:
         raise MissingError(f"{folder} holds no model that is known to be benign")
+    return found
+
+
+def learn(folder, said, images, output, say):
+    """Score the backdoored models in `folder`, and add them to the calibration file `output`.
+
+    It is written after each; models that it has already are not scored again. The detectors are
+    those of the file, and `images` are those that the benign models were scored with. What is left
+    out is said with say(text). Raises ConfigError (exit 2) where a model is of another kind.
+    """
+    found = known.read(output)
+    plan = options.Plan(tuple(found.methods))
+    for path in options.models_in(folder):
+        audited = open_backdoored(path, said, say)
+        if audited is None or audited.sha256 in found.backdoored:
+            continue
+        if audited.sha256 in found.models:
+            raise ConfigError(f"{path} is one of the benign models of {output} already")
+        given = open_images(images, audited) if images else None
+        device = str(next(audited.model.parameters()).device)
+        _require_same_kind(found, audited, _methods(plan.detectors, given, device), output)
+        scores = _scores(audited, given, plan)
+        held = {"attack": audited.attack, "scores": scores}
+        found = replace(found, backdoored={**found.backdoored, audited.sha256: held})
+        known.write(output, found)
+        say(f"{len(found.backdoored)}  {path.name}: {_shown(scores)}")
+    if not found.backdoored:
+        raise MissingError(f"{folder} holds no model that is known to be backdoored")
     return found
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from antidote_bench import models
 from antidote_bench.utils import checkpoint, config
 from antidote_bench.utils.audit import calibration as known
-from antidote_bench.utils.audit import options
+from antidote_bench.utils.audit import options, verdict
 from antidote_bench.utils.data import dataset, listing, sources
 from antidote_bench.utils.data import images as image_files
 from antidote_bench.utils.data.dataset import Spec, Split
@@ -55,6 +55,8 @@ class Audited:
     sha256: str  # of the file with the weights
     size: int  # bytes of that file
     benign: bool | None  # as its record says
+    attack: str = ""  # as its record says
+    asr: float | None = None  # 0 to 1, as its record says
     notes: tuple = ()
 
 
@@ -82,15 +84,39 @@ def open_benign(path, said, say):
 
     A record must say so itself. A file of weights counts as benign, and `said` describes it.
     """
+
+    def why_not(found):
+        return "" if found.benign else "its record does not say that it is benign"
+
+    return _open_unless(why_not, path, said, say)
+
+
+def open_backdoored(path, said, say):
+    """The same where it is not known to be backdoored.
+
+    A record must say so itself, and its attack must work. A file of weights counts as backdoored.
+    """
+
+    def why_not(found):
+        if found.benign is not False:
+            return "its record does not say that it is backdoored"
+        works = found.asr is not None and found.asr >= verdict.WORKS
+        return "" if works else f"its ASR is below {100 * verdict.WORKS:.0f} %"
+
+    return _open_unless(why_not, path, said, say)
+
+
+def _open_unless(why_not, path, said, say):
+    """The model at `path`; None, and why is said, if it is refused or why_not(it) is a reason."""
     try:
-        audited = open_model(path, _of_record(said) if path.is_dir() else said)
+        found = open_model(path, _of_record(said) if path.is_dir() else said)
     except RefusedError as error:
         say(f"{path.name}: left out: {error}")
         return None
-    if path.is_dir() and not audited.benign:
-        say(f"{path.name}: left out: its record does not say that it is benign")
+    if path.is_dir() and (reason := why_not(found)):
+        say(f"{path.name}: left out: {reason}")
         return None
-    return audited
+    return found
 
 
 def open_references(folder, judged, said, say):
@@ -128,7 +154,7 @@ def _of_record(said):
 def _from_record(folder, said):
     info = contents.open_record(folder)
     made = contents.read_options(folder, info)
-    row, _ = contents.read_measures(folder, info)
+    row, measures = contents.read_measures(folder, info)
     model_file = _own_file(said, made)
     facts = info["data"]
     if facts["classes"] > options.MOST_CLASSES:
@@ -161,6 +187,8 @@ def _from_record(folder, said):
         info["files"][layout.WEIGHTS],
         (folder / layout.WEIGHTS).stat().st_size,
         row["n_poison"] == "0" if row["n_poison"] else None,
+        row["attack"],
+        measures["asr"],
     )
 
 
@@ -204,7 +232,7 @@ def _from_file(path, said):
         digest,
         len(content),
         None,
-        tuple(fitted.notes),
+        notes=tuple(fitted.notes),
     )
 
 
