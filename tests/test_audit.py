@@ -1032,12 +1032,18 @@ def test_task_images_are_the_first_of_every_class(tmp_path, capsys):
     assert "from 1 to 48" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ("digits", "digits_images"))
-def test_the_page_says_what_was_measured(name):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("digits", "resnet9_w8_fast"),
+        ("digits_images", "resnet9_w8_fast_images"),
+        ("network_digits", "preactresnet18_w8_fast_images"),
+    ],
+)
+def test_the_page_says_what_was_measured(name, kind):
     text = (ROOT / "docs" / "audit.md").read_text()
     rows = zoo.read(ROOT / "benchmarks" / "results" / f"audit_{name}.csv")
     assert zoo.table(rows) in text
     assert all(f"* {line}\n" in text for line in zoo.sentences(rows))
-    kind = "digits_resnet9_w8_fast" + name.removeprefix("digits")
-    shipped = calibration.read(ROOT / "config" / "audit" / f"{kind}.json")
+    shipped = calibration.read(ROOT / "config" / "audit" / f"digits_{kind}.json")
     assert not shipped.models.keys() & {row["sha256"] for row in rows}
