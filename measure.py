@@ -2,6 +2,7 @@
 
     python measure.py relearn record/
     python measure.py relearn badnet_cifar10 clean_cifar10
+    python measure.py relearn badnet_cifar10 --retrained
     python measure.py relearn record/badnet_cifar10/defense/ft --poisons 0
     python measure.py cut record/
 
@@ -12,7 +13,8 @@ a folder measure/ in that of the run, in which nothing else changes. compare.py 
 
 relearn: fine-tune a copy of the model for 5 epochs on 2 % of the training set, 5 poisoned images
 among them, and measure its ASR again (Min et al., NeurIPS 2024, arXiv 2410.09838). A backdoor that
-was only silenced comes back. A benign model of the same recipe, named too, is the control.
+was only silenced comes back. A benign model of the same recipe, named too, is the control. Another
+one is the victim, retrained without what the attack has changed: --retrained makes it.
 
 cut: of the channels that a defense has pruned, how many carry the backdoor, and how many of those
 that carry it were pruned. The evaluator ranks the channels by their trigger activation change

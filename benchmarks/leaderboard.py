@@ -1,12 +1,13 @@
-"""The entries of the leaderboard: JSON files, one for each defense on a victim.
+"""The entries of the leaderboard: JSON files, one for each defense on a victim. And its page.
 
-    python -m benchmarks.leaderboard                          # entries from the tables here
+    python -m benchmarks.leaderboard                          # from the tables here
     python -m benchmarks.leaderboard --table --attack badnet  # all entries as a table
 
 leaderboard/ours is made from the results on CIFAR-10 in benchmarks/results, leaderboard/reported
 and leaderboard/unreliable from benchmarks/published.csv, as far as it is about the attacks that
 ours has. Entries of others, which name no table, stay as they are; leaderboard/README.md says how
-to add one.
+to add one. docs/leaderboard.html is the page that compare.py --html makes of our results, and of
+the detectors on CIFAR-10.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import statistics
 from pathlib import Path
 
 from antidote_bench.utils import files
+from antidote_bench.utils.report import detections, runs, tables
+from antidote_bench.utils.report import page as report
 from antidote_bench.utils.report.formats import as_markdown
 from antidote_bench.utils.report.runs import METRICS
 
@@ -24,6 +27,12 @@ FOLDER = ROOT / "leaderboard"
 KINDS = ("ours", "external", "reported", "unreliable")
 DATASET, NETWORK, PRATIO = "cifar10", "preactresnet18", 0.1  # of the published figures
 TABLES = ("cpu", "widths", "defenses")
+PAGE = ROOT / "docs" / "leaderboard.html"
+ON_PAGE = (*TABLES, "detection_cifar10")
+NOTE = (
+    "The results of this repository on CIFAR-10: its tables of defenses and of detectors. n is the "
+    "number of runs, which differ in their seeds. Open a row for the command that makes it."
+)
 PUBLISHED = "benchmarks/published.csv"
 # what makes a cell of a table of results; its runs differ in their seeds
 CELL = ("dataset", "model", "recipe", "attack", "label_mode", "pratio", "defense", "variant")
@@ -43,6 +52,8 @@ def main(words=None):
         print(table([entry for _, entry in read() if asked.attack in (None, entry["attack"])]))
     else:
         print(f"{write()} entries written in {FOLDER}")
+        files.write(PAGE, page())
+        print(f"page written to {PAGE}")
     return 0
 
 
@@ -137,6 +148,25 @@ def reported():
             "source": {"text": row["source"], "table": PUBLISHED},
             "note": note,
         }
+
+
+def page():
+    """The page of our results as text; it depends on the tables and on utils/report alone."""
+    found, judged, left_out = {}, [], []
+    for name in ON_PAGE:
+        place = Path("benchmarks", "results", f"{name}.csv")  # as the page shows it
+        rows = [row for row in runs.read_table(ROOT / place) if row["dataset"] == DATASET]
+        there, refused = runs.in_table(place, rows)
+        detected, unusable = detections.in_table(place, rows, there)
+        found |= {run.path: run for run in there}
+        judged += detected
+        left_out += [*refused, *unusable]
+    # of a victim in two tables the first counts, which is the one that was repaired
+    kept, same = runs.distinct(
+        found, found.get, lambda run: (runs.keys(run), runs.seeds_of(run, run.attack))
+    )
+    shown, detectors = tables.group(kept), detections.group(judged)
+    return report.build(shown, left_out + same, {}, detectors, NOTE)
 
 
 def values(rows, name):

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "site"
 FUNCTIONS = "antidote_bench"  # the entry of the nav that is made from docstrings
 NAMES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "rules.md"}
-NAMES[FUNCTIONS] = "api.md"
+NAMES |= {FUNCTIONS: "api.md", "docs/leaderboard.html": "leaderboard.html"}
 HEAD = (
     "Everything here is a name of the package `antidote_bench`, and is loaded on first use. "
     "[Antidote in Python](python.md) has examples."

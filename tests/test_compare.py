@@ -952,7 +952,7 @@ def test_overview_in_other_formats(tmp_path, run):
     lines = run(tmp_path, "--table", "overview")[1].splitlines()
     words = ["ft", "72", "89.0", "85.0", "/", "10.0", "/", "69.0", "90.0", "/", "0.0", "/", "88.0"]
     assert [*words, "2", "of", "2", "3.5", "1", "to", "2"] in [line.split() for line in lines]
-    assert max(map(len, lines[3:-4])) <= formats.TEXT_WIDTH
+    assert max(map(len, lines[3:-5])) <= formats.TEXT_WIDTH
     latex = run(tmp_path, "--table", "overview", "--format", "latex")[1]
     assert r"\begin{tabular}{lrrrrrrr}" in latex and r"ft & 72 & 89.0 & 85.0 / 10.0 / 69.0" in latex
     table = pd.read_csv(io.StringIO(run(tmp_path, "--table", "overview", "--format", "csv")[1]))

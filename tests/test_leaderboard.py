@@ -129,3 +129,48 @@ def test_entries_of_others_stay(tmp_path, monkeypatch, capsys):
     assert leaderboard.main(["--table", "--attack", "badnet"]) == 0
     line = "| badnet | 10 % | ft | external | cifar10, preactresnet18 | 90.0 ± 1.0 | 20.0 ± 10.0 |"
     assert line in capsys.readouterr().out
+
+
+# ---------- the page ----------
+
+
+def shown(text):
+    """What the script of a page reads."""
+    return json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+
+
+def test_the_page_is_what_the_tables_say():
+    text = leaderboard.PAGE.read_text(encoding="utf-8")
+    assert text == leaderboard.page(), "python -m benchmarks.leaderboard writes it anew"
+    assert len(text) < 2**20 and str(ROOT) not in text
+
+
+def test_the_page_holds_every_run_on_cifar10():
+    found = shown(leaderboard.page())
+    cells = [run for cell in found["cells"] for run in cell["runs"]]
+    rows = [
+        row
+        for name in leaderboard.ON_PAGE
+        for row in files.read_csv(ROOT / f"benchmarks/results/{name}.csv")
+        if row["dataset"] == "cifar10" and not row.get("detection")
+    ]
+    assert sorted(run["command"] for run in cells) == sorted(row["command"] for row in rows)
+    assert sorted(run["acc"] for run in cells) == pytest.approx(
+        sorted(float(row["acc"]) for row in rows), abs=1e-5
+    )
+    assert all(run["path"].startswith("benchmarks/results/") for run in cells)
+    assert {run["facts"]["device"] for run in cells} == {row["device"] for row in rows}
+    kinds = {table["title"].partition(": ")[2] for table in found["detections"]}
+    assert "detectors of poisoned training images" in kinds and not found["left_out"]
+
+
+def test_a_victim_in_two_tables_counts_once(monkeypatch):
+    monkeypatch.setattr(leaderboard, "ON_PAGE", ("defenses", "attacks"))
+    found = shown(leaderboard.page())
+    cell = next(cell for cell in found["cells"] if cell["names"] == ["badnet", "none"])
+    seeds = [run["seeds"] for run in cell["runs"]]
+    assert seeds[:2] == ["random 0, poison 0", "random 1, poison 1"]
+    assert len(seeds) == len(set(seeds))
+    assert cell["runs"][0]["path"].startswith("benchmarks/results/defenses.csv")
+    same = [why for path, why in found["left_out"] if "-badnet-" in path]
+    assert len(same) == 1 and same[0].startswith("same run as benchmarks/results/defenses.csv")

@@ -4,7 +4,9 @@ that show them."""
 import csv
 import itertools
 import json
+import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +18,13 @@ from torch import nn
 import antidote_bench
 import compare
 import measure as script
-from antidote_bench.utils import files
+from antidote_bench.utils import files, parsing
 from antidote_bench.utils.checkpoint import to_bytes
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.evaluation import TestSets
-from antidote_bench.utils.protocol import cut, relearn
+from antidote_bench.utils.protocol import cut, measure, relearn, retrained
+from antidote_bench.utils.protocol.options import Relearn
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import measures as records
 from antidote_bench.utils.train import fit
@@ -261,6 +264,78 @@ def test_the_tables_show_it(planted, capsys, tmp_path):
     assert float(fp["relearn_gap_mean"]) == pytest.approx(gap, abs=2e-6)
     frame = antidote_bench.results(base).set_index("defense")
     assert frame.loc["fp", "asr_relearn"] == pytest.approx(float(fp["asr_relearn_mean"]), abs=1e-6)
+
+
+def opened(folder, words):
+    """(the content of a record, the options of its attack)"""
+    config = parsing.parse(Relearn, words, "", "measure.py")
+    info = contents.open_record(folder)
+    loaded = contents.load(folder, config, torch.device("cpu"), info)
+    return loaded, contents.read_options(folder, info)
+
+
+def test_the_retrained_control_of_a_benign_model_is_that_model(planted, tmp_path):
+    """With nothing left out, the recipe and the seeds lead to the same weights."""
+    base, words = planted
+    loaded, made = opened(base / "clean", words)
+    report = []
+    model = retrained.retrain(loaded, made, lambda model, **values: report.append(values), tmp_path)
+    assert [values["epoch"] for values in report] == [1, 2, 3, 4] and model is not loaded.model
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_the_retrained_control_sees_nothing_that_the_attack_changed(planted, tmp_path, monkeypatch):
+    base, words = planted
+    loaded, made = opened(base / "badnet", words)
+    shown = []
+    monkeypatch.setattr(retrained, "fit", lambda model, split, recipe, **_: shown.append(split))
+    retrained.retrain(loaded, made, None, tmp_path)
+    (split,) = shown
+    left = loaded.kinds == 0
+    assert torch.equal(split.images[:], loaded.clean.images[:][left])
+    assert torch.equal(split.labels, loaded.clean.truth[left]) and not left.all()
+    with pytest.raises(ConfigError, match="the weights of a file"):
+        retrained.retrain(loaded, made | {"pretrained": "x"}, None, tmp_path)
+
+
+def test_a_retrained_model_has_no_backdoor_and_learns_none(planted, tmp_path, capsys):
+    base, words = planted
+    shutil.copytree(base / "badnet", tmp_path / "badnet")
+    victim = tmp_path / "badnet"
+    assert script.main(["relearn", str(victim), "--retrained", "true", *words]) == 0
+    said = capsys.readouterr().out
+    assert said.count("already done") == 2 and f"{victim}, retrained: after relearning ACC" in said
+    row = row_of(victim / "measure" / "relearn_retrained")
+    assert (row["control"], row["attack"], row["defense"]) == ("retrained", "badnet", "none")
+    assert float(row["asr"]) < 0.1 and float(row["acc"]) > 0.9
+    assert float(row["asr_relearn"]) < 0.3 and float(row["acc_relearn"]) > 0.85
+    info = json.loads((victim / "measure" / "relearn_retrained" / "record.json").read_text())
+    command = shlex.split(info["command"])
+    assert command[:4] == ["python", "measure.py", "relearn", str(victim)]
+    assert "--retrained" in command and command.count(str(victim)) == 1
+    assert compare.main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (last,) = (line for line in lines if line.startswith("retrained model"))
+    assert float(last.split()[-2]) == pytest.approx(100 * float(row["asr_relearn"]), abs=0.06)
+    assert script.main(["relearn", str(victim), "--retrained", "true", *words]) == 0
+    assert capsys.readouterr().out.count("already done") == 3
+
+
+@pytest.mark.parametrize(
+    ("info", "why"),
+    [
+        ({"training_set": "none"}, "its attack changes no image of the training set"),
+        ({"imported": {}, "training_set": "stored"}, "its recipe is not known"),
+    ],
+)
+def test_some_victims_have_no_retrained_control(capsys, info, why):
+    made = SimpleNamespace(retrained=True)
+    assert measure._retrained(measure.Target(Path("x"), info, {}), made) == []
+    assert f"x is not retrained, because {why}" in capsys.readouterr().err
+    stored = measure.Target(Path("x"), {"training_set": "stored"}, {})
+    assert measure._retrained(stored, made) == [stored._replace(control="retrained")]
+    assert measure._retrained(stored, SimpleNamespace(retrained=False)) == []
 
 
 def test_what_was_measured_is_not_measured_again(planted, capsys):

@@ -300,6 +300,26 @@ def test_a_log_is_read_within_limits(tmp_path, monkeypatch):
     assert data(built(tmp_path / "record"))["cells"][0]["runs"][0]["curve"] is None
 
 
+def test_what_a_defense_costs_a_benign_model_stands_in_all_its_rows(tmp_path):
+    victim = attack(tmp_path / "record" / "a")
+    defense(victim)
+    defense(victim, name="fmp")
+    assert not data(built(tmp_path / "record"))["more"], "no benign model, no column"
+    benign = attack(tmp_path / "record" / "b", name="clean_badnet", acc=0.95, row={"n_poison": 0})
+    defense(benign, acc=0.93, row={"attack": "clean_badnet", "n_poison": 0})
+    shown = data(built(tmp_path / "record"))
+    (column,) = shown["more"]
+    assert (column["title"], column["about"]) == ("BENIGN", tables.BENIGN_LOSS)
+    losses = {tuple(cell["names"]): cell["benign_loss"] for cell in shown["cells"]}
+    assert losses == {
+        ("badnet", "none"): [None, None],
+        ("badnet", "ft"): [0.02, None],
+        ("badnet", "fmp"): [None, None],
+        ("clean_badnet", "none"): [None, None],
+        ("clean_badnet", "ft"): [0.02, None],
+    }
+
+
 def test_victims_that_learned_nothing_are_grey(tmp_path):
     victim = attack(tmp_path / "record" / "a", acc=0.11, asr=0.989, ra=0.01)
     defense(victim, acc=0.1)
@@ -656,6 +676,30 @@ def test_every_column_sorts_both_ways(report, visit):
         assert view.locator("#board tr.cell").last.inner_text().count("anp-best‡") == 1, (
             "an oracle never stands among the others"
         )
+
+
+def test_the_page_of_the_repository_opens(visit):
+    view = visit(ROOT / "docs" / "leaderboard.html")
+    assert view.inner_text("#note").startswith("The results of this repository on CIFAR-10")
+    rows = len(data(ROOT / "docs" / "leaderboard.html")["cells"])
+    assert view.locator("#board tr.cell").count() == min(rows, 250)
+    assert view.evaluate("document.documentElement.scrollWidth") == 1440
+    long = view.locator("#board td.recipe", has_text="airbench").first
+    assert long.bounding_box()["height"] < 90, "a long recipe is cut"
+    long.hover()
+    assert view.inner_text("#tip").startswith("airbench: sgd") and "bf16" in view.inner_text("#tip")
+
+
+def test_a_column_says_what_it_is(tmp_path, visit):
+    benign = attack(tmp_path / "record" / "b", name="clean_badnet", row={"n_poison": 0})
+    defense(benign, acc=0.93, row={"attack": "clean_badnet", "n_poison": 0})
+    view = visit(built(tmp_path / "record"))
+    head = view.locator("th[data-column=benign_loss]")
+    assert head.get_attribute("title") == tables.BENIGN_LOSS
+    assert f"BENIGN: {tables.BENIGN_LOSS}" in view.inner_text("#notes")
+    head.locator("button").click()
+    loss = data(tmp_path / "page.html")["cells"][1]["benign_loss"][0]
+    assert column(view, "benign_loss") == [f"{100 * loss:.1f}", "–"]
 
 
 def test_filters_rule_the_whole_page(report, visit):

@@ -7,13 +7,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import antidote_bench
 from antidote_bench.utils import VERSION, files
-from benchmarks import pictures, site
+from benchmarks import gallery, pictures, site
+from tests.helpers import names
 
 RESULTS = site.ROOT / "benchmarks" / "results"
 KINDS = {"attacks": "attack", "defenses": "defense", "detection": "detection"}
@@ -60,6 +62,14 @@ def test_pages_show_tables_pictures_and_cells(built):
     assert start.count("<table") >= 2 and 'src="source/benchmarks/results/report.png"' in start
     tour = (built / "tour.html").read_text()
     assert tour.count('src="tour_') >= 2 and "evaluate" in tour
+
+
+def test_the_leaderboard_is_in_the_menu(built):
+    page = (built / "leaderboard.html").read_text()
+    assert page == (site.ROOT / "docs" / "leaderboard.html").read_text()
+    for name in ("index.html", "results.html", "comparing.html"):
+        links = site.Links((built / name).read_text()).links
+        assert {"leaderboard.html", "./leaderboard.html"} & set(links), name
 
 
 def test_what_is_wrong_with_links_is_said(tmp_path):
@@ -182,6 +192,29 @@ def test_no_picture_is_older_than_what_it_shows(name):
     with Image.open(RESULTS / f"{name}.png") as image:
         found = image.text[pictures.MARK]
     assert found == pictures.digest(name), f"run python -m benchmarks.pictures {name}"
+
+
+def test_the_gallery_shows_every_attack_measured_on_the_digits():
+    rows = files.read_csv(RESULTS / "attacks.csv")
+    measured = {
+        row["attack"] for row in rows if row["dataset"] == "digits" and int(row["n_poison"])
+    }
+    with Image.open(RESULTS / "triggers.png") as image:
+        shown = image.text.get(gallery.SHOWN, "").splitlines()
+    assert {label.partition(" (")[0] for label in shown} == measured, "run benchmarks.pictures"
+
+
+def test_the_gallery_has_room_for_names_and_options():
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    assert all(draw.textlength(name) <= gallery.SIDE for name in names("attack"))
+    lines = gallery.caption("combat (image_size 16, strength 80)", 9)
+    assert lines == ["combat", "image_size 16", "strength 80", "± 9 levels"]
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    few, many = ([("a", black, white)] * count for count in (1, gallery.COLUMNS))
+    assert gallery.sheet(many).height - gallery.GAP == 2 * gallery.strip(few).height
+    assert gallery.strip([("a (b 1)", black, white)]).height == (
+        gallery.strip(few).height + gallery.LINE
+    )
 
 
 def test_the_page_is_photographed(tmp_path):

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +20,15 @@ from antidote_bench.utils import config as options
 from antidote_bench.utils.device import setup
 from antidote_bench.utils.errors import MissingError, RefusedError, UserError
 from antidote_bench.utils.evaluation import Clock, Evaluator
-from antidote_bench.utils.protocol import cut, relearn, repaired
+from antidote_bench.utils.protocol import cut, relearn, repaired, retrained
 from antidote_bench.utils.record import claim, contents, results, schema
 from antidote_bench.utils.record import folder as layout
 from antidote_bench.utils.report import runs
 from antidote_bench.utils.text import cut as cut_text
 
-BENIGN = "benign"  # the control: a model of the same recipe that was never poisoned
+# the controls: a model of the same recipe that was never poisoned, and the victim trained again
+# without what the attack has changed
+BENIGN, RETRAINED = "benign", "retrained"
 # a model is measured again on so many images of each test set before it is used; on another
 # machine or in another precision the shares differ by less than the tolerance
 CHECKED, TOLERANCE = 1000, 0.1
@@ -44,7 +46,7 @@ class Target(NamedTuple):
     folder: Path  # of its run
     info: dict  # record.json
     row: dict  # of results.csv: column -> text
-    control: str = ""  # BENIGN or empty
+    control: str = ""  # BENIGN, RETRAINED (then the others are of the victim), or empty
 
     @property
     def weights(self):
@@ -57,6 +59,10 @@ class Target(NamedTuple):
     @property
     def is_benign(self):
         return self.row["n_poison"] == "0"
+
+    @property
+    def label(self):
+        return f"{self.folder}, {RETRAINED}" if self.control == RETRAINED else str(self.folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +162,8 @@ def _grouped(targets, config):
 
     Without config.needs_control these are only models whose repair has kept what it pruned. A
     benign model is measured for every victim that was trained like it; where there are several, the
-    one that was taken before is, or the first one.
+    one that was taken before is, or the first one. With config.retrained every victim has the other
+    control too.
     """
     benign = [each for each in targets if each.is_benign and not each.is_defense]
     groups = {}
@@ -170,6 +177,7 @@ def _grouped(targets, config):
         group.append(target)
         if not target.is_defense:
             group += _control(target, benign, config)
+            group += _retrained(target, config)
     return dict(groups.values())
 
 
@@ -201,6 +209,19 @@ def _control(victim, benign, config):
     return [first._replace(control=BENIGN) for first in like[:1]]
 
 
+def _retrained(victim, config):
+    """[the other control of a victim], empty where it is not asked for, or there is none."""
+    if not config.retrained:
+        return []
+    why = "its recipe is not known" if "imported" in victim.info else ""
+    if not why and victim.info.get("training_set") == "none":
+        why = "its attack changes no image of the training set: a benign model is this control"
+    if why:
+        print(f"note: {victim.folder} is not retrained, because {why}", file=sys.stderr)
+        return []
+    return [victim._replace(control=RETRAINED)]
+
+
 def _place(config, case, target):
     """The folder that a measure leaves."""
     if target.control:
@@ -212,7 +233,7 @@ def _measure_one(config, case, target):
     """Measure one model, or say what was measured before."""
     place = _place(config, case, target)
     if config.dry_run:
-        print(f"would measure {target.folder} and write {place} ({layout.state_of(place)})")
+        print(f"would measure {target.label} and write {place} ({layout.state_of(place)})")
         return
     if target.is_defense and target.info.get("victim_sha256") != case.info["files"][layout.WEIGHTS]:
         raise RefusedError(f"{target.folder} repaired another victim than the one there now")
@@ -225,7 +246,7 @@ def _measure_one(config, case, target):
         else:
             print(f"already done: {place}")
     row = layout.read_results(place)
-    print(f"{target.folder}: {LINES[config.name](row)}", flush=True)
+    print(f"{target.label}: {LINES[config.name](row)}", flush=True)
 
 
 def _is_of_another_model(place, target):
@@ -238,8 +259,9 @@ def _is_of_another_model(place, target):
 def _measure_now(config, case, target, place, data):
     log = layout.Log(place / layout.STATE)
     clock = Clock(log.seconds)
-    model = _model_of(case, target).to(case.device).eval()
     evaluator = Evaluator(case.loaded.test_sets, config, log)
+    report = partial(evaluator.measure, "retrain")
+    model = _model_of(case, target, report, place / layout.STATE).to(case.device).eval()
     row = {name: target.row.get(name, "") for name in COPIED}
     if target.control:
         own = case_row(case)
@@ -258,9 +280,12 @@ def case_row(case):
     return contents.read_measures(case.folder, case.info)[0]
 
 
-def _model_of(case, target):
+def _model_of(case, target, report, state):
+    """The network to measure; `report` and `state` are for one that is trained here."""
     loaded = case.loaded
-    if target.control:
+    if target.control == RETRAINED:
+        return retrained.retrain(loaded, case.made, report, state)
+    if target.control == BENIGN:
         made = contents.read_options(target.folder, target.info)
         chosen = contents.architecture(target.folder, made, case.config.model_file)
         return contents.load_model(target.folder, loaded.spec, target.info, made["width"], chosen)
@@ -310,8 +335,8 @@ def _command(config, case, target):
     script = "measure.py"
     start = parsing.start(script)
     words = shlex.split(parsing.command(script, config))[len(start) :]
-    folders = [str(case.folder), str(target.folder)] if target.control else [str(target.folder)]
-    return shlex.join([*start, config.name, *folders, *words])
+    folders = [case.folder, target.folder] if target.control else [target.folder]
+    return shlex.join([*start, config.name, *dict.fromkeys(map(str, folders)), *words])
 
 
 # ---------- the measures ----------

@@ -29,6 +29,9 @@ class Relearn(Measure):
     fine-tuning alone does"""
     random_seed: int = option(0, at_least=0)
     """of the images and of the training; the repeats after the first count on from it"""
+    retrained: bool = option(False, identity=False)
+    """also make and measure the other control: the victim's recipe and seeds on the training set
+    without the images that the attack changed, which takes as long as the attack"""
 
     @property
     def folder_name(self):

@@ -7,8 +7,10 @@ from antidote_bench.utils.record import folder as layout
 SHOWN = {
     "relearn": {"acc_relearn": "acc_relearn", "asr_relearn": "asr_relearn"},
     "relearn_benign": {"asr_relearn": "asr_relearn_benign"},
+    "relearn_retrained": {"asr_relearn": "asr_relearn_retrained"},
     "cut": {name: name for name in ("cut_precision", "cut_recall", "cut_lift")},
 }
+CONTROLS = ("_benign", "_retrained")  # how the folders of controls end
 UNBOUNDED = ("cut_lift",)  # columns of which a number may exceed 1
 POISONS = 5  # images that relearning teaches in what tables show
 USUAL = {"poisons": str(POISONS)}  # what a row must say to stand in a table, where it says it
@@ -34,7 +36,7 @@ def read(place, weights):
 
 def _columns(path, weights, columns):
     info = layout.verify(path, "measure")
-    control = path.name.endswith("_benign")
+    control = path.name.endswith(CONTROLS)
     if info.get("record_sha256" if control else "victim_sha256") != weights:
         raise RefusedError("it measured another model than the one there now: measure.py again")
     row = layout.read_results(path)

@@ -60,7 +60,8 @@ MORE = {
     ),
 }
 FACTORS = ("cut_lift",)  # of these, what is not in percent
-CONTROL = "asr_relearn_benign"
+# {a row below the others: what it shows in the column RELEARN}
+CONTROLS = {"benign model": "asr_relearn_benign", "retrained model": "asr_relearn_retrained"}
 TEXT_WIDTH = 120  # characters; further columns go into a further block
 
 
@@ -120,8 +121,7 @@ def to_sheet(table, tables, reported):
         if any(theirs):
             rows += beside(label, runs, theirs, len(names))
             notes += sources(theirs)
-    if GAP in names:
-        rows.append(control_row(table, names))
+    rows += control_rows(table, names)
     notes += [f"{MORE[name][0]}: {MORE[name][1]}" for name in names[len(METRICS) :]]
     columns = [label + table.marks[key] for key, label in table.columns.items()]
     titles = [MORE[name][0] if name in MORE else name.upper() for name in names]
@@ -135,13 +135,15 @@ def more(tables):
     return [name for name in MORE if any(run.numbers.get(name) is not None for run in runs)]
 
 
-def control_row(table, names):
-    """The row of the benign models that the attacks' poisoned images were tried on."""
-    cells = []
-    for column in table.columns:
-        text = show(victims(table, column), CONTROL)
-        cells.append([text if name == "asr_relearn" else "–" for name in names])
-    return "benign model", cells
+def control_rows(table, names):
+    """The rows of the models without a backdoor that the attacks' poisoned images were tried on."""
+    for label, control in CONTROLS.items():
+        texts = [show(victims(table, column), control) for column in table.columns]
+        if set(texts) != {"–"}:
+            yield (
+                label,
+                [[text if name == "asr_relearn" else "–" for name in names] for text in texts],
+            )
 
 
 def title(table, tables):

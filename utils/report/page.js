@@ -148,8 +148,8 @@ function columns() {
     id: `${id}-published`, title: `${id.toUpperCase()} publ.`, number: true, published: id, value: (cell) => cell.published?.[id] ?? null,
     text: (cell) => (cell.published?.[id] == null ? "–" : `${percent(cell.published[id])}${DOUBT[cell.published.usable]} (${signed(difference(cell, id))})`),
   });
-  const more = ({ id, title, factor }) => ({
-    id, title, number: true, value: (cell) => cell[id][0],
+  const more = ({ id, title, about, factor }) => ({
+    id, title, about, number: true, value: (cell) => cell[id][0],
     text: (cell) => (cell[id][0] === null ? "–" : factor ? cell[id][0].toFixed(1) : shownText(cell, id)),
   });
   return [
@@ -189,7 +189,7 @@ function drawBoard() {
       byId("board").querySelector(`[data-column="${column.id}"] button`).focus();
     });
     const way = state.sort === column.id ? (state.descending ? "descending" : "ascending") : "none";
-    return el("th", { scope: "col", "data-column": column.id, "aria-sort": way, class: classes(column) }, button);
+    return el("th", { scope: "col", "data-column": column.id, "aria-sort": way, class: classes(column), title: column.about }, button);
   }));
   const bodies = [], drawn = cells.slice(0, state.rows);
   for (const apart of [false, true]) {
@@ -225,6 +225,10 @@ function boardRow(cell, shown) {
     if (column.id === "n" && cell.lacks) {
       node.classList.add("few");
       tipped(node, () => [`${plural(cell.runs.length, "run")}, on ${cell.lacks[0]} of ${plural(cell.lacks[1], "victim")}`]);
+    }
+    if (column.id === "recipe") { // long ones are cut
+      node.replaceChildren(el("div", {}, column.text(cell)));
+      tipped(node, () => [column.text(cell)]);
     }
     if (column.id === "attack") {
       const button = el("button", { type: "button", class: "open", "aria-expanded": String(open), "aria-label": `Runs of ${nameOf(cell)}` }, open ? "▾" : "▸");
@@ -623,6 +627,7 @@ function startPage() {
   if (!DATA.scores.length) byId("scores").remove();
   if (!DATA.triggers.length) byId("triggers").remove();
   if (!DATA.detections.length) byId("detection").remove();
+  else byId("detection-images").parentNode.hidden = !DATA.judged.length;
   for (const section of document.querySelectorAll("main section"))
     byId("sections").append(el("a", { href: `#${section.id}` }, section.querySelector("h2").textContent));
   switcher(byId("heat-metric"), { acc: "ACC", asr: "ASR", ra: "RA" }, "heat", drawHeat);

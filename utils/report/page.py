@@ -18,7 +18,15 @@ from antidote_bench.utils.report import detections, formats, palette, published,
 from antidote_bench.utils.report.curves import curve, finite
 from antidote_bench.utils.report.images import Album
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
-from antidote_bench.utils.report.tables import FOOTNOTES, ORACLE, UNCREDITED, missing, spread
+from antidote_bench.utils.report.tables import (
+    BENIGN_LOSS,
+    FOOTNOTES,
+    ORACLE,
+    UNCREDITED,
+    benign_loss,
+    missing,
+    spread,
+)
 from antidote_bench.utils.text import one_line
 
 HERE = Path(__file__).parent
@@ -97,7 +105,7 @@ def everything(tables, left_out, reported, judged=(), note=""):
         "story": story.tell(tables, judged),
         "footnotes": FOOTNOTES,
         "published": published.FOOTNOTES if reported else None,
-        "more": [as_column(name) for name in formats.more(tables)],
+        "more": [*map(as_column, formats.more(tables)), *benign_column(cells)],
         "tables": [as_table(table) for table in tables],
         "cells": cells,
         "looks": {cell["names"][1]: palette.look(cell["names"][1]) for cell in cells},
@@ -143,6 +151,13 @@ def as_column(name):
     return {"id": name, "title": title, "about": about, "factor": name in formats.FACTORS}
 
 
+def benign_column(cells):
+    """[the column of what a defense costs a benign model], [] where none ran on one."""
+    if all(cell["benign_loss"][0] is None for cell in cells):
+        return []
+    return [{"id": "benign_loss", "title": "BENIGN", "about": BENIGN_LOSS, "factor": False}]
+
+
 def as_detections(table):
     """A table of detectors as text."""
     return {
@@ -179,6 +194,7 @@ def as_cell(table, number, key, reported, points):
             name: [finite(value) for value in spread(runs, name)]
             for name in (*METRICS, "seconds", *formats.MORE)
         },
+        "benign_loss": [finite(benign_loss(table, row)), None],  # of all its rows in the table
         "before": before,
         "runs": [as_run(run, points) for run in runs],
         "published": theirs

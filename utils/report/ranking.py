@@ -15,6 +15,7 @@ from antidote_bench.utils.report.formats import (
 from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
 from antidote_bench.utils.report.summaries import seconds
 from antidote_bench.utils.report.tables import (
+    BENIGN_LOSS,
     ORACLE,
     benign_loss,
     count_in,
@@ -40,10 +41,7 @@ NOTES = (
     "compare ranks and means only between rows with the same attacks",
 )
 # columns that are left out where nothing stands in them, and what they mean
-OPTIONAL = {
-    BENIGN: "benign: the points of ACC that the defense costs a benign model of the same recipe",
-    "MB": "MB: the largest peak memory of a run",
-}
+OPTIONAL = {BENIGN: f"{BENIGN}: {BENIGN_LOSS}", "MB": "MB: the largest peak memory of a run"}
 
 
 def ranking(tables, form, reported):

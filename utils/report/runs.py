@@ -51,6 +51,8 @@ AS_BEFORE = {
     for name in Config.__dataclass_fields__
     if config.declared(Config, name, "identity") == config.CHANGED
 }
+# what a table of results says of a run beside its numbers: {fact of record.json: column}
+FACTS = {"device": "device", "antidote": "version", "peak_mb": "peak_mb"}
 LARGEST_TABLE, MOST_ROWS = 2**26, 100_000  # bytes and rows of a table of results
 LONGEST_NUMBER = 9  # digits of a class
 LONGEST_NAME = 500  # characters of a run in it
@@ -271,6 +273,7 @@ def in_table(path, rows):
             values, numbers = parse_row(row)
             victim = None if row["defense"] == "none" else victims[name.split("/")[0]]
             record = {"files": {}, "command": values["command"]}
+            record |= {fact: values[name] for fact, name in FACTS.items() if values.get(name)}
             if seconds := values.get("trigger_seconds"):
                 record["trigger_seconds"] = float(seconds)
             run = Run(path / name, values, numbers, options_of(values, victim), record, victim)

@@ -1,5 +1,7 @@
 """Two short tables: an overview of all defenses, and the attacks with what they cost."""
 
+import math
+
 from antidote_bench.utils.report import published
 from antidote_bench.utils.report.formats import (
     CSV_PUBLISHED,
@@ -18,6 +20,7 @@ from antidote_bench.utils.report.runs import METRICS, NONE, TABLE
 from antidote_bench.utils.report.tables import (
     UNCREDITED,
     benign_loss,
+    count_in,
     credited,
     of_row,
     spread,
@@ -33,6 +36,7 @@ REPAIRED = (
     "repaired: runs whose ASR is at most 10 %, that lose at most 5 points of ACC, and whose RA is "
     "at least 0.8 of their ACC; clean models and weak attacks do not count"
 )
+FEW = 1000  # triggered test images; with fewer the overview says how exactly they measure an ASR
 OVERVIEW_CSV = [
     *TABLE, "defense", "stage", "selection", "clean_budget", "n_min", "n_max", "repaired",
     "attacked", "seconds_mean", "benign_loss_mean",
@@ -83,7 +87,7 @@ def overview_grid(table, tables, reported):
             notes += sources(theirs)
     devices = " or ".join(sorted({run.row.get("device") or "–" for run in all_runs(table)}))
     words = f"{about(table)}, {devices}; ACC / ASR / RA in percent, means over the seeds"
-    notes = dict.fromkeys([*notes, REPAIRED])
+    notes = dict.fromkeys([*notes, REPAIRED, *bounds(table)])
     return Grid(
         title(table, tables), words, [*header, "repaired", "seconds", "n"], rows, list(notes)
     )
@@ -132,6 +136,33 @@ def missed(run):
     if acc < before - LARGEST_LOSS:
         return f"the ACC falls by more than {100 * LARGEST_LOSS:.0f} points"
     return f"the RA is below {SMALLEST_RA} of the ACC" if ra < SMALLEST_RA * acc else ""
+
+
+def bounds(table):
+    """[how exactly an ASR at the limit of REPAIRED is known], [] where the test images are many, or
+    no run says how many."""
+    found = [count_in(run.row, "n_backdoor") for run in all_runs(table)]
+    count = min(filter(None, found), default=FEW)
+    if count >= FEW:
+        return []
+    low, high = (f"{100 * bound:.1f}" for bound in wilson(LARGEST_ASR, count))
+    return [
+        f"an ASR of {100 * LARGEST_ASR:.0f} % on {count:.0f} triggered test images, the fewest of "
+        f"a run here, has a 95 % interval from {low} to {high} %: whether a run near the limit is "
+        "repaired is not sure"
+    ]
+
+
+def wilson(share, count):
+    """The 95 % interval of a share that `count` images have shown.
+
+    Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
+    """
+    z = 1.959964
+    centre = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    scale = 1 + z**2 / count
+    return (centre - half) / scale, (centre + half) / scale
 
 
 def counts(table, key):

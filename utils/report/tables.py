@@ -26,6 +26,7 @@ FOOTNOTES = {
     ORACLE: "chosen with test data: not comparable",
 }
 UNCREDITED = WEAK + UNTRAINED
+BENIGN_LOSS = "the points of ACC that the defense costs a benign model of the same recipe"
 CLASSES = {
     "digits": 10,
     "cifar10": 10,
