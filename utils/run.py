@@ -23,7 +23,7 @@ from antidote_bench.utils.device import setup
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.evaluation import Evaluator
 from antidote_bench.utils.poisoning import poison
-from antidote_bench.utils.poisoning.attacker import Attacker, prepare_once
+from antidote_bench.utils.poisoning.attacker import LABELS, Attacker, Prepared, prepare_once
 from antidote_bench.utils.poisoning.poison import Cover
 from antidote_bench.utils.protocol import detect as detection
 from antidote_bench.utils.protocol import estimate, plan
@@ -61,10 +61,11 @@ class Method(NamedTuple):
     prefer: Callable | None = None
     edit: Callable | None = None
     after_epoch: Callable | None = None
+    make_labels: Callable | None = None
 
     @property
     def poisons_images(self):
-        """Whether the poison is in stored training images."""
+        """Whether the record stores the poison: a training set with other images or labels."""
         return not (self.make_loss or self.edit)
 
 
@@ -79,6 +80,7 @@ def attack(
     prefer=None,
     edit=None,
     after_epoch=None,
+    make_labels=None,
     workers=None,
 ):
     """Poison a data set, train a victim on it, measure it and save the record.
@@ -93,11 +95,15 @@ def attack(
     not random ones. `edit(config, spec, model)` changes the trained victim in place; it gets
     `parts` too, and the training set stays clean. `after_epoch(model)` changes the victim in place
     after every epoch, before it is measured and its state saved; it draws no random number.
-    `workers` are the processes that train the victim together, by default those that torchrun has
-    started.
+    `make_labels(config, attacker)` gives the labels to train on, int64 N: the images stay as they
+    are, those with another label than the true one are the poisoned ones, and the trigger is on
+    test images alone. `workers` are the processes that train the victim together, by default those
+    that torchrun has started.
     """
     name = script.rpartition(".")[2]
-    method = Method(name, make_trigger, prepare, cover, make_loss, prefer, edit, after_epoch)
+    method = Method(
+        name, make_trigger, prepare, cover, make_loss, prefer, edit, after_epoch, make_labels
+    )
     workers = workers or distributed.from_environment()
     if make_loss and workers.size > 1:
         raise ConfigError(
@@ -142,7 +148,12 @@ def _attack(method, config, data, chosen, device, folder, workers):
     state = folder / layout.STATE
     index, cover_index = chosen
     method, prepared, facts = _prepare(method, config, data, index, state, device, workers)
-    poisoning, loss = _poison(method, config, data, index, cover_index)
+    labels = None
+    if method.make_labels:
+        labels, made = _make_labels(method, config, data, index, state, device, workers)
+        facts |= made
+        index = (labels != data.train.truth).nonzero().flatten()
+    poisoning, loss = _poison(method, config, data, index, cover_index, labels)
     poisoning = poisoning._replace(parts=prepared and prepared.parts, facts=facts)
     train_victim(
         method.name,
@@ -219,6 +230,8 @@ def _select(config, truth, method, images=None):
 
     Without `images` the attack's preference for some of them is left out.
     """
+    if method.make_labels:  # it chooses them itself; only their number is known before
+        return poison.choose(truth, config.pratio, config.poison_seed), truth[:0]
     among, cover = poison.poisonable(truth, config), method.cover
     index = poison.to_poison(truth, config, images, method.prefer)
     if among is not None and 0 < len(index) == int(among.sum()):
@@ -253,8 +266,25 @@ def _prepare(method, config, data, index, state, device, workers):
     return method, prepared, facts
 
 
-def _poison(method, config, data, index, cover_index):
-    """(Poisoning, the loss to minimise)"""
+def _make_labels(method, config, data, index, state, device, workers):
+    """(the labels to train on, int64 N on the device, facts about them), made once."""
+
+    def prepare(config, attacker):
+        return Prepared({"labels": method.make_labels(config, attacker)})
+
+    attacker = Attacker(
+        data.spec, data.train, index, partial(clean_model, config, data.spec, device)
+    )
+    with distributed.first_process_first(workers):
+        prepared, facts = prepare_once(prepare, config, attacker, state, LABELS)
+    return prepared.parts["labels"].to(device), facts
+
+
+def _poison(method, config, data, index, cover_index, labels=None):
+    """(Poisoning, the loss to minimise)
+
+    With `labels` no image is triggered for the training.
+    """
     relabel = poison.relabelling(
         config.label_mode, config.attack_target, data.spec.classes, config.source_class
     )
@@ -268,7 +298,9 @@ def _poison(method, config, data, index, cover_index):
     if not method.poisons_images:
         index = index[:0]
     split = data.train
-    if len(index):
+    if labels is not None:
+        split = dataset.Split(split.images, labels, split.truth)
+    elif len(index):
         trigger = method.make_trigger(config, data.spec, "train")
         split = poison.poison(split, trigger, relabel, index)
     if len(cover_index):

@@ -10,6 +10,7 @@ import torch
 from antidote_bench.utils import checkpoint, files, seeds
 from antidote_bench.utils.record.folder import TRIGGER
 
+LABELS = "labels.safetensors"  # in an unfinished run: labels that an attack has made
 VICTIM = "victim/"  # in the file of an unfinished run: the weights that the victim starts from
 
 
@@ -53,9 +54,10 @@ class Attacker:
         return time.perf_counter() - self._begin - self._not_counted
 
 
-def prepare_once(prepare, config, attacker, state):
-    """(Prepared, facts for record.json): made once, and kept in the folder `state`."""
-    path = state / TRIGGER
+def prepare_once(prepare, config, attacker, state, name=TRIGGER):
+    """(Prepared, facts for record.json): made once, and kept in the file `name` of the folder
+    `state`."""
+    path = state / name
     if not path.is_file():
         torch.manual_seed(seeds.number("trigger", config.poison_seed))
         prepared = prepare(config, attacker)

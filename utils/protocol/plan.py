@@ -59,7 +59,8 @@ def attack(method, config, folder, select, device):
     if config.label_mode != "all2all":
         print(f"target   {name_of_class(config.attack_target, names)}")
     if config.label_mode == "one2one":
-        print(f"source   {name_of_class(config.source_class, names)}: no other class is poisoned")
+        alone = "" if method.make_labels else ": no other class is poisoned"
+        print(f"source   {name_of_class(config.source_class, names)}{alone}")
     if method.make_loss:
         print(
             f"poisons  no stored image: the loss shows each of {len(truth)} images with the "
@@ -67,6 +68,8 @@ def attack(method, config, folder, select, device):
         )
     elif method.edit:
         print("poisons  no image: weights are changed after the training")
+    elif method.make_labels:
+        print(f"poisons  {len(index)} labels of {len(truth)}, and no image")
     else:
         per_class = torch.bincount(truth[index], minlength=len(names)).tolist()
         if method.prefer and poison.poisonable(truth, config) is None:
@@ -151,6 +154,7 @@ def _print_attack_costs(method, config, counts, spec, found, device):
     seconds = config.epochs * len(sizes) * cost.seconds * _share_of_work(config, spec.size)
     seconds += _evaluations(config) * 2 * counts.test * _forward(cost, max(sizes))
     beside = ", beside what the trigger takes" if method.prepare or method.make_loss else ""
+    beside = ", beside what the labels take" if method.make_labels else beside
     print(f"time     {_about(cost)} {duration(seconds)}: {_step(cost, max(sizes))}{beside}")
     print(f"memory   {_memory(config, counts, spec, program + cost.memory, device)}")
     weights = sum(value.nbytes for value in model.state_dict().values())
