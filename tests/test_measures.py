@@ -27,6 +27,7 @@ from antidote_bench.utils.protocol import cut, measure, relearn, retrained
 from antidote_bench.utils.protocol.options import Relearn
 from antidote_bench.utils.record import contents
 from antidote_bench.utils.record import measures as records
+from antidote_bench.utils.report import runs
 from antidote_bench.utils.train import fit
 from tests.helpers import ROOT
 
@@ -246,6 +247,17 @@ def test_a_hidden_backdoor_comes_back_and_a_benign_model_learns_none(planted):
     info = json.loads((benign / "record.json").read_text())
     weights = json.loads((base / "clean" / "record.json").read_text())["files"]
     assert info["victim_sha256"] == weights["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("benign", "retrained", "gap"),
+    [(0.2, None, 0.7), (None, 0.5, 0.4), (0.2, 0.5, 0.4), (0.5, 0.2, 0.4), (None, None, None)],
+)
+def test_the_gap_is_that_to_the_larger_control(benign, retrained, gap):
+    known = {"asr_relearn_benign": benign, "asr_relearn_retrained": retrained}
+    run = SimpleNamespace(numbers={"asr_relearn": 0.9}, attack=SimpleNamespace(numbers=known))
+    runs.add_gap(run)
+    assert run.numbers["relearn_gap"] == (gap and pytest.approx(gap))
 
 
 def test_the_tables_show_it(planted, capsys, tmp_path):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from antidote_bench.utils.files import as_cell
 from antidote_bench.utils.report import published
-from antidote_bench.utils.report.runs import GAP, MEASURED, METRICS, TABLE
+from antidote_bench.utils.report.runs import CONTROLS, GAP, MEASURED, METRICS, TABLE
 from antidote_bench.utils.report.tables import (
     FOOTNOTES,
     IN_TRAINING,
@@ -48,7 +48,11 @@ MORE = {
         "the ASR after 5 epochs of fine-tuning on 2 % of the training set, 5 poisoned images among "
         "them",
     ),
-    GAP: ("GAP", "by how many points RELEARN is above that of a benign model of the same recipe"),
+    GAP: (
+        "GAP",
+        "by how many points RELEARN is above that of a model without a backdoor: a benign one or "
+        "the retrained one, whichever has more",
+    ),
     "cut_precision": (
         "CUT-P",
         "the share of the pruned channels that carry the backdoor, as the evaluator has found",
@@ -60,8 +64,6 @@ MORE = {
     ),
 }
 FACTORS = ("cut_lift",)  # of these, what is not in percent
-# {a row below the others: what it shows in the column RELEARN}
-CONTROLS = {"benign model": "asr_relearn_benign", "retrained model": "asr_relearn_retrained"}
 TEXT_WIDTH = 120  # characters; further columns go into a further block
 
 

@@ -26,7 +26,9 @@ from antidote_bench.utils.text import name_of_class, one_line
 
 METRICS = ("acc", "asr", "ra")
 MEASURED = tuple(name for columns in measures.SHOWN.values() for name in columns.values())
-GAP = "relearn_gap"  # how much more of a backdoor a model learns again than a benign one does
+GAP = "relearn_gap"  # how much more of a backdoor a model learns again than the controls do
+# models without a backdoor: {what a table calls one: its ASR after relearning}
+CONTROLS = {"benign model": "asr_relearn_benign", "retrained model": "asr_relearn_retrained"}
 TABLE = ("dataset", "model", "recipe", "precision")
 # Results that keep runs apart as options do; a label shows them where the options do not suffice.
 OF_ATTACK = ("label_mode", "n_test")
@@ -328,9 +330,10 @@ def read_all(paths):
 
 
 def add_gap(run):
-    """Put the difference of a run to the control of its victim beside its numbers."""
-    after, control = run.numbers["asr_relearn"], run.attack.numbers["asr_relearn_benign"]
-    run.numbers[GAP] = None if None in (after, control) else after - control
+    """Put the difference of a run to the larger control of its victim beside its numbers."""
+    after, known = run.numbers["asr_relearn"], run.attack.numbers
+    controls = [known[name] for name in CONTROLS.values() if known[name] is not None]
+    run.numbers[GAP] = None if after is None or not controls else after - max(controls)
 
 
 def numbers_of(row):
