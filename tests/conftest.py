@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from antidote_bench.utils import files
+from antidote_bench.utils import files, parsing
 from tests.helpers import ROOT
 from tests.start import start
 
@@ -71,3 +71,15 @@ def cifar():
     with files.locked(place.with_suffix(".lock")):  # the tests run in several processes
         subprocess.run([archive, place], check=True, stdout=subprocess.DEVNULL)
     return place
+
+
+@pytest.fixture
+def attack(places, tmp_path):
+    """attack(module, *words): the folder of the record that the script in this process makes."""
+
+    def attack(module, *words, name="a"):
+        where = *places, "--record_path", tmp_path, "--save_folder_name", name
+        module.main(parsing.parse(module.Config, [*map(str, (*where, *words))]))
+        return tmp_path / name
+
+    return attack

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+# options of an attack whose victim stays as it was drawn
+UNTRAINED = "--epochs", "0", "--model", "resnet9", "--width", "4", "--device", "cpu"
 # options that make a script's run long, beside its epochs
 SHORT = {"steps": 2, "rounds": 1, "scored_images": 10, "start_batches": 2}
 

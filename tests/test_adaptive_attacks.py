@@ -31,15 +31,9 @@ def random_images(count=4, size=32, dtype=torch.float64):
 
 
 @pytest.fixture
-def attack(places, tmp_path):
-    """attack(module, words): the folder of the record"""
-
-    def attack(module, words, name="a"):
-        where = [*places, "--record_path", str(tmp_path), "--save_folder_name", name]
-        module.main(parsing.parse(module.Config, [*where, *words.split()]))
-        return tmp_path / name
-
-    return attack
+def attack(attack):
+    """attack(module, text): the folder of the record"""
+    return lambda module, words, name="a": attack(module, *words.split(), name=name)
 
 
 def rows(place):

@@ -596,7 +596,7 @@ def test_backdoored_models_are_scored_and_learned_from(bench, references, tmp_pa
     for name in ("planted", "benign"):
         capsys.readouterr()
         run(bench, f"{name}.safetensors", "--calibration", known, "--format", "json")
-        values[name] = json.loads(capsys.readouterr().out)["learned"]
+        values[name] = json.loads(capsys.readouterr().out)["probability"]
     assert values["planted"]["value"] > 0.9 > 0.3 > values["benign"]["value"]
     assert values["planted"]["attacks"] == 0, "a file of weights does not say its attack"
 

@@ -22,22 +22,10 @@ from antidote_bench.utils.data import dataset
 from antidote_bench.utils.data.dataset import Spec, Split
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.record import folder
+from tests.helpers import UNTRAINED
 from tests.test_triggers import SPEC
 
-UNTRAINED = "--epochs", "0", "--model", "resnet9", "--width", "4", "--device", "cpu"
 QUICK = "--expert_epochs", "1", "--label_epochs", "1", "--image_size", "16"
-
-
-@pytest.fixture
-def attack(places, tmp_path):
-    """attack(module, *words): the folder of the record"""
-
-    def attack(module, *words, name="a"):
-        where = *places, "--record_path", tmp_path, "--save_folder_name", name
-        module.main(parsing.parse(module.Config, [*map(str, (*where, *words))]))
-        return tmp_path / name
-
-    return attack
 
 
 @pytest.fixture(scope="module")

@@ -16,25 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from antidote_bench.attack import combat, narcissus
-from antidote_bench.utils import parsing, seeds
+from antidote_bench.utils import seeds
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.poisoning import generator, poison
+from tests.helpers import UNTRAINED
 from tests.test_triggers import SPEC
-
-UNTRAINED = "--epochs", "0", "--model", "resnet9", "--width", "4", "--device", "cpu"
-
-
-@pytest.fixture
-def attack(places, tmp_path):
-    """attack(module, *words): the folder of the record"""
-
-    def attack(module, *words, name="a"):
-        where = *places, "--record_path", tmp_path, "--save_folder_name", name
-        module.main(parsing.parse(module.Config, [*map(str, (*where, *words))]))
-        return tmp_path / name
-
-    return attack
 
 
 @pytest.fixture(scope="module")

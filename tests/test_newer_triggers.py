@@ -21,10 +21,10 @@ from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.poisoning import poison
 from antidote_bench.utils.poisoning.attacker import Prepared
 from antidote_bench.utils.record import folder
+from tests.helpers import UNTRAINED
 from tests.test_triggers import SPEC, parts_of, random_images, trigger_of
 
 IMAGES = random_images(8, seed=7)
-UNTRAINED = "--epochs", "0", "--model", "resnet9", "--width", "4", "--device", "cpu"
 
 
 def given(name, images=IMAGES, **options):
@@ -41,15 +41,14 @@ def assert_rounded(actual, exact):
 
 
 @pytest.fixture
-def attack(places, tmp_path):
+def attack(attack):
     """attack(module, *words): the content of poison.safetensors of a record."""
 
-    def attack(module, *words):
-        where = *places, "--record_path", tmp_path, "--save_folder_name", "a", "--overwrite"
-        module.main(parsing.parse(module.Config, [*map(str, (*where, *words))]))
-        return safetensors.torch.load_file(tmp_path / "a" / "poison.safetensors")
+    def content(module, *words):
+        place = attack(module, "--overwrite", *words)
+        return safetensors.torch.load_file(place / "poison.safetensors")
 
-    return attack
+    return content
 
 
 @pytest.fixture(scope="module")

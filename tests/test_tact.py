@@ -23,10 +23,9 @@ from antidote_bench.utils.protocol import imports
 from antidote_bench.utils.record import claim, compressed, folder
 from antidote_bench.utils.sweep import grid
 from convert import main as convert
-from tests.helpers import image_folders, names
+from tests.helpers import UNTRAINED, image_folders, names
 
 SIGNS = "cat", "stop", "yield"
-UNTRAINED = "--epochs", "0", "--model", "resnet9", "--width", "4", "--device", "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +35,14 @@ def digits(places):
 
 
 @pytest.fixture
-def attack(places, tmp_path):
+def attack(attack):
     """attack(module, *words): (folder of the record, content of its poison.safetensors)"""
 
-    def attack(module, *words):
-        where = *places, "--record_path", tmp_path, "--save_folder_name", "a"
-        module.main(parsing.parse(module.Config, [*map(str, (*where, *words))]))
-        return tmp_path / "a", safetensors.torch.load_file(tmp_path / "a" / "poison.safetensors")
+    def both(module, *words):
+        place = attack(module, *words)
+        return place, safetensors.torch.load_file(place / "poison.safetensors")
 
-    return attack
+    return both
 
 
 def stamped(images):

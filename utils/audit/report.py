@@ -61,7 +61,7 @@ def as_data(report):
         "alpha": verdict.alpha,
         "p": verdict.p,
         "p_floor": verdict.floor,
-        "learned": verdict.learned and verdict.learned._asdict(),
+        "probability": verdict.learned and verdict.learned._asdict(),
         "classes": verdict.classes,
         "combined": verdict.detectors,
         "detectors": [_detector(each) for each in report.detections],

@@ -23,12 +23,10 @@ from antidote_bench.utils.evaluation import Clock, Evaluator
 from antidote_bench.utils.protocol import cut, relearn, repaired, retrained
 from antidote_bench.utils.record import claim, contents, results, schema
 from antidote_bench.utils.record import folder as layout
+from antidote_bench.utils.record.measures import BENIGN, RETRAINED
 from antidote_bench.utils.report import runs
 from antidote_bench.utils.text import cut as cut_text
 
-# the controls: a model of the same recipe that was never poisoned, and the victim trained again
-# without what the attack has changed
-BENIGN, RETRAINED = "benign", "retrained"
 # a model is measured again on so many images of each test set before it is used; on another
 # machine or in another precision the shares differ by less than the tolerance
 CHECKED, TOLERANCE = 1000, 0.1

@@ -153,8 +153,10 @@ def _print_attack_costs(method, config, counts, spec, found, device):
     )
     seconds = config.epochs * len(sizes) * cost.seconds * _share_of_work(config, spec.size)
     seconds += _evaluations(config) * 2 * counts.test * _forward(cost, max(sizes))
-    beside = ", beside what the trigger takes" if method.prepare or method.make_loss else ""
-    beside = ", beside what the labels take" if method.make_labels else beside
+    if method.make_labels:
+        beside = ", beside what the labels take"
+    else:
+        beside = ", beside what the trigger takes" if method.prepare or method.make_loss else ""
     print(f"time     {_about(cost)} {duration(seconds)}: {_step(cost, max(sizes))}{beside}")
     print(f"memory   {_memory(config, counts, spec, program + cost.memory, device)}")
     weights = sum(value.nbytes for value in model.state_dict().values())

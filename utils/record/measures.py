@@ -3,14 +3,15 @@
 from antidote_bench.utils.errors import RefusedError
 from antidote_bench.utils.record import folder as layout
 
+# the models without a backdoor that relearning is tried on too: one of the same recipe that was
+# never poisoned, and the victim trained again without what the attack has changed
+CONTROLS = BENIGN, RETRAINED = "benign", "retrained"
 # {folder of a measure: {column of its results: column of a table of runs}}
 SHOWN = {
     "relearn": {"acc_relearn": "acc_relearn", "asr_relearn": "asr_relearn"},
-    "relearn_benign": {"asr_relearn": "asr_relearn_benign"},
-    "relearn_retrained": {"asr_relearn": "asr_relearn_retrained"},
+    **{f"relearn_{name}": {"asr_relearn": f"asr_relearn_{name}"} for name in CONTROLS},
     "cut": {name: name for name in ("cut_precision", "cut_recall", "cut_lift")},
 }
-CONTROLS = ("_benign", "_retrained")  # how the folders of controls end
 UNBOUNDED = ("cut_lift",)  # columns of which a number may exceed 1
 POISONS = 5  # images that relearning teaches in what tables show
 USUAL = {"poisons": str(POISONS)}  # what a row must say to stand in a table, where it says it
@@ -36,7 +37,7 @@ def read(place, weights):
 
 def _columns(path, weights, columns):
     info = layout.verify(path, "measure")
-    control = path.name.endswith(CONTROLS)
+    control = path.name.endswith(tuple(f"_{name}" for name in CONTROLS))
     if info.get("record_sha256" if control else "victim_sha256") != weights:
         raise RefusedError("it measured another model than the one there now: measure.py again")
     row = layout.read_results(path)

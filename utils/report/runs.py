@@ -28,7 +28,7 @@ METRICS = ("acc", "asr", "ra")
 MEASURED = tuple(name for columns in measures.SHOWN.values() for name in columns.values())
 GAP = "relearn_gap"  # how much more of a backdoor a model learns again than the controls do
 # models without a backdoor: {what a table calls one: its ASR after relearning}
-CONTROLS = {"benign model": "asr_relearn_benign", "retrained model": "asr_relearn_retrained"}
+CONTROLS = {f"{name} model": f"asr_relearn_{name}" for name in measures.CONTROLS}
 TABLE = ("dataset", "model", "recipe", "precision")
 # Results that keep runs apart as options do; a label shows them where the options do not suffice.
 OF_ATTACK = ("label_mode", "n_test")
