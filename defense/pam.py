@@ -14,21 +14,25 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from antidote_bench.utils.config import option
+from antidote_bench.utils.detection.options import SearchOptions
 from antidote_bench.utils.launch import launch
 from antidote_bench.utils.repair.options import ReversalOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ReversalOptions):
+class Config(SearchOptions, ReversalOptions):
     relative_rates: ClassVar[tuple[str, ...]] = ("lr",)
 
-    source: Literal["btidbf", "none"] = "btidbf"
-    """of the images that are unlearned. btidbf: the generator of BTI-DBF, as published; none: the
-    same steps on clean images alone, a baseline"""
+    source: Literal["btidbf", "nc", "none"] = "btidbf"
+    """of the images that are unlearned. btidbf: the generator of BTI-DBF, as published; nc: the
+    trigger of a class that Neural Cleanse flags in the victim, our own variant; none: the same
+    steps on clean images alone, a baseline"""
     rounds: int = option(3, at_least=0)
     """rounds of learning the mask, training the generator, and unlearning"""
+    search_batch: int = option(128, at_least=1, unit="images")
+    """images per step of the mask, of the generator, and of the search of nc"""
     share: float = option(0.2, at_least=0, at_most=1)
-    """share of a batch that the generator changes; one image at least"""
+    """share of a batch that the generator changes, or that gets the trigger; one image at least"""
     lr: float = option(0.01, above=0)
     """learning rate; the default is 0.01 for a victim that was trained at 0.01 with batches of 128,
     and in proportion to the victim's own rate per image otherwise"""
@@ -44,21 +48,24 @@ class Config(ReversalOptions):
     @property
     def variant(self):
         """What tables call the run by, beside the method."""
-        return None if self.source == "btidbf" else "clean"
+        return {"btidbf": None, "nc": "nc", "none": "clean"}[self.source]
 
 
 if __name__ == "__main__":
     launch(Config)
 
+import sys
 from functools import partial
 
 import torch
 from torch.func import functional_call
 
 from antidote_bench.utils import run
+from antidote_bench.utils.data.loader import evaluating
+from antidote_bench.utils.detection import triggers
 from antidote_bench.utils.optimizers import sgd
 from antidote_bench.utils.repair import reversal
-from antidote_bench.utils.repair.layers import require_features
+from antidote_bench.utils.repair.layers import frozen, require_features
 from antidote_bench.utils.train import cross_entropy, trainable
 
 
@@ -84,8 +91,34 @@ def changes(model, record, config):
     if config.source == "none":
         yield from [lambda images: images] * config.rounds
         return
+    if config.source == "nc":
+        add = flagged_trigger(model, record, config)
+        change = partial(reversal.with_changed, generator=add, share=config.share)
+        yield from [change] * config.rounds
+        return
     for generator in reversal.rounds(model, record, config):
         yield partial(reversal.with_changed, generator=generator, share=config.share)
+
+
+def flagged_trigger(model, record, config):
+    """A function that adds to images n,3,S,S the trigger of a class that Neural Cleanse flags.
+
+    The search is made once, on the victim. Of several classes the one with the smallest mask is
+    taken. Where none is flagged, images stay as they are. The record gets triggers.png.
+    """
+    spec = record.spec
+    with evaluating(model), frozen(model):
+        found = triggers.find(model, record.clean, spec.classes, config, record.state)
+    masks, patterns, success = found
+    norms, works = masks.sum((1, 2, 3)), success >= config.goal
+    _, flagged = triggers.anomalies(norms, works, config.threshold)
+    image = triggers.chart(masks, patterns, norms, flagged, spec.class_names)
+    record.keep("triggers.png", image)
+    if not flagged.any():
+        print("no class is flagged: the steps are on clean images alone", file=sys.stderr)
+        return lambda images: images
+    target = int(norms.where(flagged, torch.inf).argmin())
+    return partial(triggers.add_trigger, mask=masks[target], pattern=patterns[target])
 
 
 def path_aware(model, images, labels, index, *, victim, change, config):

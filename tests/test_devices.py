@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from antidote_bench import models
+from antidote_bench.utils import device as devices
 from antidote_bench.utils import parsing, seeds
+from antidote_bench.utils.config import Attack
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.data.loader import augmentation, forward_all
 from antidote_bench.utils.errors import ConfigError, UserError
@@ -214,6 +216,19 @@ def test_augmentation(padding, flip):
         changed = augmentation(spec, 2, padding, mirrored)(images, draws, index=index, epoch=1)
         assert changed.is_cuda and len(device.waits) == before
     assert not device.faults
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "intel", "faster"),
+    [(1, 1, 1, True), (0, 1, 1, False), (0, 1, 0, True), (0, 0, 0, False), (1, 0, 1, True)],
+)
+def test_bfloat16_is_taken_where_it_is_faster(amx, avx512, intel, faster, monkeypatch):
+    """On Intel's CPUs AVX-512 multiplies it no faster than float32; AMX does."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx), raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512), raising=False)
+    monkeypatch.setattr(devices, "is_intel", lambda: bool(intel))
+    config, _ = devices.setup(Attack(device="cpu"))
+    assert config.precision == ("bf16" if faster else "fp32")
 
 
 def test_gpu_check_compares_two_devices(tmp_path, monkeypatch):

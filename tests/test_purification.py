@@ -18,6 +18,7 @@ from antidote_bench.utils import seeds
 from antidote_bench.utils.data.dataset import Split
 from antidote_bench.utils.data.loader import to_unit
 from antidote_bench.utils.decoupling import search
+from antidote_bench.utils.detection import triggers
 from antidote_bench.utils.features import features_and_logits
 from antidote_bench.utils.repair import reversal
 from antidote_bench.utils.train import Recipe, fit
@@ -306,8 +307,34 @@ def test_the_images_of_pam_are_those_of_the_generator(tmp_path):
 
 
 def test_the_control_of_pam_has_a_name_of_its_own_in_tables():
-    names = [options(pam, source=source).variant for source in ("btidbf", "none")]
-    assert names == [None, "clean"]
+    names = [options(pam, source=source).variant for source in ("btidbf", "nc", "none")]
+    assert names == [None, "nc", "clean"]
+
+
+@pytest.mark.parametrize("norms", [[9.0, 2.0, 8.0, 10.0, 11.0], [9.0, 8.5, 9.5, 10.0, 9.0]])
+def test_the_trigger_of_a_flagged_class_is_unlearned(norms, tmp_path, monkeypatch, capsys):
+    """The second class is flagged by the size of its mask in the first case, and none otherwise."""
+    record, _ = small_record(tmp_path, classes=5)
+    masks = torch.tensor(norms).div(16)[:, None, None, None].expand(-1, 1, 4, 4)
+    patterns = torch.arange(5.0)[:, None, None, None].expand(-1, 3, 4, 4) / 4
+    searches = []
+    monkeypatch.setattr(
+        triggers, "find", lambda *_: searches.append(1) or (masks, patterns, torch.ones(5))
+    )
+    images = torch.full((10, 3, 4, 4), 0.5)
+    changed = [
+        change(images) for change in pam.changes(planted(), record, options(pam, source="nc"))
+    ]
+    assert len(changed) == 3 and len(searches) == 1
+    assert (tmp_path / "kept" / "triggers.png").stat().st_size
+    for found in changed:
+        moved = (found - images).flatten(1)
+        if norms[1] == 2:
+            assert int(moved.any(1).sum()) == 3, "a fifth of ten, and one more"
+            torch.testing.assert_close(found.min(), torch.tensor(0.5 + 2 / 16 * (0.25 - 0.5)))
+        else:
+            assert not moved.any()
+    assert ("no class is flagged" in capsys.readouterr().err) == (norms[1] != 2)
 
 
 # ---------- IMS ----------
@@ -590,3 +617,21 @@ def test_what_the_generator_makes_weakens_the_backdoor_on_digits(
         monkeypatch.setattr(reversal, "with_changed", lambda images, *_, **__: images)
     (acc, asr), (_, control) = found
     assert asr < control - 0.1 and acc > 0.8
+
+
+def test_a_patch_that_neural_cleanse_finds_is_unlearned_on_digits(digits, tmp_path):
+    """The control takes the same steps on clean images alone."""
+    data, victim = digits
+    changes = {"rounds": 2, "epochs": 20, "batch_size": 32, "lr": 0.1, "rho": 1.0, "share": 0.5}
+    changes |= {"search_epochs": 40, "search_batch": 32, "penalty": 0.01}
+    found = []
+    for source in ("nc", "none"):
+        place = tmp_path / source
+        place.mkdir()
+        record, _ = found_record(place, 10)
+        spec = dataclasses.replace(SPEC, size=16)
+        record = dataclasses.replace(record, clean=data[torch.arange(1, 128, 2)], spec=spec)
+        config = options(pam, source=source, **changes)
+        found.append(measured(pam.repair(copy.deepcopy(victim), record, config), data))
+    (acc, asr), (_, control) = found
+    assert asr < control - 0.1 and acc > 0.8, found

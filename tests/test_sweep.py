@@ -668,7 +668,6 @@ def test_two_tries_at_a_job_make_one_run(tmp_path):
     for one in tries:
         one.join()
     assert codes == [0, 0] and (tmp_path / "slow.log").read_text().count("# exit 0") == 1
-    assert launchers.execute(job, before=1) is None
 
 
 def job_of(tmp_path, code, name="one", **more):
@@ -852,6 +851,21 @@ def test_the_run_under_way_leaves_a_checkpoint(tmp_path, engine, request):
     assert ended == [("short", 0)]
     assert until((tmp_path / "long.checkpoint").is_file, 10)
     assert not (tmp_path / "short.checkpoint").exists()
+
+
+def test_the_first_in_order_is_next_whatever_it_waited_for(cluster, tmp_path):
+    """There is room for two runs: the defenses of a victim are not behind other victims."""
+    names = {"a": None, "a1": "a", "a2": "a", "b": None, "c": None, "c1": "c"}
+    codes = {"c": "import sys; sys.exit(3)", "b": "import time; time.sleep(4)"}
+    jobs = [
+        job_of(tmp_path, codes.get(name, ""), name, after=after) for name, after in names.items()
+    ]
+    said = []
+    done = launchers.with_ray(jobs, address=cluster.address, cpus=4, gpus=0, say=said.append)
+    results = {job.name: code for job, code in done}
+    started = [re.findall(r"^started (\w+)", line)[0] for line in said]
+    assert results == {"a": 0, "a1": 0, "a2": 0, "b": 0, "c": 3, "c1": None}
+    assert sorted(started[:2]) == ["a", "b"] and started[2:] == ["a1", "a2", "c"]
 
 
 def test_runs_share_a_gpu_and_a_full_disk_is_told(cluster, tmp_path):

@@ -137,7 +137,7 @@ class Common:
     device: str = option("auto", identity=False)
     """cpu, cuda, cuda:1 ..., or auto: the first GPU where there is one"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of training and evaluation; auto: bf16 where the device computes in it"""
+    """of training and evaluation; auto: bf16 where the device computes faster in it"""
     random_seed: int = option(0, at_least=0)
     """of weights, batches and augmentation"""
     record_path: str = option("record", identity=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import signal
@@ -56,16 +57,12 @@ class Job:
     log_before: int = 0
 
 
-def execute(job, before=0, threads=None, until=None):
+def execute(job, threads=None, until=None):
     """Run a job's command, with its output in its log; returns the exit code.
 
-    `before` is the exit code of the job that this one waits for: unless that is 0, nothing is run
-    and the result is None. While another process runs the job this one waits. After the moment
-    `until` (of time.monotonic) the command gets SIGTERM, leaves a checkpoint, and TimeIsUp is
-    raised.
+    While another process runs the job this one waits. After the moment `until` (of time.monotonic)
+    the command gets SIGTERM, leaves a checkpoint, and TimeIsUp is raised.
     """
-    if before != 0:
-        return None
     while True:
         try:
             return attempt(job, threads=threads, until=until)
@@ -202,9 +199,7 @@ def _first_free(left, codes, until, say):
     """
     waits = False
     while True:
-        for job in left.values():
-            if job.after in left:
-                continue
+        for job in _startable(left, codes):
             if codes.get(job.after, 0) != 0:
                 return job, None
             with contextlib.suppress(UnderWay):
@@ -214,6 +209,12 @@ def _first_free(left, codes, until, say):
             waits = True
         _check_time(until)
         time.sleep(PAUSE)
+
+
+def _startable(left, codes):
+    """The jobs in `left`, in their order, that wait for no other one. `codes` are those of the jobs
+    that have ended."""
+    return [job for job in left.values() if job.after is None or job.after in codes]
 
 
 def with_ray(jobs, *, until=None, say=lambda line: None, address=None, cpus=1, gpus=None):
@@ -233,49 +234,79 @@ def with_ray(jobs, *, until=None, say=lambda line: None, address=None, cpus=1, g
     with _connected(ray, address):
         if gpus is None:
             gpus = min(1, ray.cluster_resources().get("GPU", 0))
-        _check_resources(ray, CPU=cpus, GPU=gpus)
+        asked = {"CPU": cpus, "GPU": gpus}
+        _check_resources(ray, asked)
         task = ray.remote(execute).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
-        results, waiting = {}, {}
-        for job in jobs:
+        start = functools.partial(task.remote, threads=max(1, int(cpus)))
+        yield from _many_at_once(ray, jobs, start, asked, until, say)
+
+
+def _many_at_once(ray, jobs, start, asked, until, say):
+    """Yield (job, exit code) as jobs end. As many as the machines can run are handed to Ray.
+
+    The others stay here, so that the first one in the order of `jobs` is next, also where its
+    victim was not done before.
+    """
+    left, codes = {job.name: job for job in jobs}, {}
+    running, silent = {}, {}  # by their results in Ray; the start of the silent was not told yet
+    try:
+        while left or running:
             _check_time(until)
-            results[job.name] = task.remote(job, results.get(job.after, 0), max(1, int(cpus)))
-            waiting[results[job.name]] = job
-        silent = dict(waiting)  # the jobs whose start was not told yet
-        try:
-            while waiting:
-                ended = _next(ray, waiting, silent, until, say)
-                yield waiting.pop(ended), _outcome(ray, ended)
-        except BaseException:
-            for result in waiting:
-                ray.cancel(result)
-            ray.wait(list(waiting), num_returns=len(waiting), timeout=LEAVE)
-            raise
+            for job in _startable(left, codes):
+                if codes.get(job.after, 0) != 0:
+                    del left[job.name]
+                    codes[job.name] = None
+                    yield job, None
+                elif len(running) < _places(ray, asked):
+                    result = start(job)
+                    running[result] = silent[result] = left.pop(job.name)
+            for ended in _ended(ray, running, silent, until, say):
+                job = running.pop(ended)
+                codes[job.name] = _outcome(ray, ended)
+                yield job, codes[job.name]
+    except BaseException:
+        for result in running:
+            ray.cancel(result)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=LEAVE)
+        raise
 
 
-def _check_resources(ray, **asked):
+def _places(ray, asked):
+    """How many runs that take what is `asked` fit on all machines at once; 1 at least."""
+    asked = {name: count for name, count in asked.items() if count}
+    fit = [
+        min((int(machine.get(name, 0) / count) for name, count in asked.items()), default=1)
+        for machine in _machines(ray)
+    ]
+    return max(1, sum(fit))
+
+
+def _machines(ray):
+    """The resources of every machine that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _check_resources(ray, asked):
     """ConfigError unless one machine has what a run needs."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, count in asked.items():
-        if not any(resources.get(name, 0) >= count for resources in machines):
+        if not any(machine.get(name, 0) >= count for machine in _machines(ray)):
             raise ConfigError(
                 f"no machine has {count:g} {name}s for a run: lower --{name.lower()}s"
             )
 
 
-def _next(ray, waiting, silent, until, say):
-    """The result that is ready next; TimeIsUp if none is before the moment `until`.
+def _ended(ray, running, silent, until, say):
+    """At most one result of `running` that is ready, in a list, after a look of at most PAUSE.
 
-    Meanwhile a line is said for each job that has started, and it leaves `silent`.
+    A line is said for each job that has started, and it leaves `silent`.
     """
-    while True:
-        left = PAUSE if until is None else min(PAUSE, max(0, until - time.monotonic()))
-        ready, _ = ray.wait(list(waiting), timeout=left)
-        for result, job in list(silent.items()):
-            if log_size(job.log) > job.log_before:
-                say(started(silent.pop(result)))
-        if ready:
-            return ready[0]
-        _check_time(until)
+    left = PAUSE if until is None else min(PAUSE, max(0, until - time.monotonic()))
+    ready, _ = ray.wait(list(running), timeout=left) if running else ([], [])
+    for result, job in list(silent.items()):
+        if log_size(job.log) > job.log_before:
+            say(started(silent.pop(result)))
+    return ready
 
 
 def log_size(log):
