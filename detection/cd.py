@@ -5,6 +5,7 @@ Huang, Ma, Erfani, Bailey, "Distilling Cognitive Backdoor Patterns within an Ima
 when all else is replaced by random colours. The score is minus the size of the mask.
 
     python detection/cd.py --result_file badnet_cifar10
+    python detection/cd.py --result_file badnet_cifar10 --sample 2000
     python detection/cd.py --result_file badnet_cifar10 --judges input
 
 Deviates in that all images get the same colour in each step; see docs/detection/cd.md.
@@ -24,6 +25,8 @@ class Config(InputOptions):
     """data: the images of the training set; input: test images"""
     inputs: int = option(1000, at_least=1, unit="images", needs={"judges": "input"})
     """how many clean test images are judged, and how many triggered ones"""
+    sample: int | None = option(None, at_least=1, needs={"judges": "data"}, unit="images")
+    """how many images of the training set are judged, drawn at random; all by default"""
     steps: int = option(100, at_least=1)
     """steps of Adam on each mask"""
     mask_lr: float = option(0.1, above=0)

@@ -530,3 +530,22 @@ def test_every_row_and_every_file_of_options_is_of_a_detector():
     listed = re.findall(r"^\| \[(\w+)\]\(detection/", OVERVIEW, re.M)
     files = [path.stem for path in (ROOT / "config/detection").glob("*.yaml")]
     assert sorted(listed) == sorted(files) == names("detection")
+
+
+def test_a_sample_of_the_training_set_is_judged():
+    """With all images that are known to be clean; each has its position in the training set."""
+    loaded, whole = clean_and_poisoned(), of("cd", data_seed=3)
+    known = detect.choose_clean(loaded, whole)
+    every = detect.case_of(whole, loaded, known, {"n_poison": "40"})
+    case = detect.case_of(of("cd", sample=50, data_seed=3), loaded, known, {"n_poison": "40"})
+    assert len(case.suspects) == 50 + 125 and int((case.role == detect.SUSPECT).sum()) == 50
+    assert (case.source.diff() > 0).all(), "in order"
+    for part, all_of_it in zip(case, every, strict=True):
+        if isinstance(part, Split):
+            assert torch.equal(part.images, all_of_it.images[case.source])
+            assert torch.equal(part.labels, all_of_it.labels[case.source])
+        else:
+            assert torch.equal(part, all_of_it[case.source])
+    other = detect.case_of(of("cd", sample=50, data_seed=4), loaded, known, {"n_poison": "40"})
+    assert not torch.equal(case.source, other.source)
+    assert len(detect.case_of(of("cd", sample=10**6), loaded, known, {"n_poison": "40"})[1]) == 300

@@ -11,6 +11,7 @@ class DataOptions(Detection):
     """Options of a detector that says which images of the training set are poisoned."""
 
     judges: ClassVar[str] = "data"
+    sample: ClassVar[int | None] = None  # images of the training set that are judged; None: all
 
     nominal_fpr: float = option(0.05, above=0, below=1)
     """share of clean images that may be flagged by mistake; clean images that the method does not

@@ -135,7 +135,8 @@ def _drawn(truth, count, config):
 def case_of(config, loaded, known, victim_row):
     """The `Case` that a detector judges; `victim_row` is the attack's row of results.csv."""
     if config.judges == "data":
-        return _training_set(loaded, known)
+        case = _training_set(loaded, known)
+        return case if config.sample is None else _sample_of(case, config)
     if config.judges == "input":
         return _inputs(config, loaded, known.calibrating, victim_row["n_poison"] != "0")
     empty = loaded.clean[torch.zeros(0).long().to(loaded.clean.labels.device)]
@@ -160,6 +161,17 @@ def _training_set(loaded, known):
         torch.zeros(len(labels), dtype=torch.bool),
         torch.arange(len(labels)),
     )
+
+
+def _sample_of(case, config):
+    """The case with config.sample of its unknown images, drawn at random, and all known ones."""
+    unknown = (case.role == SUSPECT).nonzero().flatten()
+    generator = seeds.generator("judged sample", config.data_seed)
+    drawn = unknown[torch.randperm(len(unknown), generator=generator)[: config.sample]]
+    known = (case.role != SUSPECT).nonzero().flatten()
+    index = torch.cat([drawn, known]).sort().values
+    suspects = case.suspects[index.to(case.suspects.labels.device)]
+    return Case(suspects, *(part[index] for part in case[1:]))
 
 
 def _inputs(config, loaded, calibrating, is_poisoned):
@@ -223,6 +235,8 @@ def inspector_of(config, loaded, case, known, folder, info, log, clock):
     shown = [torch.cat(known).sort().values]
     if config.judges == "input":
         shown = [case.role, case.positive, case.source]
+    elif data and config.sample:
+        shown = [case.role, case.source]
     mark = digest(
         [
             config.judges,
@@ -240,7 +254,7 @@ def inspector_of(config, loaded, case, known, folder, info, log, clock):
         loaded.spec,
         case.suspects,
         loaded.clean[index],
-        index if data else index[:0],
+        torch.searchsorted(case.source, known.reference).to(device) if data else index[:0],
         loaded.name,
         loaded.width,
         state=folder / layout.STATE,
@@ -262,6 +276,8 @@ def _judge_images(name, config, said, case):
     tensors = {"score": scores, "flagged": flagged, "role": case.role}
     if config.judges == "input":
         tensors |= {"kind": case.positive.long(), "index": case.source}
+    elif config.sample:
+        tensors["index"] = case.source
     if said.flagged is not None:
         tensors["own_flagged"] = said.flagged.cpu() & (case.role == SUSPECT)
     measured = {"threshold": limit, **_measures(values, tensors, case)}
