@@ -498,8 +498,15 @@ def test_a_failure_stops_nothing_but_its_defenses(sweep, tmp_path):
     assert sorted(map(len, endings(tmp_path / "record").values())) == [1, 1, 2]
 
 
-@pytest.mark.parametrize("engine", ["serial", "ray"])
-def test_ctrl_c_leaves_all_resumable(sweep, tmp_path, engine):
+@pytest.mark.parametrize(
+    ("engine", "background"), [("serial", False), ("ray", False), ("ray", True)]
+)
+def test_ctrl_c_leaves_all_resumable(sweep, tmp_path, engine, background):
+    """In the background, where shells have SIGINT ignored, SIGTERM does."""
+    at_start = signal.SIG_IGN if background else signal.default_int_handler
+    word, code, sent = "interrupted", 130, signal.SIGINT
+    if background:
+        word, code, sent = "terminated", 143, signal.SIGTERM
     if engine == "ray":
         pytest.importorskip("ray")
     content = {
@@ -513,15 +520,15 @@ def test_ctrl_c_leaves_all_resumable(sweep, tmp_path, engine):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, at_start),
     ) as running:
         until(lambda: list(tmp_path.glob("record/*/state/train.safetensors")))
-        running.send_signal(signal.SIGINT)
+        running.send_signal(sent)
+        begin = time.monotonic()
         _, error = running.communicate(timeout=60)
-    assert (
-        running.returncode == 130
-        and error == "interrupted; the same command resumes after the last finished epoch\n"
-    )
+    assert time.monotonic() - begin < launchers.LEAVE - 5, "the runs were not told"
+    assert running.returncode == code, error
+    assert error == f"{word}; the same command resumes after the last finished epoch\n"
     assert endings(tmp_path / "record") == {"digits-badnet-epochs_400-width_8-s0": []}
     assert "1 partial" in sweep(content, "--dry_run").stdout
     epochs = (

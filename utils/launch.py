@@ -71,9 +71,9 @@ def guard(work, *, debug=False, Config=None):
             traceback.print_exc()
         # a signal that came while a library read a file may look like a damaged file
         return _say(*(_interrupted(stopper.number) if stopper.number else _explain(error, Config)))
-    except SystemExit as end:
-        if end.code == 143:
-            return _say(*_interrupted(signal.SIGTERM))
+    except SystemExit:
+        if stopper.number:  # whatever the code: Ray puts another in place of ours
+            return _say(*_interrupted(stopper.number))
         raise
     return 0
 

@@ -236,9 +236,18 @@ def with_ray(jobs, *, until=None, say=lambda line: None, address=None, cpus=1, g
             gpus = min(1, ray.cluster_resources().get("GPU", 0))
         asked = {"CPU": cpus, "GPU": gpus}
         _check_resources(ray, asked)
-        task = ray.remote(execute).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
+        task = ray.remote(_in_worker).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
         start = functools.partial(task.remote, threads=max(1, int(cpus)))
         yield from _many_at_once(ray, jobs, start, asked, until, say)
+
+
+def _in_worker(job, threads):
+    """`execute` in a process of Ray's, which cancels by SIGINT.
+
+    A shell that starts a sweep in the background has SIGINT ignored, here too.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return execute(job, threads)
 
 
 def _many_at_once(ray, jobs, start, asked, until, say):
