@@ -116,6 +116,22 @@ def test_runs_that_differ_in_their_seeds_are_one_entry():
     assert entry["ra"] is None and entry["sd"]["ra"] is None
 
 
+def test_runs_with_more_clean_images_are_another_entry(tmp_path, monkeypatch):
+    row = next(files.read_csv(ROOT / "benchmarks/results/cpu.csv").__iter__())
+    rows = [
+        {**row, "defense": "ft", "clean_budget": count, "acc": acc}
+        for count, acc in (("100", "0.8"), ("2500", "0.9"), ("2500", "0.7"))
+    ]
+    place = tmp_path / "benchmarks" / "results" / "x.csv"
+    place.parent.mkdir(parents=True)
+    files.write(place, files.csv_text(rows, list(row)))
+    monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
+    monkeypatch.setattr(leaderboard, "TABLES", ("x",))
+    found = [(entry["acc"], entry["n"], entry["note"]) for entry in leaderboard.ours()]
+    note = "recipe airbench; {} clean images"
+    assert found == [(0.8, 1, note.format(100)), (0.8, 2, note.format(2500))]
+
+
 def test_entries_of_others_stay(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(leaderboard, "FOLDER", tmp_path)
     own, old = tmp_path / "external" / "a.json", tmp_path / "ours" / "gone.json"

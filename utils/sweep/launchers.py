@@ -261,12 +261,13 @@ def _many_at_once(ray, jobs, start, asked, until, say):
     try:
         while left or running:
             _check_time(until)
+            places = _places(ray, asked)
             for job in _startable(left, codes):
                 if codes.get(job.after, 0) != 0:
                     del left[job.name]
                     codes[job.name] = None
                     yield job, None
-                elif len(running) < _places(ray, asked):
+                elif len(running) < places:
                     result = start(job)
                     running[result] = silent[result] = left.pop(job.name)
             for ended in _ended(ray, running, silent, until, say):
