@@ -71,8 +71,7 @@ COLUMNS = ["class", "norm", "index", "flagged", "success"]
 def repair(model, record, config):
     print(config.effort(len(record.clean), record.spec.classes), file=sys.stderr)
     masks, patterns, success = find_triggers(model, record, config)
-    norms = masks.sum((1, 2, 3))
-    index, flagged = triggers.anomalies(norms, success >= config.goal, config.threshold)
+    norms, index, flagged = triggers.judge(masks, success, config)
     save_triggers(record, masks, patterns, norms, index, flagged, success)
     record.report("searched", model)
     targets = flagged.nonzero().flatten().tolist()

@@ -110,8 +110,7 @@ def flagged_trigger(model, record, config):
     with evaluating(model), frozen(model):
         found = triggers.find(model, record.clean, spec.classes, config, record.state)
     masks, patterns, success = found
-    norms, works = masks.sum((1, 2, 3)), success >= config.goal
-    _, flagged = triggers.anomalies(norms, works, config.threshold)
+    norms, _, flagged = triggers.judge(masks, success, config)
     image = triggers.chart(masks, patterns, norms, flagged, spec.class_names)
     record.keep("triggers.png", image)
     if not flagged.any():

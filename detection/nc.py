@@ -47,9 +47,9 @@ def score(model, record, config):
         return soundness.abstained(record, why)
     classes = record.spec.classes
     masks, patterns, success = triggers.find(model, record.reference, classes, config, record.state)
-    norms, works = masks.double().sum((1, 2, 3)), success >= config.goal
+    norms, index, flagged = triggers.judge(masks, success, config)
+    works = success >= config.goal
     per_class = triggers.smallness(norms, works)
-    index, flagged = triggers.anomalies(norms, works, config.threshold)
     found = {"mask": masks, "pattern": patterns, "norm": norms, "index": index, "success": success}
     names = record.spec.class_names
     record.keep("triggers.png", triggers.chart(masks, patterns, norms, flagged, names))

@@ -860,10 +860,17 @@ def test_the_run_under_way_leaves_a_checkpoint(tmp_path, engine, request):
     assert not (tmp_path / "short.checkpoint").exists()
 
 
+WAITS_FOR_A2 = """
+import pathlib, time
+while not pathlib.Path("a2.log").exists():
+    time.sleep(0.1)
+"""
+
+
 def test_the_first_in_order_is_next_whatever_it_waited_for(cluster, tmp_path):
     """There is room for two runs: the defenses of a victim are not behind other victims."""
     names = {"a": None, "a1": "a", "a2": "a", "b": None, "c": None, "c1": "c"}
-    codes = {"c": "import sys; sys.exit(3)", "b": "import time; time.sleep(4)"}
+    codes = {"c": "import sys; sys.exit(3)", "b": WAITS_FOR_A2}
     jobs = [
         job_of(tmp_path, codes.get(name, ""), name, after=after) for name, after in names.items()
     ]

@@ -18,8 +18,9 @@ class Inspector:
     not in it.
 
     `suspects` are the images to judge. For a detector of data they are the training set as it is
-    found, whose `truth` equals the given labels. For a detector of inputs they are images in random
-    order, whose labels and truth are all -1. For a detector of models there are none.
+    found, or a sample of it, whose `truth` equals the given labels. For a detector of inputs they
+    are images in random order, whose labels and truth are all -1. For a detector of models there
+    are none.
 
     `reference` are images of the data set's training set that are known to be clean, with true
     labels, for the method's own statistics. Among the suspects of a detector of data they stand at

@@ -232,6 +232,15 @@ def logits_of_each(model, triggered):
     return logits.unflatten(0, triggered.shape[:2])
 
 
+def judge(masks, success, config):
+    """(norms float64 K, anomaly index K, flagged bool K) of the triggers of K classes.
+
+    The masks are K,1,S,S. `config` has the options `goal` and `threshold`.
+    """
+    norms = masks.double().sum((1, 2, 3))
+    return norms, *anomalies(norms, success >= config.goal, config.threshold)
+
+
 def add_trigger(images, mask, pattern):
     """(1 - m) x + m pattern, for images, masks and patterns in [0, 1] that broadcast."""
     return images + mask * (pattern - images)
