@@ -333,14 +333,14 @@ def test_the_shift_is_pruned_on_demand(tmp_path):
 
 
 def test_bnp_on_a_real_backdoor(places, victim):
-    """Measured on four victims.
+    """Measured on four victims each.
 
-    With the paper's u = 3 the ASR is 25 to 98 % at an ACC of 97 to 99.6 %, with 1 it is 1 to 36 %
-    at 82 to 91 %.
+    With the paper's u = 3 the ASR is 25 to 98 % at an ACC of 97 to 99.6 %, with 1.5 it is 5 to 34 %
+    at 81 to 96 %. With 1 the ACC may fall to 59 %.
     """
     row, _ = defend("bnp", victim, places)
     assert float(row["acc"]) > 0.9
-    row, _ = defend("bnp", victim, places, "--u", 1)
+    row, _ = defend("bnp", victim, places, "--u", 1.5)
     assert float(row["asr"]) < 0.7 and float(row["acc"]) > 0.7
 
 
