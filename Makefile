@@ -48,9 +48,10 @@ demo: $(READY)
 	$(BIN)/python detection/nc.py --result_file demo
 	$(BIN)/python compare.py record/demo --html record/demo.html --note "$(WHY)"
 
-# three processes of one thread each, for two cores: tests that start and kill scripts often wait
+# three processes of one thread each, for two cores: tests that start and kill scripts often wait;
+# they start hundreds of scripts, which should not be compiled every time
 test: $(TESTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUICK = ("--epochs", "1")
+SMALL = (*QUICK, "--width", "8", "--image_size", "16")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +59,13 @@ def small(places, run):
     """A record of a narrow network, trained for one epoch: enough to run a defense on, quickly."""
     run("attack/badnet.py", *places, *QUICK, "--width", "8", "--save_folder_name", "small")
     return Path(places[1]) / "small"
+
+
+@pytest.fixture(scope="session")
+def smaller(places, run):
+    """The same with images of 16 pixels, where no result counts but that there is one."""
+    run("attack/badnet.py", *places, *SMALL, "--save_folder_name", "smaller")
+    return Path(places[1]) / "smaller"
 
 
 @pytest.fixture(scope="session")

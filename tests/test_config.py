@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import re
 import shlex
 
@@ -10,7 +11,7 @@ import yaml
 
 from antidote_bench.attack.badnet import Config as BadNet
 from antidote_bench.defense.fmp import Config as FMP
-from antidote_bench.utils import config, parsing
+from antidote_bench.utils import config, files, parsing
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.record import results
 from antidote_bench.utils.repair.options import RetrainingOptions
@@ -310,6 +311,23 @@ def test_data_set_options_exist(path):
                 )
             }
             assert part and all(fields[key].default != value for key, value in part.items())
+
+
+def test_yaml_says_the_same_without_libyaml(tmp_path):
+    paths = sorted((ROOT / "config").rglob("*.yaml"))
+    assert len(paths) > 30
+    for path in paths:
+        assert files.read_yaml(path) == files.read_yaml(path, yaml.SafeLoader)
+    deep = tmp_path / "deep.yaml"
+    for depth, loader in itertools.product((100, 101), (files.YAML_LOADER, yaml.SafeLoader)):
+        deep.write_text("[" * depth + "]" * depth)
+        if depth > files.DEEPEST_YAML:
+            with pytest.raises(ValueError, match="nested too deeply"):
+                files.read_yaml(deep, loader)
+        else:
+            assert len(files.read_yaml(deep, loader)) == 1
+    deep.write_text("")
+    assert files.read_yaml(deep) is None
 
 
 def test_a_data_set_has_options_for_one_method(tmp_path):

@@ -31,7 +31,7 @@ from antidote_bench.utils.config import Attack
 from antidote_bench.utils.data import dataset
 from antidote_bench.utils.errors import ConfigError, RefusedError
 from antidote_bench.utils.poisoning import attacker
-from tests.conftest import QUICK
+from tests.conftest import QUICK, SMALL
 from tests.helpers import ROOT, few, names
 from tests.start import running
 from tests.start import start as fork
@@ -146,9 +146,7 @@ def test_clean_labels_are_cut_to_the_class(places, run, tmp_path):
     done = run(
         "attack/sig.py",
         *places,
-        *QUICK,
-        "--width",
-        8,
+        *SMALL,
         "--pratio",
         0.5,
         "--record_path",
@@ -168,9 +166,7 @@ def test_clean_labels_are_cut_to_the_class(places, run, tmp_path):
     done = run(
         "attack/sig.py",
         *places,
-        *QUICK,
-        "--width",
-        8,
+        *SMALL,
         "--pratio",
         0.05,
         "--record_path",
@@ -185,9 +181,7 @@ def test_a_clean_model_is_made_once_or_given(places, run, tmp_path, small):
     words = [
         "attack/trojan_sq.py",
         *places,
-        *QUICK,
-        "--width",
-        8,
+        *SMALL,
         "--steps",
         2,
         "--record_path",
@@ -294,17 +288,7 @@ def test_a_killed_attack_in_the_loss_resumes_with_what_it_knew(places, run, tmp_
 
 
 def test_without_a_stored_training_set_nothing_is_trained_on_it(places, run, tmp_path):
-    run(
-        "attack/blind.py",
-        *places,
-        *QUICK,
-        "--width",
-        8,
-        "--record_path",
-        tmp_path,
-        "--save_folder_name",
-        "a",
-    )
+    run("attack/blind.py", *places, *SMALL, "--record_path", tmp_path, "--save_folder_name", "a")
 
     class InTraining(FT):
         stage = "in-training"
@@ -323,26 +307,26 @@ def test_without_a_stored_training_set_nothing_is_trained_on_it(places, run, tmp
 
 
 @pytest.mark.parametrize("name", names("defense"))
-def test_defense(name, places, run, small, digits):
-    before = {path: path.read_bytes() for path in small.iterdir() if path.is_file()}
+def test_defense(name, places, run, smaller, digits):
+    before = {path: path.read_bytes() for path in smaller.iterdir() if path.is_file()}
     run(
         "-m",
         f"defense.{name}",
         *places,
         *few(f"defense.{name}"),
         "--result_file",
-        "small",
+        "smaller",
         "--save_folder_name",
         f"{name}_quick",
         "--eval_every",
         1,
     )
-    folder = small / "defense" / f"{name}_quick"
+    folder = smaller / "defense" / f"{name}_quick"
     written = {path.name for path in folder.iterdir()}
     assert written >= WRITTEN - {"poison.safetensors", "preview.png"} and set(
         json.loads((folder / "record.json").read_text())["files"]
     ) == written - {"record.json"}
-    row, made = results(folder), results(small)
+    row, made = results(folder), results(smaller)
     Config = importlib.import_module(f"antidote_bench.defense.{name}").Config
     for added in written - WRITTEN:
         assert any(fnmatch(added, pattern) for pattern in Config.adds), f"{added} is not in `adds`"
@@ -373,7 +357,7 @@ def test_defense(name, places, run, small, digits):
         lambda network, weights: network.load_state_dict(weights),
     )
     rebuild(network, safetensors.torch.load_file(folder / "model.safetensors"))
-    assert before == {path: path.read_bytes() for path in small.iterdir() if path.is_file()}, (
+    assert before == {path: path.read_bytes() for path in smaller.iterdir() if path.is_file()}, (
         "the victim is untouched"
     )
 
@@ -382,23 +366,14 @@ def test_defense(name, places, run, small, digits):
 def others(places, run):
     """{record: its attack and label mode}: a victim whose every class has a target of its own, a
     clean model, and a network of which some parameters are never trained, all as narrow and as
-    short as `small`."""
+    short as `smaller`."""
     flags = {
         "other_badnet": ["badnet", "--label_mode", "all2all"],
         "other_clean": ["clean"],
         "other_airbench": ["badnet", "--model", "airbench", "--recipe", "airbench"],
     }
     for record, (script, *words) in flags.items():
-        run(
-            f"attack/{script}.py",
-            *places,
-            *QUICK,
-            "--width",
-            "8",
-            *words,
-            "--save_folder_name",
-            record,
-        )
+        run(f"attack/{script}.py", *places, *SMALL, *words, "--save_folder_name", record)
     return {
         "other_badnet": ("badnet", "all2all"),
         "other_clean": ("clean_badnet", "all2one"),
@@ -479,9 +454,7 @@ def test_a_clean_record_is_one_like_any_other(places, run, tmp_path):
     run(
         "attack/clean.py",
         *places,
-        *QUICK,
-        "--width",
-        8,
+        *SMALL,
         "--trigger",
         "blended",
         "--record_path",
@@ -531,7 +504,7 @@ def test_a_clean_model_does_not_start_from_a_victim(monkeypatch):
 
 def test_started_by_path_or_by_module_it_is_the_same(places, run, tmp_path):
     for number, start in enumerate((["attack/badnet.py"], ["-m", "attack.badnet"])):
-        words = [*places, *QUICK, "--width", "8", "--record_path", tmp_path]
+        words = [*places, *SMALL, "--record_path", tmp_path]
         run(*start, *words, "--save_folder_name", f"a{number}")
         run(
             *(["defense/ft.py"], ["-m", "defense.ft"])[number],
@@ -566,7 +539,7 @@ def test_a_second_run_is_quick_and_changes_nothing(places, run, victim):
 
 
 def test_another_configuration_is_refused_and_overwritten_on_demand(places, run, tmp_path):
-    here = [*places, *QUICK, "--width", "8", "--record_path", tmp_path, "--save_folder_name", "a"]
+    here = [*places, *SMALL, "--record_path", tmp_path, "--save_folder_name", "a"]
     run("attack/badnet.py", *here)
     first = (tmp_path / "a" / "model.safetensors").read_bytes()
     done = run("attack/badnet.py", *here, "--pratio", "0.2", code=2)
@@ -686,27 +659,17 @@ def test_a_killed_defense_resumes(words, rows, places, run, small):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_images_that_stay_in_their_file_give_the_same_run(places, run, small, tmp_path):
-    run(
-        "attack/badnet.py",
-        *places,
-        *QUICK,
-        "--width",
-        "8",
-        "--save_folder_name",
-        "stored",
-        "--resident_gb",
-        "0",
-    )
+def test_images_that_stay_in_their_file_give_the_same_run(places, run, smaller, tmp_path):
+    run("attack/badnet.py", *places, *SMALL, "--save_folder_name", "stored", "--resident_gb", "0")
     for name in ("model.safetensors", "poison.safetensors"):
-        assert (small.parent / "stored" / name).read_bytes() == (small / name).read_bytes()
+        assert (smaller.parent / "stored" / name).read_bytes() == (smaller / name).read_bytes()
     for name in ("ft", "trap_and_replace"):
         words = [f"defense/{name}.py", *places, "--result_file", "stored", *few(f"defense.{name}")]
         run(*words, "--save_folder_name", name)
-        shutil.rmtree(small.parent / "stored" / "defense" / ".shared", ignore_errors=True)
+        shutil.rmtree(smaller.parent / "stored" / "defense" / ".shared", ignore_errors=True)
         run(*words, "--save_folder_name", f"{name}_stored", "--resident_gb", "0")
         one, other = (
-            small.parent / "stored" / "defense" / folder / "model.safetensors"
+            smaller.parent / "stored" / "defense" / folder / "model.safetensors"
             for folder in (name, f"{name}_stored")
         )
         assert one.read_bytes() == other.read_bytes()
@@ -714,15 +677,7 @@ def test_images_that_stay_in_their_file_give_the_same_run(places, run, small, tm
 
 def test_a_recipe_stands_in_the_record(places, run):
     done = run(
-        "attack/badnet.py",
-        *places,
-        "--recipe",
-        "fast",
-        *QUICK,
-        "--width",
-        "8",
-        "--save_folder_name",
-        "recipe",
+        "attack/badnet.py", *places, "--recipe", "fast", *SMALL, "--save_folder_name", "recipe"
     )
     row = results(Path(places[1]) / "recipe")
     assert (

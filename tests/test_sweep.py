@@ -185,7 +185,7 @@ def test_mistakes_are_named_before_anything_runs(content, what, tmp_path):
 def test_a_grid_that_is_not_there(tmp_path):
     with pytest.raises(MissingError, match="config/sweep holds some"):
         grid.read(tmp_path / "none.yaml")
-    for content in (b"a: [", b"seed: !!float x", b"attack: \xff"):
+    for content in (b"a: [", b"seed: !!float x", b"attack: \xff", b"[" * 90_000):
         (tmp_path / "odd.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match="cannot be read"):
             grid.read(tmp_path / "odd.yaml")

@@ -192,7 +192,7 @@ def read_nodes(path, lists=frozenset()):
             raise ConfigError(
                 f"{shown} is larger than {LARGEST_FILE // 1000} kB and no file of options"
             )
-        root = yaml.compose(content.decode("utf-8-sig"), Loader=yaml.SafeLoader)
+        root = files.compose_yaml(content.decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise ConfigError(f"{shown} is not UTF-8 text: save it as UTF-8") from error
@@ -223,7 +223,7 @@ def scalar(text):
     if not re.fullmatch(r"[\w.+:~-]{0,100}", text) or text == "":
         return text
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, files.YAML_LOADER)
     except (yaml.YAMLError, ValueError, AttributeError):
         return text
     is_scalar = isinstance(value, bool | int | float) or (value is None and text in NULLS)

@@ -26,6 +26,9 @@ MOST_COLUMNS = 1000  # of a CSV file
 FORMULA = tuple("=+-@\t\r＝＋－＠")  # what makes a spreadsheet run a cell
 # of a YAML file that a user writes: its bytes, and its values when every alias is written out
 LARGEST_YAML, MOST_VALUES = 2**20, 10**5
+DEEPEST_YAML = 100  # levels of lists and mappings
+# libyaml, where PyYAML was built with it, reads ten times as fast
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def write(path, content):
@@ -123,7 +126,7 @@ def write_yaml(path, mapping):
     write(path, yaml.safe_dump(mapping, sort_keys=False))
 
 
-def read_yaml(path, Loader=yaml.SafeLoader):
+def read_yaml(path, Loader=YAML_LOADER):
     """What a user's YAML file says.
 
     Raises OSError where it cannot be read, and ValueError, which says why, where it is no YAML, or
@@ -134,10 +137,10 @@ def read_yaml(path, Loader=yaml.SafeLoader):
     if len(content) > LARGEST_YAML:
         raise ValueError(f"it is larger than {LARGEST_YAML >> 10} KB")
     try:
-        text = content.decode("utf-8-sig")
-        if _count_values(yaml.compose(text, Loader), {}) > MOST_VALUES:
+        root = compose_yaml(content.decode("utf-8-sig"), Loader)
+        if _count_values(root, {}) > MOST_VALUES:
             raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
-        return yaml.load(text, Loader)
+        return root and Loader("").construct_document(root)
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8 text") from error
     except RecursionError as error:
@@ -145,6 +148,21 @@ def read_yaml(path, Loader=yaml.SafeLoader):
     # a value that is not of the type that its tag names raises almost anything
     except (yaml.YAMLError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise ValueError(cut(error, 200)) from error
+
+
+def compose_yaml(text, Loader=YAML_LOADER):
+    """The root node of YAML, None where it is empty.
+
+    Raises yaml.YAMLError, and RecursionError above DEEPEST_YAML levels: nodes are composed
+    recursively, in libyaml without a check of the stack.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_YAML:
+            raise RecursionError
+    return yaml.compose(text, Loader)
 
 
 def _count_values(node, known):

@@ -301,16 +301,15 @@ def parse_options(content):
     Lists, aliases and tags are refused before anything is constructed: what is loaded cannot be
     nested deeply, and no part of it can be repeated.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = 0
-    for event in yaml.parse(content, loader):
+    for event in yaml.parse(content, files.YAML_LOADER):
         if getattr(event, "anchor", None) or getattr(event, "tag", None):
             raise ValueError("it holds an alias or a tag, and options have none")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > 1:
             raise ValueError("it holds a list or a mapping where an option has a single value")
-    options = yaml.load(content, loader)
+    options = yaml.load(content, files.YAML_LOADER)
     if not isinstance(options, dict):
         raise ValueError("it holds no options")
     return options

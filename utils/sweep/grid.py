@@ -14,8 +14,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from antidote_bench import models
 from antidote_bench.utils import config, files, parsing
 from antidote_bench.utils.data import facts, sources, target
@@ -96,7 +94,7 @@ class Cell:
 # ---------- the runs of a grid ----------
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(files.YAML_LOADER):
     """Reads 00014, the name of a class say, as the options do: as 14, and not to the base 8."""
 
     def construct_yaml_int(self, node):
