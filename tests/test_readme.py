@@ -120,6 +120,8 @@ def shortened(line):
         return [module, *small(words), *few(module), *inputs]
     if module == "convert" and words[0] == "from-images":
         return [module, *small(words), *QUICK]
+    if module == "analysis.features":
+        return [module, *words, "--images", "100", "--marked_images", "50"]
     if module == "benchmarks.speed":
         kept = [word for word in words if word != "--save"]
         return [module, *kept, "--parts", "evaluate", "--scale", "0.01", "--pairs", "1"]
