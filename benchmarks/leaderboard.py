@@ -16,7 +16,7 @@ import re
 import statistics
 from pathlib import Path
 
-from antidote_bench.utils import files
+from antidote_bench.utils import files, parsing
 from antidote_bench.utils.report import detections, runs, tables
 from antidote_bench.utils.report import page as report
 from antidote_bench.utils.report.formats import as_markdown
@@ -46,6 +46,8 @@ CELL = (
     "variant",
     "clean_budget",
 )
+# and these options of their commands, and the names of their folders
+OF_A_RUN = {"random_seed", "poison_seed", "data_seed", "save_folder_name", "result_file"}
 CARE = "a known deviation"  # where published.csv gives no other reason
 
 
@@ -105,17 +107,28 @@ def ours():
         table, cells = f"benchmarks/results/{name}.csv", {}
         for row in files.read_csv(ROOT / table):
             if row["dataset"] == DATASET and row["label_mode"] == "all2one":
-                cells.setdefault(tuple(row[column] for column in CELL), []).append(row)
-        for rows in cells.values():
-            yield from_runs(rows, table)
+                cell = cells.setdefault(tuple(row[column] for column in CELL), {})
+                cell.setdefault(settings(row), []).append(row)
+        for cell in cells.values():
+            common = set.intersection(*map(set, cell))
+            for own, rows in cell.items():
+                yield from_runs(rows, table, sorted(set(own) - common))
 
 
-def from_runs(rows, table):
-    """The entry of runs that differ in their seeds."""
+def settings(row):
+    """((option, value), ...) of the command of a run, without its seeds and folders."""
+    _, options = parsing.taken_apart(row["command"])
+    return tuple(pair for pair in options.items() if pair[0] not in OF_A_RUN)
+
+
+def from_runs(rows, table, own=()):
+    """The entry of runs that differ in their seeds; `own` are the options in which they differ from
+    others of the same cell."""
     first = min(rows, key=lambda row: int(row["seed"]))
     notes = [f"recipe {first['recipe'].partition(':')[0]}"]
     if first["clean_budget"] not in ("", "0"):
         notes.append(f"{first['clean_budget']} clean images")
+    notes += [f"--{option} {value}" for option, value in own]
     notes += ["settings chosen by the triggered test set"] * (first["selection"] == "oracle")
     entry = {
         "kind": "ours",
@@ -209,7 +222,9 @@ def table(entries):
     ]
     for entry in sorted(entries, key=place):
         source = entry["source"]["text"].partition(",")[0]
-        cells = [entry["attack"], f"{100 * entry['pratio']:g} %", entry["defense"], entry["kind"]]
+        own = [note for note in entry["note"].split("; ") if note.startswith("--")]
+        defense = " ".join([entry["defense"], *own])
+        cells = [entry["attack"], f"{100 * entry['pratio']:g} %", defense, entry["kind"]]
         cells += [f"{entry['dataset']}, {entry['network']}"]
         cells += [percent(entry, name) for name in METRICS] + [str(entry["n"]), source]
         lines.append(f"| {' | '.join(map(as_markdown, cells))} |")

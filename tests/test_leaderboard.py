@@ -132,6 +132,23 @@ def test_runs_with_more_clean_images_are_another_entry(tmp_path, monkeypatch):
     assert found == [(0.8, 1, note.format(100)), (0.8, 2, note.format(2500))]
 
 
+def test_runs_with_other_options_are_another_entry_that_says_which(tmp_path, monkeypatch):
+    row = next(files.read_csv(ROOT / "benchmarks/results/cpu.csv").__iter__())
+    command = "python defense/mm_bm.py --result_file a --save_folder_name b --random_seed"
+    rows = [
+        {**row, "defense": "mm_bm", "seed": seed, "acc": acc, "command": f"{command} {seed}{more}"}
+        for seed, acc, more in (("0", "0.1", ""), ("1", "0.3", ""), ("0", "0.8", " --penalty 0.05"))
+    ]
+    place = tmp_path / "benchmarks" / "results" / "x.csv"
+    files.write(place, files.csv_text(rows, list(row)))
+    monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
+    monkeypatch.setattr(leaderboard, "TABLES", ("x",))
+    first, second = leaderboard.ours()
+    assert (first["acc"], first["n"]) == (0.2, 2) and "--" not in first["note"]
+    assert (second["acc"], second["n"]) == (0.8, 1) and "--penalty 0.05" in second["note"]
+    assert "| mm_bm --penalty 0.05 |" in leaderboard.table([first, second])
+
+
 def test_entries_of_others_stay(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(leaderboard, "FOLDER", tmp_path)
     own, old = tmp_path / "external" / "a.json", tmp_path / "ours" / "gone.json"
