@@ -48,8 +48,8 @@ demo: $(READY)
 	$(BIN)/python detection/nc.py --result_file demo
 	$(BIN)/python compare.py record/demo --html record/demo.html --note "$(WHY)"
 
-# three processes of one thread each, for two cores: tests that start and kill scripts often wait;
-# they start hundreds of scripts, which should not be compiled every time
+# three processes of one thread each, for two cores: tests that start and kill scripts often wait.
+# Python keeps the bytecode of the hundreds of scripts that they start.
 test: $(TESTS)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal
 

@@ -16,7 +16,7 @@ import re
 import statistics
 from pathlib import Path
 
-from antidote_bench.utils import files, parsing
+from antidote_bench.utils import files
 from antidote_bench.utils.report import detections, runs, tables
 from antidote_bench.utils.report import page as report
 from antidote_bench.utils.report.formats import as_markdown
@@ -34,20 +34,6 @@ NOTE = (
     "number of runs, which differ in their seeds. Open a row for the command that makes it."
 )
 PUBLISHED = "benchmarks/published.csv"
-# what makes a cell of a table of results; its runs differ in their seeds
-CELL = (
-    "dataset",
-    "model",
-    "recipe",
-    "attack",
-    "label_mode",
-    "pratio",
-    "defense",
-    "variant",
-    "clean_budget",
-)
-# and these options of their commands, and the names of their folders
-OF_A_RUN = {"random_seed", "poison_seed", "data_seed", "save_folder_name", "result_file"}
 CARE = "a known deviation"  # where published.csv gives no other reason
 
 
@@ -104,31 +90,20 @@ def generated():
 def ours():
     """An entry for every cell of our tables, the mean over its runs."""
     for name in TABLES:
-        table, cells = f"benchmarks/results/{name}.csv", {}
-        for row in files.read_csv(ROOT / table):
-            if row["dataset"] == DATASET and row["label_mode"] == "all2one":
-                cell = cells.setdefault(tuple(row[column] for column in CELL), {})
-                cell.setdefault(settings(row), []).append(row)
-        for cell in cells.values():
-            common = set.intersection(*map(set, cell))
-            for own, rows in cell.items():
-                yield from_runs(rows, table, sorted(set(own) - common))
+        place = f"benchmarks/results/{name}.csv"
+        rows = [row for row in runs.read_table(ROOT / place) if row["dataset"] == DATASET]
+        found, _ = runs.in_table(Path(place), rows)
+        for shown in tables.group(run for run in found if run.row["label_mode"] == "all2one"):
+            for (_, defense), cell in shown.cells.items():
+                yield from_runs([run.row for run in cell], place, shown.rows[defense])
 
 
-def settings(row):
-    """((option, value), ...) of the command of a run, without its seeds and folders."""
-    _, options = parsing.taken_apart(row["command"])
-    return tuple(pair for pair in options.items() if pair[0] not in OF_A_RUN)
-
-
-def from_runs(rows, table, own=()):
-    """The entry of runs that differ in their seeds; `own` are the options in which they differ from
-    others of the same cell."""
+def from_runs(rows, table, label=None):
+    """The entry of runs that differ in their seeds; `label` is their defense in our tables."""
     first = min(rows, key=lambda row: int(row["seed"]))
     notes = [f"recipe {first['recipe'].partition(':')[0]}"]
     if first["clean_budget"] not in ("", "0"):
         notes.append(f"{first['clean_budget']} clean images")
-    notes += [f"--{option} {value}" for option, value in own]
     notes += ["settings chosen by the triggered test set"] * (first["selection"] == "oracle")
     entry = {
         "kind": "ours",
@@ -145,6 +120,8 @@ def from_runs(rows, table, own=()):
         "source": {"text": Path(table).name, "table": table},
         "note": "; ".join(notes),
     }
+    if label not in (None, entry["defense"]):
+        entry["label"] = label
     if len(rows) > 1:
         entry["sd"] = {name: deviation(rows, name) for name in METRICS}
     return entry
@@ -222,8 +199,7 @@ def table(entries):
     ]
     for entry in sorted(entries, key=place):
         source = entry["source"]["text"].partition(",")[0]
-        own = [note for note in entry["note"].split("; ") if note.startswith("--")]
-        defense = " ".join([entry["defense"], *own])
+        defense = entry.get("label", entry["defense"])
         cells = [entry["attack"], f"{100 * entry['pratio']:g} %", defense, entry["kind"]]
         cells += [f"{entry['dataset']}, {entry['network']}"]
         cells += [percent(entry, name) for name in METRICS] + [str(entry["n"]), source]

@@ -63,7 +63,7 @@ def small(places, run):
 
 @pytest.fixture(scope="session")
 def smaller(places, run):
-    """The same with images of 16 pixels, where no result counts but that there is one."""
+    """The same with images of 16 pixels, for tests that judge no figure."""
     run("attack/badnet.py", *places, *SMALL, "--save_folder_name", "smaller")
     return Path(places[1]) / "smaller"
 

@@ -116,37 +116,46 @@ def test_runs_that_differ_in_their_seeds_are_one_entry():
     assert entry["ra"] is None and entry["sd"]["ra"] is None
 
 
-def test_runs_with_more_clean_images_are_another_entry(tmp_path, monkeypatch):
-    row = next(files.read_csv(ROOT / "benchmarks/results/cpu.csv").__iter__())
-    rows = [
-        {**row, "defense": "ft", "clean_budget": count, "acc": acc}
-        for count, acc in (("100", "0.8"), ("2500", "0.9"), ("2500", "0.7"))
-    ]
+@pytest.fixture
+def entries_of(tmp_path, monkeypatch):
+    """entries_of(rows): the entries of defenses in a table of such rows and their victim, which
+    differ from the victim's row."""
+    victim = next(iter(files.read_csv(ROOT / "benchmarks/results/cpu.csv")))
     place = tmp_path / "benchmarks" / "results" / "x.csv"
-    place.parent.mkdir(parents=True)
-    files.write(place, files.csv_text(rows, list(row)))
-    monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
-    monkeypatch.setattr(leaderboard, "TABLES", ("x",))
-    found = [(entry["acc"], entry["n"], entry["note"]) for entry in leaderboard.ours()]
+
+    def entries_of(rows):
+        folder = f"{victim['run']}/defense"
+        rows = [{**victim, "run": f"{folder}/{n}", **row} for n, row in enumerate(rows)]
+        files.write(place, files.csv_text([victim, *rows], list(victim)))
+        monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
+        monkeypatch.setattr(leaderboard, "TABLES", ("x",))
+        entry, *others = leaderboard.ours()
+        assert entry["defense"] == "none" and entry["n"] == 1
+        return others
+
+    return entries_of
+
+
+def test_runs_with_more_clean_images_are_another_entry(entries_of):
+    entries = entries_of(
+        {"defense": "ft", "clean_budget": count, "acc": acc}
+        for count, acc in (("100", "0.8"), ("2500", "0.9"), ("2500", "0.7"))
+    )
+    found = [(entry["acc"], entry["n"], entry["note"]) for entry in entries]
     note = "recipe airbench; {} clean images"
     assert found == [(0.8, 1, note.format(100)), (0.8, 2, note.format(2500))]
 
 
-def test_runs_with_other_options_are_another_entry_that_says_which(tmp_path, monkeypatch):
-    row = next(files.read_csv(ROOT / "benchmarks/results/cpu.csv").__iter__())
+def test_runs_with_other_options_are_another_entry_that_says_which(entries_of):
     command = "python defense/mm_bm.py --result_file a --save_folder_name b --random_seed"
-    rows = [
-        {**row, "defense": "mm_bm", "seed": seed, "acc": acc, "command": f"{command} {seed}{more}"}
+    first, second = entries_of(
+        {"defense": "mm_bm", "seed": seed, "acc": acc, "command": f"{command} {seed}{more}"}
         for seed, acc, more in (("0", "0.1", ""), ("1", "0.3", ""), ("0", "0.8", " --penalty 0.05"))
-    ]
-    place = tmp_path / "benchmarks" / "results" / "x.csv"
-    files.write(place, files.csv_text(rows, list(row)))
-    monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
-    monkeypatch.setattr(leaderboard, "TABLES", ("x",))
-    first, second = leaderboard.ours()
-    assert (first["acc"], first["n"]) == (0.2, 2) and "--" not in first["note"]
-    assert (second["acc"], second["n"]) == (0.8, 1) and "--penalty 0.05" in second["note"]
-    assert "| mm_bm --penalty 0.05 |" in leaderboard.table([first, second])
+    )
+    assert (first["acc"], first["n"]) == (0.2, 2) and "label" not in first
+    assert (second["acc"], second["n"]) == (0.8, 1)
+    assert second["label"] == "mm_bm (penalty 0.05)"
+    assert "| mm_bm (penalty 0.05) |" in leaderboard.table([first, second])
 
 
 def test_entries_of_others_stay(tmp_path, monkeypatch, capsys):

@@ -101,8 +101,7 @@ def test_every_option_of_a_command_exists(line, run):
 
 # conversions that need a record of BackdoorBench, or are to one: test_exchange.py runs them
 CONVERSIONS = ("from-backdoorbench", "to-backdoorbench", "from-weights")
-QUICK = ["--dataset", "digits", "--image_size", "16"]
-QUICK += ["--model", "resnet9", "--width", "4", "--epochs", "1"]
+QUICK = shlex.split("--dataset digits --image_size 16 --model resnet9 --width 4 --epochs 1")
 
 
 def shortened(line):

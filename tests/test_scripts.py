@@ -177,7 +177,7 @@ def test_clean_labels_are_cut_to_the_class(places, run, tmp_path):
     assert results(tmp_path / "b")["n_poison"] == "65" and "warning" not in done.stderr
 
 
-def test_a_clean_model_is_made_once_or_given(places, run, tmp_path, small):
+def test_a_clean_model_is_made_once_or_given(places, run, tmp_path, smaller):
     words = [
         "attack/trojan_sq.py",
         *places,
@@ -206,7 +206,7 @@ def test_a_clean_model_is_made_once_or_given(places, run, tmp_path, small):
     assert torch.equal(*same)
     assert (
         "not of a clean model"
-        in run(*words, "--save_folder_name", "d", "--clean_record", small, code=4).first
+        in run(*words, "--save_folder_name", "d", "--clean_record", smaller, code=4).first
     )
     assert (
         "nowhere"
