@@ -45,13 +45,25 @@ def run():
 
 @pytest.fixture(scope="session")
 def victim(places, run, tmp_path_factory):
-    """The folder of a BadNets record on the digits, trained until it works: once for all processes
-    of the tests, of which each has a copy."""
+    """The folder of a BadNets record on the digits at 16 pixels, trained until it works."""
+    return trained("victim", ["--image_size", "16"], places, run, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def large_victim(places, run, tmp_path_factory):
+    """The same at the usual 32 pixels, for methods that do not work at 16."""
+    return trained("large_victim", [], places, run, tmp_path_factory)
+
+
+def trained(name, words, places, run, tmp_path_factory):
+    """The folder of a record of attack/badnet.py, which is made once for all processes of the
+    tests: each has a copy."""
     base = tmp_path_factory.getbasetemp()
     common = base.parent / "common" if "PYTEST_XDIST_WORKER" in os.environ else base / "common"
-    with files.locked(common / "lock"):
-        run("attack/badnet.py", *places, "--record_path", common, "--save_folder_name", "victim")
-    return shutil.copytree(common / "victim", Path(places[1]) / "victim")
+    place = ["--record_path", common, "--save_folder_name", name]
+    with files.locked(common / f"{name}.lock"):
+        run("attack/badnet.py", *places, *words, *place)
+    return shutil.copytree(common / name, Path(places[1]) / name)
 
 
 @pytest.fixture(scope="session")

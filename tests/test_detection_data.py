@@ -552,10 +552,14 @@ def ramp(count):
 # On a small victim
 
 
-@pytest.mark.parametrize(("name", "least"), [("scan", 0.9), ("beatrix", 0.95), ("agpd", 0.8)])
-def test_what_is_found_on_a_small_victim(name, least, victim, places, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "least", "record"),
+    [("scan", 0.9, "large_victim"), ("beatrix", 0.95, "victim"), ("agpd", 0.8, "victim")],
+    ids=["scan", "beatrix", "agpd"],
+)
+def test_what_is_found_on_a_small_victim(name, least, record, places, tmp_path, request):
     module = importlib.import_module(f"antidote_bench.detection.{name}")
-    config = inspecting.options(name, victim, places)
+    config = inspecting.options(name, request.getfixturevalue(record), places)
     model, record, case = inspecting.opened(config, tmp_path)
     scores = inspecting.scores_of(module.score(model, record, config))
     judged = (case.role == 0).numpy()

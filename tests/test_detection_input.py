@@ -37,10 +37,10 @@ def split(images, labels=None):
     return Split(images, labels, labels)
 
 
-def scored(name, places, tmp_path, *words):
-    """(scores of the suspects, which are triggered, what the detector said) on the victim."""
+def scored(name, places, tmp_path, *words, record="victim"):
+    """(scores of the suspects, which are triggered, what the detector said) on a record."""
     module = importlib.import_module(f"antidote_bench.detection.{name}")
-    config = inspecting.options(name, "victim", places, *words)
+    config = inspecting.options(name, record, places, *words)
     model, record, case = inspecting.opened(config, tmp_path)
     said = module.score(model, record, config)
     judged = case.role == 0
@@ -349,9 +349,9 @@ def test_the_boundary_runs_through_the_largest_shares():
     assert sentinet.boundary(alone, alone / 5)(places).tolist() == pytest.approx([0.1] * 5)
 
 
-def test_sentinet_finds_the_trigger_of_a_small_victim(victim, places, tmp_path):
+def test_sentinet_finds_the_trigger_of_a_small_victim(large_victim, places, tmp_path):
     words = ["--part", 0.5, "--carriers", 6]
-    scores, is_triggered, said = scored("sentinet", places, tmp_path, *words)
+    scores, is_triggered, said = scored("sentinet", places, tmp_path, *words, record=large_victim)
     assert roc.ranking(scores, is_triggered)["auroc"] > 0.9
     assert said.evidence["area"].mean() < 0.5
 

@@ -359,11 +359,11 @@ def test_the_triggers_of_a_victim_are_small_and_work_for_each_other(victim, plac
     assert core == [0, 1, 2] and objective > 0
 
 
-def test_the_features_of_a_victim_lead_to_its_target(victim, places, tmp_path):
+def test_the_features_of_a_victim_lead_to_its_target(large_victim, places, tmp_path):
     words = {"warmup_epochs": 20, "search_epochs": 25, "generator_width": 4, "images": 40}
     words |= {"generator_lr": 0.003, "search_batch": 12}
     words = [word for name, value in words.items() for word in (f"--{name}", value)]
-    config = options("featurere", victim, places, *words)
+    config = options("featurere", large_victim, places, *words)
     model, record, _ = opened(config, tmp_path)
     split = featurere.some_images(record.reference, config)
     known = featurere.parts_of(model, split, record, config)

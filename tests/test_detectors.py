@@ -318,17 +318,17 @@ def test_passes_of_large_images_take_no_more_memory_than_they_may(module, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "least"),
+    ("name", "words", "least", "record"),
     [
-        ("strip", ["--inputs", 150], 0.97),
-        ("scale_up", ["--inputs", 150], 0.9),
-        ("spectral", [], 0.8),
+        ("strip", ["--inputs", 150], 0.97, "victim"),
+        ("scale_up", ["--inputs", 150], 0.9, "victim"),
+        ("spectral", [], 0.8, "large_victim"),
     ],
     ids=["strip", "scale_up", "spectral"],
 )
-def test_what_is_found_on_a_small_victim(name, words, least, victim, places, tmp_path):
+def test_what_is_found_on_a_small_victim(name, words, least, record, places, tmp_path, request):
     module = importlib.import_module(f"antidote_bench.detection.{name}")
-    config = inspecting.options(name, victim, places, *words)
+    config = inspecting.options(name, request.getfixturevalue(record), places, *words)
     model, record, case = inspecting.opened(config, tmp_path)
     scores = inspecting.scores_of(module.score(model, record, config))
     judged = (case.role == 0).numpy()

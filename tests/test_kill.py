@@ -1,8 +1,9 @@
-"""kill -9 at every file operation of an attack and of a defense.
+"""What kill -9 at every file operation of an attack and of a defense leaves behind.
 
 The same command then ends with the same weights, and nothing is left over.
 """
 
+import itertools
 import os
 import shutil
 
@@ -13,33 +14,33 @@ from tests import start
 from tests.helpers import ROOT, image_folders
 
 OPERATIONS = ("replace", "rename", "unlink", "mkdir", "rmdir", "link")
-KILLED = 137
 
 
-def killed_at(number, words, place):
-    """The exit code of a script that kills itself before its file operation `number` in `place`."""
-    process = start.SERVER.Process(target=_run, args=(number, words, str(place)))
+def states_of(words, place, copies):
+    """Folders below `copies`, each as a kill at one file operation of a script in `place` leaves
+    it: a script that runs through copies `place` before each of them."""
+    process = start.SERVER.Process(target=_run, args=(words, str(place), copies))
     process.start()
     process.join()
-    return process.exitcode
+    assert process.exitcode == 0
+    return sorted(copies.iterdir())
 
 
-def _run(number, words, place):
-    left = [number]
-
-    def counted(operation):
+def _run(words, place, copies):
+    def copied(operation):
         def function(path, *args, **options):
             inside = options.get("dir_fd") is not None or place in str(path)
-            if inside:
-                left[0] -= 1
-                if left[0] < 0:
-                    os._exit(KILLED)
+            if inside and not copying:
+                copying.append(True)
+                shutil.copytree(place, copies / f"{next(numbers):03}")
+                copying.clear()
             return operation(path, *args, **options)
 
         return function
 
+    numbers, copying = itertools.count(), []
     for name in OPERATIONS:
-        setattr(os, name, counted(getattr(os, name)))
+        setattr(os, name, copied(getattr(os, name)))
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
@@ -69,15 +70,12 @@ def test_killed_at_every_file_operation(kind, run, tmp_path):
         folder = record / "run" / "defense" / "clp"
     run(*words)
     wanted, around = contents(folder), {path.name for path in folder.parent.iterdir()}
-    number = 0
-    while True:
-        shutil.rmtree(folder)
-        code = killed_at(number, words, record)
-        if code == 0:
-            break
-        assert code == KILLED, f"exit {code} at operation {number}"
+    shutil.rmtree(folder)
+    states = states_of(words, record, tmp_path / "states")
+    assert len(states) > 10, "too few file operations were seen"
+    for state in states:
+        shutil.rmtree(record)
+        state.rename(record)
         run(*words)
-        assert contents(folder) == wanted, f"killed at file operation {number}"
+        assert contents(folder) == wanted, f"killed at file operation {state.name}"
         assert {path.name for path in folder.parent.iterdir()} == around, "something is left over"
-        number += 1
-    assert number > 10, "too few file operations were counted"

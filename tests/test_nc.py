@@ -369,8 +369,8 @@ def test_a_weak_search_leaves_the_weights_as_they_are(places, run, small):
 def test_neural_cleanse_finds_and_removes_the_backdoor(places, run, victim):
     """A shorter search than that of docs/defenses/nc.md, on 32 images.
 
-    Measured: norm 1.6, the others 36 to 148. The index of the target varies with those, 5.9 here
-    and 2.3 there, hence the threshold.
+    Measured on four victims: norm 2.0 to 2.5, the others 17 to 70. The index of the target varies
+    with those, 2.5 to 3.0 here and 2.3 there, hence the threshold.
     """
     search = ["--clean_count", 32, "--search_batch", 4, "--search_epochs", 25, "--threshold", 1]
     words = ["--result_file", "victim", "--precision", "fp32", *search, "--epochs", 30]

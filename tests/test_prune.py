@@ -595,7 +595,7 @@ QUICK = {"fp": ["--epochs", 40], "anp": ["--steps", 25], "rnp": []}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_on_real_digits(script, places, run, victim):
+def test_on_real_digits(script, places, run, large_victim):
     """FP removes a part of the backdoor, and the masks remove most of it."""
     name = script.__name__.rpartition(".")[2]
     run(
@@ -603,11 +603,11 @@ def test_on_real_digits(script, places, run, victim):
         *places,
         *QUICK[name],
         "--result_file",
-        "victim",
+        "large_victim",
         "--save_folder_name",
         f"{name}_real",
     )
-    row = results(victim / "defense" / f"{name}_real")
+    row = results(large_victim / "defense" / f"{name}_real")
     least, most = BOUNDS[name]
     assert float(row["asr_before"]) > 0.9 and float(row["acc"]) > least and float(row["asr"]) < most
     assert row["selection"] == "val" and row["stage"] == "repair"

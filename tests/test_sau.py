@@ -308,8 +308,7 @@ def test_options_out_of_range(flag, sentence, places, run, small):
 
 
 def test_sau_removes_the_backdoor_at_a_higher_rate(places, run, victim):
-    """Measured with 64 clean images: ACC 98.0, ASR 1.8; 100 epochs at the published rate leave
-    96.4."""
+    """Measured on four victims with 64 clean images: ACC 95.8 to 98.4, ASR 0.7 to 7.1."""
     words = ["--result_file", "victim", "--precision", "fp32", "--unlearn_lr", 1e-3, "--epochs", 15]
     run("defense/sau.py", *places, *words)
     row = results(victim / "defense" / "sau")

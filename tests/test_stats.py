@@ -279,16 +279,16 @@ def test_clp_scores_every_norm_behind_a_convolution(name, count):
     )
 
 
-def test_clp_on_a_real_backdoor(places, victim):
+def test_clp_on_a_real_backdoor(places, large_victim):
     """Measured on three victims.
 
     With the paper's u = 3 the ASR stays at 98 to 99 %, with 1.5 it is 12 to 49 % at an ACC of 78 to
     96 %.
     """
-    row, scores = defend("clp", victim, places)
+    row, scores = defend("clp", large_victim, places)
     count = sum(int(values.sum()) for key, values in scores.items() if key.endswith("/pruned"))
     assert 0 < count < 12 and float(row["acc"]) > 0.95 and float(row["asr"]) > 0.9
-    row, _ = defend("clp", victim, places, "--u", 1.5)
+    row, _ = defend("clp", large_victim, places, "--u", 1.5)
     assert float(row["asr"]) < 0.7 and float(row["acc"]) > 0.6
 
 
@@ -332,15 +332,15 @@ def test_the_shift_is_pruned_on_demand(tmp_path):
     assert (model[1].bias == 0).nonzero().flatten().tolist() == [5]
 
 
-def test_bnp_on_a_real_backdoor(places, victim):
+def test_bnp_on_a_real_backdoor(places, large_victim):
     """Measured on four victims each.
 
     With the paper's u = 3 the ASR is 25 to 98 % at an ACC of 97 to 99.6 %, with 1.5 it is 5 to 34 %
     at 81 to 96 %. With 1 the ACC may fall to 59 %.
     """
-    row, _ = defend("bnp", victim, places)
+    row, _ = defend("bnp", large_victim, places)
     assert float(row["acc"]) > 0.9
-    row, _ = defend("bnp", victim, places, "--u", 1.5)
+    row, _ = defend("bnp", large_victim, places, "--u", 1.5)
     assert float(row["asr"]) < 0.7 and float(row["acc"]) > 0.7
 
 
@@ -394,15 +394,15 @@ def test_bins_out_of_range(bin_width):
         options("ep", bin_width=bin_width)
 
 
-def test_ep_on_a_real_backdoor(places, victim):
+def test_ep_on_a_real_backdoor(places, large_victim):
     """Measured.
 
     By default the ASR stays at 99 %; with u = 1.5 and wider bins it is 0 to 3 %, at an ACC of 97 to
     99 %.
     """
-    row, _ = defend("ep", victim, places)
+    row, _ = defend("ep", large_victim, places)
     assert float(row["asr"]) > 0.8 and float(row["acc"]) > 0.95
-    row, _ = defend("ep", victim, places, "--u", 1.5, "--bin_width", 0.1)
+    row, _ = defend("ep", large_victim, places, "--u", 1.5, "--bin_width", 0.1)
     assert float(row["asr"]) < 0.5 and float(row["acc"]) > 0.9
 
 

@@ -171,8 +171,8 @@ def test_a_larger_weight_is_moved_further_and_a_flat_loss_moves_nothing():
 
 
 def test_ft_sam_weakens_the_backdoor_that_fine_tuning_leaves(places, run, victim):
-    """Measured with 64 clean images and 100 epochs: ACC 98.8, ASR 0.0 on one CPU and 99.6, 39.3 on
-    another, whose sums are rounded in another order; `ft` leaves 96.7."""
+    """Measured on four victims with 64 clean images and 100 epochs: ACC 97.6 to 98.6, ASR 4 to 10;
+    `ft` leaves 73 to 89."""
     run("defense/ft_sam.py", *places, "--result_file", "victim", "--precision", "fp32")
     row = measured(victim / "defense" / "ft_sam")
     assert row["asr_before"] > 0.9 and row["asr"] < 0.6 and row["acc"] > 0.95
@@ -296,10 +296,10 @@ def test_the_student_equals_a_distillation_written_out(tmp_path):
     )
 
 
-def test_nad_removes_the_backdoor_at_a_price(places, run, victim):
+def test_nad_removes_the_backdoor_at_a_price(places, run, large_victim):
     """Measured with 64 clean images: ACC 90.2, ASR 0.0."""
-    run("defense/nad.py", *places, "--result_file", "victim", "--precision", "fp32")
-    row = measured(victim / "defense" / "nad")
+    run("defense/nad.py", *places, "--result_file", "large_victim", "--precision", "fp32")
+    row = measured(large_victim / "defense" / "nad")
     assert row["asr_before"] > 0.9 and row["asr"] < 0.2 and 0.75 < row["acc"] < row["acc_before"]
 
 
@@ -438,9 +438,9 @@ def test_i_bau_repeats_itself_and_leaves_statistics_and_mode(tmp_path):
 
 
 def test_i_bau_unlearns_the_backdoor_in_small_batches(places, run, victim):
-    """Measured with 64 clean images: ACC 92.6, ASR 1.1.
+    """Measured on four victims with 64 clean images: ACC 84.8 to 98.0, ASR 0 to 1.
 
-    With one batch of all images there are 5 steps, and the ASR stays at 98.7.
+    With one batch of all images there are 5 steps, and the ASR stays at 93 to 99.
     """
     run(
         "defense/i_bau.py",
