@@ -21,6 +21,8 @@ from antidote_bench.utils.repair.options import RetrainingOptions
 @dataclass(frozen=True, kw_only=True)
 class Config(RetrainingOptions):
     stage: ClassVar[str] = "in-training"
+    # with it no loss comes near 0, and images that the first network knows would keep their weight
+    not_copied: ClassVar[frozenset[str]] = frozenset({"label_smoothing"})
     adds: ClassVar[dict[str, str]] = {
         "weights.safetensors": "of every image of the training set the `loss` of the first network "
         "and the `weight` at the end, from 0 to 1, before it is scaled"

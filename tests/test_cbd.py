@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from antidote_bench.defense import cbd
+from antidote_bench.utils import parsing
 from antidote_bench.utils.errors import ConfigError
 from antidote_bench.utils.repair import isolation
 from tests.test_abl import planted
@@ -119,6 +121,17 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
 def test_options_out_of_range(option, value, words):
     with pytest.raises(ConfigError, match=f"{option} must be {words}"):
         config(**{option: value})
+
+
+def test_the_labels_are_not_smoothed_where_those_of_the_victim_are(tmp_path):
+    (tmp_path / "a").mkdir()
+    victim = {"dataset": "cifar10", "label_smoothing": 0.1, "batch_size": 256, "lr": 0.3}
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(victim))
+    words = ["--record_path", str(tmp_path), "--result_file", "a"]
+    chosen = parsing.parse(cbd.Config, words)
+    assert (chosen.label_smoothing, chosen.batch_size, chosen.lr) == (0.0, 256, 0.3)
+    chosen = parsing.parse(cbd.Config, [*words, "--label_smoothing", "0.1"])
+    assert chosen.label_smoothing == 0.1
 
 
 def test_poison_has_low_weights_on_digits(places, run, small):
