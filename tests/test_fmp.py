@@ -1,5 +1,7 @@
 """FMP against the plain reading of its equations: one map at a time, in float64."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -399,21 +401,33 @@ def zero_filters(layer):
     return layer.weight.detach().flatten(1).abs().sum(1) == 0
 
 
+@pytest.fixture(scope="module")
+def through(tmp_path_factory):
+    """through(variant): (the model that a variant has repaired, the stages that it reported, the
+    folder of what it kept), made once."""
+
+    @functools.cache
+    def through(variant):
+        place = tmp_path_factory.mktemp("fmp")
+        record, stages = found_record(place)
+        return repaired(variant, record), stages, place / "kept"
+
+    return through
+
+
 @pytest.mark.parametrize("variant", [None, "fmt", "random"])
-def test_pruned_filters_stay_zero_while_fine_tuning(variant, tmp_path):
-    record, stages = found_record(tmp_path)
-    model = repaired(variant, record)
+def test_pruned_filters_stay_zero_while_fine_tuning(variant, through):
+    model, stages, kept = through(variant)
     assert stages == ["pruned", "finetune"]
-    tensors = load_file(tmp_path / "kept" / "scores.safetensors")
+    tensors = load_file(kept / "scores.safetensors")
     for name, layer in layers.convolutions(model).items():
         assert torch.equal(zero_filters(layer), tensors[f"{name}/pruned"])
 
 
-def test_with_zero_init_pruned_filters_grow_again(tmp_path):
-    record, stages = found_record(tmp_path)
-    model = repaired("released", record)
+def test_with_zero_init_pruned_filters_grow_again(through):
+    model, stages, kept = through("released")
     assert stages == ["pruned", "finetune"]
-    tensors = load_file(tmp_path / "kept" / "scores.safetensors")
+    tensors = load_file(kept / "scores.safetensors")
     assert not all(
         zero_filters(layer)[tensors[f"{name}/pruned"]].all()
         for name, layer in layers.convolutions(model).items()
@@ -428,12 +442,12 @@ def test_no_pruning_fine_tunes_only(tmp_path):
 
 
 @pytest.mark.parametrize("variant", [None, "released", "fmt", "random"])
-def test_scores_are_kept(variant, tmp_path):
+def test_scores_are_kept(variant, through):
     """Random pruning has no scores, and takes as many maps of every layer."""
-    record, _ = found_record(tmp_path)
-    convolutions = layers.convolutions(repaired(variant, record))
-    tensors = load_file(tmp_path / "kept" / "scores.safetensors")
-    assert (tmp_path / "kept" / "scores.png").is_file() == (variant != "random")
+    model, _, kept = through(variant)
+    convolutions = layers.convolutions(model)
+    tensors = load_file(kept / "scores.safetensors")
+    assert (kept / "scores.png").is_file() == (variant != "random")
     for name, layer in convolutions.items():
         count = layer.out_channels
         pruned = tensors[f"{name}/pruned"]
