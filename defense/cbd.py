@@ -21,7 +21,7 @@ from antidote_bench.utils.repair.options import RetrainingOptions
 @dataclass(frozen=True, kw_only=True)
 class Config(RetrainingOptions):
     stage: ClassVar[str] = "in-training"
-    # with it no loss comes near 0, and images that the first network knows would keep their weight
+    # labels are not smoothed: no loss would come near 0, and the first network could tell little
     not_copied: ClassVar[frozenset[str]] = frozenset({"label_smoothing"})
     adds: ClassVar[dict[str, str]] = {
         "weights.safetensors": "of every image of the training set the `loss` of the first network "
