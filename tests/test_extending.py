@@ -81,7 +81,7 @@ def test_a_new_defense_is_one_script_and_one_yaml(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     passed = int(done.stdout.split(" passed")[0].split()[-1])
-    assert passed >= 7, f"only {passed} tests know the new defense"
+    assert passed >= 6, f"only {passed} tests know the new defense"
     after = tracked(clone)
     new = {str(path) for path in after.keys() - before.keys()}
     assert new == {"defense/shrink_toy.py", "config/defense/shrink_toy.yaml"}
