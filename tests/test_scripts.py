@@ -818,14 +818,14 @@ BAD = [
         [
             "defense/trap_and_replace.py",
             "--result_file",
-            "victim",
+            "large_victim",
             "--save_folder_name",
             "vgg",
             "--model",
             "vgg19_bn",
         ],
         2,
-        "vgg19_bn needs images of at least 32 pixels",
+        "no split",
     ),
     (
         [
@@ -849,7 +849,8 @@ BAD = [
     BAD,
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bad_input_gets_one_sentence(words, code, sentence, places, run, victim, tmp_path):
+@pytest.mark.usefixtures("victim", "large_victim")
+def test_bad_input_gets_one_sentence(words, code, sentence, places, run, tmp_path):
     here = places if words[0] != "compare.py" else []
     name = (
         ["--save_folder_name", f"bad{abs(hash(tuple(words)))}"]
